@@ -1,0 +1,90 @@
+# Each target does all the set-up that it needs, once. By default that happens in a virtual environment of the project;
+# `make test PYTHON=python3 VENV=` uses that interpreter and its torch as they are and installs nothing.
+TORCH  = torch==2.13.0
+VENV   = .venv
+PYTHON = python3
+ARGS   =
+QUICK  =
+
+PY     := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+BIN    := $(if $(VENV),$(VENV)/bin/)
+TOOLS  := $(if $(VENV),$(VENV)/.tools-installed,interpreter)
+# Named after the request, so that another TORCH= installs another torch.
+TORCH_INSTALLED := $(VENV)/.torch-installed-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
+SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+# Without these glibc returns every large block to the kernel, and page faults then dominate the times of all providers.
+TIMED := GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+say  = @echo "==> $(1)"
+# $(call need,MODULES): stops with one sentence if the interpreter lacks one of them.
+need = @$(PY) -c "import sys, importlib.util as u; no = [m for m in '$(1)'.split() if not u.find_spec(m)]; \
+	no and sys.exit('$(PY) lacks ' + ', '.join(no) + ': install that, or leave VENV at its default.')"
+
+.PHONY: help demo test bench build lint format clean interpreter
+help:
+	@echo "make demo | test | bench [QUICK=1] | build | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
+
+demo: build
+	$(call say,Running the demo)
+	@$(TIMED) $(PY) examples/demo.py $(ARGS)
+
+test: build
+	$(call need,pytest)
+	$(call say,Running the tests)
+	@$(PY) -m pytest -q tests $(ARGS)
+
+bench: build
+	$(call say,Running the benchmarks)
+	@$(TIMED) $(PY) benchmarks/run.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+
+# The library is also stale when it was built for another torch or Python than the one at hand.
+build: $(TOOLS)
+	@$(PY) -c "import importlib.metadata as m, runpy, sys; built = runpy.run_path('fusednorm/_built_for.py'); \
+	sys.exit([built['TORCH'], built['PYTHON']] != [m.version('torch'), sys.implementation.cache_tag])" 2>/dev/null \
+	|| rm -f fusednorm/_ops.so
+	@$(MAKE) -s fusednorm/_ops.so
+
+fusednorm/_ops.so: $(SOURCES)
+	@command -v $${CXX:-c++} >/dev/null || { echo "A C++ compiler is needed: apt-get install g++"; exit 1; }
+	$(call say,Compiling the operators (some minutes the first time))
+	@$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+interpreter:
+	$(call need,torch setuptools)
+
+$(VENV)/bin/pip:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or newer is needed; name one with PYTHON=."; exit 1; }
+	@$(PYTHON) -c "import venv, ensurepip" 2>/dev/null || { echo "Python's venv module is needed: apt-get install python3-venv"; exit 1; }
+	$(call say,Making the virtual environment $(VENV))
+	@$(PYTHON) -m venv $(VENV)
+
+# torch before the tools and on its own, so that nothing else can choose its version.
+$(TORCH_INSTALLED): | $(VENV)/bin/pip
+	$(call say,Installing $(TORCH) (a large download the first time))
+	@$(PY) -m pip install '$(TORCH)'
+	@rm -f $(VENV)/.torch-installed-*
+	@touch $@
+
+$(VENV)/.tools-installed: requirements-dev.txt $(TORCH_INSTALLED)
+	$(call say,Installing the pinned tools)
+	@$(PY) -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+lint: $(TOOLS)
+	$(call say,Checking style)
+	@$(BIN)ruff check .
+	@$(BIN)ruff format --check .
+	@find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)clang-format --dry-run -Werror
+
+format: $(TOOLS)
+	$(call say,Formatting)
+	@$(BIN)ruff check --fix .
+	@$(BIN)ruff format .
+	@find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)clang-format -i
+
+clean:  # all that was built; the virtual environment stays
+	rm -rf build dist *.egg-info fusednorm/_ops.so fusednorm/_build*.so fusednorm/_built_for.py

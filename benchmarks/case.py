@@ -1,0 +1,82 @@
+"""One (workload, p) made ready: tensors, the layers of every provider, their correctness and their memory.
+
+Rows of one case share all of it, so that torch.compile compiles once and every mode is timed on the same tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import check, memory
+from benchmarks.providers import PROVIDERS, build
+from benchmarks.workloads import Workload
+
+
+class Case:
+    """Raises AssertionError when the fused layer is wrong: such a case must not be timed.
+
+    `missing` says why a peer could not run (torch.compile needs a C++ compiler and Python's headers).
+    """
+
+    def __init__(self, workload: Workload, p: float, providers: tuple[str, ...] = PROVIDERS):
+        # All compiled layers share the code of nn.Sequential.forward, and torch.compile allows few variants of a code.
+        torch._dynamo.reset()
+        self.workload, self.p = workload, p
+        self.x = workload.randn(0).requires_grad_()
+        self.modules = {"fused": build("fused", workload, p)}
+        self.error = check.fused(self.modules["fused"], workload, p, self.x.detach(), workload.randn(1))
+        self.out = torch.empty_like(self.x.detach())
+        self.grads, self.saved, self.missing = {}, {}, {}
+        for provider in providers:
+            try:
+                self._prepare(provider)
+            except Exception as error:
+                if provider != "compile":
+                    raise
+                self.missing[provider] = f"{type(error).__name__}: {error}".splitlines()[0]
+        self.providers = tuple(provider for provider in providers if provider not in self.missing)
+
+    def _prepare(self, provider: str) -> None:
+        module = self.modules.get(provider) or build(provider, self.workload, self.p)
+        y = module(self.x)
+        self.grads[provider] = self._grad_like(y)
+        y.backward(self.grads[provider])
+        del y
+        self.modules[provider] = module
+        self.saved[provider] = memory.saved_bytes(module, self.x, ignore=memory.vectors(self.workload.channels))
+
+    def _grad_like(self, y: torch.Tensor) -> torch.Tensor:
+        # In a model the gradient arrives in the layout of the layer's own output, and providers may differ in that.
+        for grad in self.grads.values():
+            if grad.stride() == y.stride():
+                return grad
+        return torch.empty_like(y).copy_(self.workload.randn(1))
+
+    def peak_mb(self, provider: str, mode: str) -> float | None:
+        """What one step adds to the tensors alive, at most, in MB; None where it is not known (memory.peak_bytes)."""
+        if mode == "backward":
+            return None  # a backward has no step of its own: its peak is that of forward+backward
+        self.clear()
+        self.step(provider, mode)  # torch.compile compiles evaluation here, which is no part of the figure
+        self.clear()
+        peak = memory.peak_bytes(lambda: self.step(provider, mode))
+        self.clear()
+        return None if peak is None else peak / 1e6
+
+    def clear(self) -> None:
+        """Forget all gradients: every step, of any provider, starts without."""
+        self.x.grad = None
+        for module in self.modules.values():
+            for parameter in module.parameters():
+                parameter.grad = None
+
+    def step(self, provider: str, mode: str):
+        """One untimed step; what it returns keeps alive what the caller of a layer would keep alive."""
+        module, grad = self.modules[provider].train(mode != "eval"), self.grads[provider]
+        if mode == "eval":
+            with torch.no_grad():
+                return module(self.x)
+        y = module(self.x)
+        if mode == "both":
+            y.backward(grad)
+        return y

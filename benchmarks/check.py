@@ -1,0 +1,136 @@
+"""Is the fused layer right on this workload? Asked before anything is timed.
+
+The oracle is fusednorm.reference in float64, fed the noise that fusednorm.noise gives for the same seed. It runs on a
+few channels at a time: channels are independent, and float64 copies of the largest tensors would not fit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import fusednorm
+from benchmarks.providers import build
+from benchmarks.workloads import Workload
+
+SEED = 20240229
+
+# (relative to the value, relative to the largest value, the same for the parameters' gradients, which are long sums).
+# float32: a few roundings, and sums of up to 200,000 terms; bfloat16: outputs are rounded once, to 2**-9.
+TOLERANCE = {torch.float32: (1e-5, 2e-5, 1e-4), torch.bfloat16: (8e-3, 1e-3, 1e-3)}
+# The unfused layers round to bfloat16 after every stage.
+LOOSE = {torch.float32: (2e-5, 4e-5, 2e-4), torch.bfloat16: (4e-2, 8e-3, 1e-2)}
+
+# Error of z where it passes through zero: mostly that of the stock layers' variance over 190,000 rows (measured 5e-6).
+Z_ERROR = 2e-5
+CHUNK = 1 << 22
+
+
+class _Worst:
+    """Largest error seen per quantity, in units of its tolerance: 1 is the limit."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.seen = dtype, {}
+
+    def add(self, name: str, actual, expected, tolerance=TOLERANCE, slack=0.0) -> None:
+        relative, of_scale, of_scale_sum = tolerance[self.dtype]
+        if actual.dim() == 1:
+            of_scale = of_scale_sum
+        actual, expected = actual.double(), expected.double()
+        scale = expected.abs().amax() if expected.numel() else 0.0
+        error = (actual - expected).abs() / (relative * expected.abs() + of_scale * scale + slack + 1e-30)
+        # amax keeps NaN, and NaN <= 1 is false: a NaN fails.
+        worst = error.amax().item() if error.numel() else 0.0
+        self.seen[name] = worst if worst != worst else max(worst, self.seen.get(name, 0.0))
+
+    def verdict(self) -> dict[str, float]:
+        wrong = {name: worst for name, worst in self.seen.items() if not worst <= 1}
+        if wrong:
+            text = ", ".join(f"{name} is off by {worst:.3g} tolerances" for name, worst in wrong.items())
+            raise AssertionError(f"the fused layer is wrong, not timed: {text}")
+        return {name: round(worst, 4) for name, worst in self.seen.items()}
+
+
+def _column(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return vector.view(-1, *[1] * (like.dim() - 2))
+
+
+def _jump(z: torch.Tensor, act) -> torch.Tensor:
+    """How far the activation's derivative jumps within a rounding error of z: there, either side is right."""
+    name, *parameters = act if isinstance(act, tuple) else (act,)
+    if name is None:
+        return torch.zeros_like(z)
+    slopes = []
+    for shift in (-Z_ERROR, Z_ERROR):
+        with torch.enable_grad():
+            point = (z + shift).requires_grad_()
+            slopes.append(torch.autograd.grad(fusednorm.reference.activation(name, point, *parameters).sum(), point)[0])
+    jump = (slopes[0] - slopes[1]).abs()
+    return jump.masked_fill_(jump < 1e-2, 0.0)
+
+
+def fused(module: nn.Module, workload: Workload, p: float, x: torch.Tensor, grad: torch.Tensor) -> dict[str, float]:
+    """Forward, gradients and evaluation of `module` against the reference; at p = 0 against the unfused layers as well.
+
+    Returns the errors in units of the tolerance. Raises AssertionError naming every quantity that is off.
+    """
+    worst = _Worst(workload.dtype)
+    x = x.detach().requires_grad_()
+    y = module(x, seed=SEED)
+    y.backward(grad)
+    noise = None
+    if p:
+        noise = fusednorm.noise(workload.shape, p, seed=SEED, granularity=workload.granularity)
+    stock = None
+    if p == 0:
+        stock = build("eager", workload, p)
+        x_stock = x.detach().requires_grad_()
+        y_stock = stock(x_stock)
+        y_stock.backward(grad)
+    with torch.no_grad():
+        evaluated = module.eval()(x)
+    module.train()
+
+    exact = {"grad_weight": [], "grad_bias": []}
+    slack = {"grad_weight": [], "grad_bias": []}
+    width = max(1, CHUNK * workload.channels // workload.numel)
+    for start in range(0, workload.channels, width):
+        part = slice(start, start + width)
+        weight, bias = (v.detach()[part].double().requires_grad_() for v in (module.weight, module.bias))
+        stats = module.running_mean[part].double(), module.running_var[part].double()
+        leaf = x.detach()[:, part].double().requires_grad_()
+        plain = {"weight": weight, "bias": bias, "eps": module.eps}
+
+        def reference(leaf=leaf, stats=stats, plain=plain, **arguments):
+            return fusednorm.reference.batch_norm_act_drop(leaf, *stats, **plain, **arguments)
+
+        noised = None if noise is None else noise[:, part].double()
+        expected = reference(training=True, act=workload.act, noise=noised)
+        incoming = grad[:, part].double()
+        expected.backward(incoming)
+        with torch.no_grad():
+            z = reference(training=True)
+            flip = _jump(z, workload.act).mul_(incoming.abs() if noised is None else (incoming * noised).abs())
+            xhat = (z - _column(bias, z)) / _column(weight, z)
+            over = [d for d in range(z.dim()) if d != 1]
+            slack["grad_x"] = flip * _column(weight / (leaf.var(over, correction=0) + module.eps).sqrt(), z)
+            slack["grad_bias"].append(flip.sum(over))
+            slack["grad_weight"].append((flip * xhat.abs()).sum(over))
+            worst.add("eval output", evaluated[:, part], reference(training=False, act=workload.act))
+        worst.add("output", y.detach()[:, part], expected.detach())
+        worst.add("grad_x", x.grad[:, part], leaf.grad, slack=slack["grad_x"])
+        exact["grad_weight"].append(weight.grad)
+        exact["grad_bias"].append(bias.grad)
+        if stock is not None:
+            worst.add("output vs eager", y.detach()[:, part], y_stock.detach()[:, part], LOOSE)
+            worst.add("grad_x vs eager", x.grad[:, part], x_stock.grad[:, part], LOOSE, slack["grad_x"])
+    for name, parameter in (("grad_weight", module.weight), ("grad_bias", module.bias)):
+        worst.add(name, parameter.grad, torch.cat(exact[name]), slack=torch.cat(slack[name]))
+    if stock is not None:
+        for name in ("weight", "bias"):
+            ours, theirs = getattr(module, name).grad, getattr(stock[0], name).grad
+            worst.add(f"grad_{name} vs eager", ours, theirs, LOOSE, torch.cat(slack[f"grad_{name}"]))
+        worst.add("running_mean vs eager", module.running_mean, stock[0].running_mean, LOOSE)
+        worst.add("running_var vs eager", module.running_var, stock[0].running_var, LOOSE)
+    module.zero_grad(set_to_none=True)
+    return worst.verdict()

@@ -1,0 +1,200 @@
+"""How a row is timed: the providers take turns, round by round, on the same tensors.
+
+Each round is one turn of every contestant (two plain copies of the tensor, then the providers), so that whatever else
+the machine does falls on all of them alike, and ratios taken within a row cancel it. A turn is several steps where a
+step is too short for the clock. The timer is a parameter: pytest-benchmark in the benchmarks, a stopwatch in the demo.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from benchmarks import machine
+from benchmarks.case import Case
+
+SHORTEST_TURN = 1e-3  # seconds
+ROUNDS = 5, 100
+COPIES = ("copy_", "clamp_min")
+
+Step = Callable[[], None]
+Timer = Callable[[Callable[[Step], None], Callable[[], tuple], int, int], Sequence[float]]
+
+
+class Turn:
+    """One contestant's part in a round: `prepare` untimed, `run` timed, `forget` untimed before the next one."""
+
+    inner = 1  # steps per turn
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def prepare(self) -> None: ...
+
+    def run(self) -> None: ...
+
+    def forget(self) -> None: ...
+
+
+class CopyTurn(Turn):
+    """The yardstick: one pass over the activation into memory that is already there."""
+
+    def __init__(self, name: str, case: Case):
+        super().__init__(name)
+        self.x, self.out = case.x.detach(), case.out
+
+    def run(self) -> None:
+        x, out = self.x, self.out
+        for _ in range(self.inner):
+            out.copy_(x) if self.name == "copy_" else torch.clamp_min(x, 0, out=out)
+
+
+class LayerTurn(Turn):
+    def __init__(self, name: str, case: Case, mode: str):
+        super().__init__(name)
+        self.case, self.mode, self.module, self.grad = case, mode, case.modules[name], case.grads[name]
+        self.leaves = [case.x, *self.module.parameters()]
+        self.outputs = []
+
+    def prepare(self) -> None:
+        self.module.train(self.mode != "eval")
+        self.case.clear()
+        if self.mode == "backward":
+            self.outputs = [self.module(self.case.x) for _ in range(self.inner)]
+
+    def run(self) -> None:
+        module, x, grad, leaves, outputs = self.module, self.case.x, self.grad, self.leaves, self.outputs
+        if self.mode == "eval":
+            with torch.no_grad():
+                for _ in range(self.inner):
+                    outputs[:] = (module(x),)
+        elif self.mode == "forward":
+            for _ in range(self.inner):
+                outputs[:] = (module(x),)
+        elif self.mode == "backward":
+            for y in outputs:
+                for leaf in leaves:
+                    leaf.grad = None
+                y.backward(grad)
+        else:
+            for _ in range(self.inner):
+                for leaf in leaves:
+                    leaf.grad = None
+                module(x).backward(grad)
+
+    def forget(self) -> None:
+        # Memory of one provider must be free before the next one starts, or that one pays for fresh pages.
+        self.outputs = []
+
+
+def stopwatch(target, setup, rounds: int, warmup_rounds: int) -> list[float]:
+    """The plain twin of pytest-benchmark's pedantic mode: durations of `rounds` calls, in order."""
+    durations = []
+    for index in range(warmup_rounds + rounds):
+        arguments, _ = setup()
+        start = time.perf_counter()
+        target(*arguments)
+        if index >= warmup_rounds:
+            durations.append(time.perf_counter() - start)
+    return durations
+
+
+class Rotation:
+    """Deals the turns out in order: each call of `deal` gives the next contestant's `run`, made ready."""
+
+    def __init__(self, turns: list[Turn]):
+        self.turns, self.dealt = turns, 0
+
+    def deal(self) -> tuple[tuple[Step], dict]:
+        self.turns[self.dealt - 1].forget()
+        turn = self.turns[self.dealt % len(self.turns)]
+        self.dealt = (self.dealt + 1) % len(self.turns)
+        turn.prepare()
+        return (turn.run,), {}
+
+
+def _call(run: Step) -> None:
+    run()
+
+
+def _calibrate(turns: list[Turn], budget: float) -> int:
+    """Set the steps per turn and return the rounds that fit the budget (seconds, set-up included)."""
+    rotation = Rotation(turns)
+    for _ in range(2):  # the first round meets cold caches, compilers and fresh memory
+        start = time.perf_counter()
+        durations = stopwatch(_call, rotation.deal, len(turns), 0)
+    round_seconds = time.perf_counter() - start
+    turns[-1].forget()
+    for turn, duration in zip(turns, durations, strict=True):
+        turn.inner = min(100, max(1, math.ceil(SHORTEST_TURN / duration)))
+        round_seconds += (turn.inner - 1) * duration
+    least, most = ROUNDS
+    if round_seconds > budget:
+        least = 3  # the largest tensors take seconds per round and repeat well
+    return min(most, max(least, int(budget / round_seconds)))
+
+
+def summary(seconds: Sequence[float]) -> dict:
+    """Median and spread: p20 and p80, in milliseconds."""
+    cuts = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 4
+    return {
+        "median_ms": statistics.median(seconds) * 1e3,
+        "p20_ms": cuts[0] * 1e3,
+        "p80_ms": cuts[3] * 1e3,
+        "rounds": len(seconds),
+    }
+
+
+def describe(workload, p: float, mode: str) -> dict:
+    """The part of a row that is known before it is measured, and all that is known of one that failed."""
+    return {
+        "workload": workload.name,
+        "label": workload.label,
+        "shape": list(workload.shape),
+        "dtype": str(workload.dtype).removeprefix("torch."),
+        "layout": workload.layout,
+        "act": workload.act,
+        "granularity": workload.granularity,
+        "p": p,
+        "mode": mode,
+        "level": machine.level(),
+        "source": workload.source,
+        "note": workload.note,
+    }
+
+
+def time_row(case: Case, mode: str, budget: float, timer: Timer = stopwatch) -> tuple[dict, list[float]]:
+    """Time one row. Returns the row as plain data and the fused layer's seconds per step, round by round."""
+    peaks = {provider: case.peak_mb(provider, mode) for provider in case.providers}
+    turns = [CopyTurn(name, case) for name in COPIES] + [LayerTurn(name, case, mode) for name in case.providers]
+    rounds = _calibrate(turns, budget)
+    rotation = Rotation(turns)
+    durations = timer(_call, rotation.deal, rounds * len(turns), len(turns))
+    turns[-1].forget()
+    case.clear()
+    seconds = {
+        turn.name: [duration / turn.inner for duration in durations[i :: len(turns)]] for i, turn in enumerate(turns)
+    }
+
+    copy_ms = min(statistics.median(seconds[name]) for name in COPIES) * 1e3
+    row = describe(case.workload, case.p, mode) | {"copy_ms": copy_ms, "check": case.error, "missing": case.missing}
+    row["providers"] = {
+        turn.name: summary(seconds[turn.name])
+        | {
+            "steps_per_round": turn.inner,
+            "copies": statistics.median(seconds[turn.name]) * 1e3 / copy_ms,
+            "saved_bytes_per_element": case.saved[turn.name] / case.workload.numel,
+            "peak_mb": peaks[turn.name],
+        }
+        for turn in turns
+        if isinstance(turn, LayerTurn)
+    }
+    fused_ms = row["providers"]["fused"]["median_ms"]
+    row["ratio"] = {
+        name: provider["median_ms"] / fused_ms for name, provider in row["providers"].items() if name != "fused"
+    }
+    return row, seconds["fused"]

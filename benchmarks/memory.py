@@ -1,0 +1,62 @@
+"""What a training step keeps and what it peaks at, counted in bytes of tensors.
+
+Saved bytes come from autograd's own hooks, the peak from the profiler's record of every allocation and release. Both
+are exact and repeatable; the resident size of the process is neither, as the allocator is tuned to keep what is freed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+# The profiler announces each start and stop on stderr, through the progress display.
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")
+
+
+def vectors(channels: int) -> Callable[[torch.Tensor], bool]:
+    """Selects per-channel vectors and scalars (statistics, the seed): nothing beside the activations, not counted."""
+    return lambda tensor: tensor.numel() <= channels
+
+
+def saved_bytes(module, *inputs, ignore: Callable[[torch.Tensor], bool] = lambda tensor: False) -> int:
+    """Bytes that one training forward keeps for its backward.
+
+    Storages are counted once, whole; the input counts when it is saved; parameters and buffers do not, nor `ignore`.
+    """
+    owned = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned and not ignore(tensor):
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # Alive until the sum is taken: a freed block could come back as another tensor's and count once for two.
+        output = module(*inputs)
+    total = sum(kept.values())
+    del output
+    return total
+
+
+def peak_bytes(step: Callable[[], object]) -> int | None:
+    """Most bytes of tensors alive at one time during `step`, above those alive before it.
+
+    None where the running torch's profiler does not tell.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as record:
+        kept = step()  # what a caller would hold is released after the record ends
+    del kept
+    try:
+        events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    except AttributeError:
+        return None
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()  # negative for a release
+        peak = max(peak, alive)
+    return peak

@@ -1,0 +1,90 @@
+"""The figures of the README: how many times faster, and how much is kept for backward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # writes files; there may be no display
+
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
+
+from benchmarks.workloads import BY_NAME  # noqa: E402
+
+COLOURS = {"eager": "#8c8c8c", "compile": "#dd8452", "fused": "#4c72b0"}
+NAMES = {"eager": "eager", "compile": "torch.compile", "fused": "fusednorm"}
+
+
+def _pick(rows: list[dict]) -> list[dict]:
+    """Forward + backward at the workload's own p, and one row that shows p = 0; a failed row has nothing to draw."""
+    both = [row for row in rows if row["mode"] == "both" and "failed" not in row]
+    return [row for row in both if row["p"] == BY_NAME[row["workload"]].p or row["workload"] == "cnn_f32"]
+
+
+def _title(row: dict) -> str:
+    shape = "x".join(map(str, row["shape"]))
+    act = row["act"][0] if isinstance(row["act"], list) else row["act"] or "no act"
+    level = "" if row["level"] == "avx512" else f", at level {row['level']}"
+    return f"{row['workload']}{level}\n{shape} {row['dtype']} {row['layout']} {act} p={row['p']:g}"
+
+
+def _groups(axis, rows, names, value, form) -> None:
+    height = 0.8 / len(names)
+    for i, name in enumerate(names):
+        positions = [j + (i - (len(names) - 1) / 2) * height for j in range(len(rows))]
+        values = [value(row, name) for row in rows]
+        bars = axis.barh(positions, [v or 0 for v in values], height, label=NAMES[name], color=COLOURS[name])
+        labels = ["n/a" if v is None else form.format(v) for v in values]
+        axis.bar_label(bars, labels, padding=2, fontsize=7)
+    axis.set_yticks(range(len(rows)), [_title(row) for row in rows], fontsize=7)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _figure(rows):
+    return plt.subplots(figsize=(8.5, 1.4 + 0.42 * len(rows)), layout="constrained")
+
+
+def _machine(facts: dict) -> str:
+    return f"{facts['cpu']}, {facts['threads']} threads, {facts['level']}, torch {facts['torch']}"
+
+
+def _save(figure, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def speed(rows: list[dict], facts: dict, path: Path) -> Path:
+    rows = _pick(rows)
+    figure, axis = _figure(rows)
+    _groups(axis, rows, ("eager", "compile"), lambda row, name: row["ratio"].get(name), "{:.1f}x")
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xlabel("time of the unfused layers / time of fusednorm (right of the line: fusednorm is faster)")
+    axis.set_title(f"Forward + backward\n{_machine(facts)}", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def saved(rows: list[dict], facts: dict, path: Path) -> Path:
+    rows = _pick(rows)
+    figure, axis = _figure(rows)
+
+    def value(row, name):
+        return row["providers"].get(name, {}).get("saved_bytes_per_element")
+
+    _groups(axis, rows, ("fused", "eager", "compile"), value, "{:.2f}")
+    axis.set_xlabel("bytes kept for backward, per element of the activation")
+    axis.set_title(f"Memory saved for backward\n{_machine(facts)}", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def draw(rows: list[dict], facts: dict, folder: str | Path) -> list[Path]:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not _pick(rows):
+        return []
+    return [speed(rows, facts, folder / "speed.png"), saved(rows, facts, folder / "saved.png")]

@@ -1,0 +1,136 @@
+"""What is timed: layers that real models run, with their shapes, activations and drop probabilities.
+
+The rows come from published code (named in `source`): speech, graphs, point clouds, images, EEG, tabular heads. A size
+is cut where the unfused layers would need more than 4 GB for one training step; `note` then says so, in every result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: there is one of each
+class Workload:
+    name: str
+    shape: tuple[int, ...]  # (N, C) or (N, C, spatial sizes)
+    p: float
+    act: str | tuple | None = "relu"  # a name, (name, *parameters), or None
+    dtype: torch.dtype = torch.float32  # of the activations; parameters and buffers stay float32, as under autocast
+    channels_last: bool = False  # only the strides change: C becomes innermost
+    granularity: str = "element"
+    norm: dict = field(default_factory=dict)  # further arguments of the BatchNorm
+    source: str = ""
+    note: str = ""
+
+    @property
+    def channels(self) -> int:
+        return self.shape[1]
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def layout(self) -> str:
+        if len(self.shape) == 2:
+            return "rows"
+        return "channels-last" if self.channels_last else "channels-first"
+
+    @property
+    def label(self) -> str:
+        act = self.act[0] if isinstance(self.act, tuple) else self.act or "no act"
+        drop = ", per-channel drop" if self.granularity == "channel" else ""
+        size = ", ".join(map(str, self.shape))
+        return f"({size}) {str(self.dtype).removeprefix('torch.')} {self.layout}, {act}{drop}"
+
+    def randn(self, seed: int) -> torch.Tensor:
+        """Standard normal tensor of this shape, dtype and layout."""
+        generator = torch.Generator().manual_seed(seed)
+        if not self.channels_last or len(self.shape) == 2:
+            return torch.randn(self.shape, dtype=self.dtype, generator=generator)
+        n, c, *spatial = self.shape
+        rows = torch.randn((n, *spatial, c), dtype=self.dtype, generator=generator)
+        return rows.movedim(-1, 1)
+
+
+KERAS = {"eps": 1e-3, "momentum": 0.01}
+HALF = torch.bfloat16
+
+# One residual stage of an ImageNet CNN in every dtype and layout, a wide and a tiny matrix, and a long sequence.
+HEADLINE = (
+    Workload("cnn_f32", (64, 64, 56, 56), 0.1, source="ResNet stage 1 at batch 64"),
+    Workload("cnn_f32_last", (64, 64, 56, 56), 0.1, channels_last=True, source="ResNet stage 1 at batch 64"),
+    Workload("cnn_bf16", (64, 64, 56, 56), 0.1, dtype=HALF, source="ResNet stage 1 at batch 64"),
+    Workload("cnn_bf16_last", (64, 64, 56, 56), 0.1, dtype=HALF, channels_last=True, source="ResNet stage 1, batch 64"),
+    Workload("dense", (8192, 1024), 0.5, source="MLP layer on 8192 rows"),
+    Workload("tacotron2_postnet", (64, 512, 800), 0.5, "tanh", source="NVIDIA/tacotron2 Postnet"),
+    Workload("pointnet_head", (24, 512), 0.4, source="Pointnet_Pointnet2_pytorch pointnet2_cls_ssg"),
+)
+
+MODELS = (
+    Workload("jasper_b5", (32, 768, 835), 0.3, norm={"eps": 1e-3}, source="NVIDIA/NeMo jasper_10x5dr block 5"),
+    Workload("ogbn_arxiv", (169343, 256), 0.5, source="snap-stanford/ogb nodeproppred/arxiv, full batch"),
+    Workload(
+        "mag_mlp",
+        (190000, 512),
+        0.5,
+        source="snap-stanford/ogb lsc/mag240m mlp",
+        note="rows halved from 380000: eager would need more than 4 GB",
+    ),
+    Workload("pcqm_mlp", (256, 1600), 0.2, source="snap-stanford/ogb lsc/pcqm4m-v2 main_mlpfp"),
+    Workload("wrn_s1", (128, 160, 32, 32), 0.3, source="WideResNet-pytorch WRN-28-10 stage 1"),
+    Workload("wrn_s2", (128, 320, 16, 16), 0.3, source="WideResNet-pytorch WRN-28-10 stage 2"),
+    Workload("wrn_s3", (128, 640, 8, 8), 0.3, source="WideResNet-pytorch WRN-28-10 stage 3"),
+    Workload("pointnet_seg", (16, 128, 4096), 0.5, source="Pointnet_Pointnet2_pytorch pointnet2_sem_seg"),
+    Workload("fastai_head", (64, 1024), 0.25, None, source="fastai create_head: BatchNorm1d, Dropout"),
+    Workload(
+        "crdnn_dnn",
+        (16, 512, 500),
+        0.15,
+        "leaky_relu",
+        channels_last=True,
+        source="speechbrain CRDNN DNN_Block: (N, C, L) with C innermost",
+    ),
+    Workload(
+        "erfnet",
+        (6, 128, 64, 128),
+        0.3,
+        None,
+        granularity="channel",
+        norm={"eps": 1e-3},
+        source="erfnet_pytorch non_bottleneck_1d: bn2, Dropout2d",
+    ),
+    Workload("eegsym", (64, 8, 2, 5, 384), 0.25, "elu", norm=KERAS, source="braindecode EEGSym InceptionBlock"),
+    Workload("densenet_b2", (64, 256, 28, 28), 0.0, source="torchvision DenseNet norm, relu (no drop)"),
+    Workload("efficientnet_head", (64, 1280, 7, 7), 0.0, "silu", source="EfficientNet-B0 head norm, silu (no drop)"),
+)
+
+WORKLOADS = HEADLINE + MODELS
+BY_NAME = {workload.name: workload for workload in WORKLOADS}
+
+MODES = ("forward", "backward", "both", "eval")
+
+
+def rows(only=(), modes=MODES, quick: bool = False, own_p: bool = False) -> list[tuple[Workload, float, str]]:
+    """The rows of a run, as (workload, p, mode), all rows of one (workload, p) side by side.
+
+    `quick` keeps the headline workloads, forward+backward, at their own p, and one row at p = 0; `own_p` leaves out
+    p = 0. Evaluation does not depend on p (nothing is dropped), so it is one row per workload.
+    """
+    unknown = set(only) - set(BY_NAME)
+    if unknown:
+        raise ValueError(f"unknown workload {', '.join(sorted(unknown))}; there are: {', '.join(BY_NAME)}")
+    picked = []
+    for workload in WORKLOADS:
+        if only and workload.name not in only or quick and not only and workload not in HEADLINE:
+            continue
+        for p in dict.fromkeys((workload.p, 0.0)):
+            if p != workload.p and (own_p or quick and workload.name != "cnn_f32"):
+                continue
+            for mode in MODES:
+                if mode not in modes or quick and mode != "both" or mode == "eval" and p != workload.p:
+                    continue
+                picked.append((workload, p, mode))
+    return picked

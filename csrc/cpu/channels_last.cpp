@@ -1,0 +1,275 @@
+// Channels-last: a matrix of R = N*S rows and C columns, a column per channel (a 2-D input is one). It is cut into panels:
+// chunks of rows times blocks of columns, a panel into tiles of a few rows. The first pass leaves each panel's partial
+// sums, which are merged chunk by chunk; the second pass visits the panels backwards, so that those read last are still
+// in cache. Noise comes in groups of 8 rows, hence tiles of whole groups.
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "drivers.h"
+
+namespace fusednorm::cpu {
+namespace {
+
+constexpr int64_t kBlockColumns = 1024;            // of a block, at most
+constexpr int64_t kPanelElements = 1 << 18;    // of a panel, roughly
+constexpr int64_t kTileElements = 8192;        // of a tile, roughly
+
+template <class T>
+class Matrix {
+ public:
+  using A = opmath_t<T>;
+
+  struct Tile {
+    int64_t row, column, rows, columns;
+  };
+
+  explicit Matrix(const Call& call)
+      : shape_(call.shape), chain_(call.chain), seed_(call.seed), rows_(shape_.rows()), columns_(shape_.C) {
+    blocks_ = (columns_ + kBlockColumns - 1) / kBlockColumns;
+    block_ = padded((columns_ + blocks_ - 1) / blocks_);
+    blocks_ = (columns_ + block_ - 1) / block_;
+    tile_rows_ = std::clamp<int64_t>(kTileElements / block_ / 8 * 8, 8, kMaxTileRows);
+    chunk_ = std::max<int64_t>(kPanelElements / block_ / kMaxTileRows * kMaxTileRows, kMaxTileRows);
+    chunks_ = (rows_ + chunk_ - 1) / chunk_;
+  }
+
+  int64_t chunks() const { return chunks_; }
+  int64_t panels() const { return chunks_ * blocks_; }
+  int64_t chunk_of(int64_t panel) const { return panel / blocks_; }
+  int64_t rows_before(int64_t panel, int64_t row) const { return row - chunk_of(panel) * chunk_; }
+  int64_t chunk_rows(int64_t chunk) const { return std::min(chunk_, rows_ - chunk * chunk_); }
+  int64_t buffer_size() const { return tile_rows_ * block_; }
+  int64_t bits_size() const { return tile_rows_ * block_ / 32; }
+
+  template <class F>
+  void for_tiles(int64_t panel, bool descending, const F& f) const {
+    const int64_t chunk = chunk_of(panel), column = panel % blocks_ * block_;
+    const int64_t rows = chunk_rows(chunk), n = (rows + tile_rows_ - 1) / tile_rows_;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = (descending ? n - 1 - i : i) * tile_rows_;
+      f(Tile{chunk * chunk_ + row, column, std::min(tile_rows_, rows - row), std::min(block_, columns_ - column)});
+    }
+  }
+
+  // The tile in opmath type and the distance of its rows: in place where it already stands so, else in buffer.
+  const A* load(const T* base, const Tile& t, A* buffer, int64_t& ld) const {
+    base += t.row * columns_ + t.column;
+    if constexpr (std::is_same_v<T, A>) {
+      ld = columns_;
+      return base;
+    } else {
+      ld = t.columns;
+      if (t.columns == columns_) {
+        widen(base, buffer, t.rows * columns_);
+      } else {
+        for (int64_t i = 0; i < t.rows; ++i) widen(base + i * columns_, buffer + i * ld, t.columns);
+      }
+      return buffer;
+    }
+  }
+  A* target(T* base, const Tile& t, A* buffer, int64_t& ld) const {
+    if constexpr (std::is_same_v<T, A>) {
+      ld = columns_;
+      return base + t.row * columns_ + t.column;
+    } else {
+      ld = t.columns;
+      return buffer;
+    }
+  }
+  void store(T* base, const Tile& t, const A* from) const {
+    if constexpr (!std::is_same_v<T, A>) {
+      base += t.row * columns_ + t.column;
+      if (t.columns == columns_) {
+        narrow(from, base, t.rows * columns_);
+      } else {
+        for (int64_t i = 0; i < t.rows; ++i) narrow(from + i * t.columns, base + i * columns_, t.columns);
+      }
+    }
+  }
+
+  // The tile's keep bits (rows ld words apart), or null where everything is treated alike.
+  const uint32_t* draw(const Tile& t, uint32_t* buffer, int64_t& ld) const {
+    ld = words_of(t.columns);
+    const auto groups = [&](int64_t group, uint32_t* to) {
+      kernels().keep_columns(seed_.low, seed_.high, static_cast<uint32_t>(t.column), group, chain_.threshold, to, ld, ld);
+    };
+    if (chain_.noise == Noise::element) {
+      for (int64_t i = 0; i < t.rows; i += math::kRowsPerCall) groups((t.row + i) / math::kRowsPerCall, buffer + i * ld);
+      return buffer;
+    }
+    if (chain_.noise != Noise::channel) return nullptr;
+    uint32_t drawn[math::kRowsPerCall * kBlockColumns / 32];
+    int64_t group = -1;
+    for (int64_t i = 0; i < t.rows; ++i) {
+      const int64_t n = (t.row + i) / shape_.S;
+      if (n / math::kRowsPerCall != group) groups(group = n / math::kRowsPerCall, drawn);
+      std::copy_n(drawn + n % math::kRowsPerCall * ld, ld, buffer + i * ld);
+    }
+    return buffer;
+  }
+
+  // The tile's place in a saved mask.
+  int64_t mask_ld() const { return words_of(columns_); }
+  int64_t mask_offset(const Tile& t) const { return t.row * mask_ld() + t.column / 32; }
+
+ private:
+  Shape shape_;
+  Chain chain_;
+  math::Seed seed_;
+  int64_t rows_, columns_, blocks_, block_, tile_rows_, chunk_, chunks_;
+};
+
+// Two values per channel and chunk, in vectors padded for the kernels.
+struct Partials {
+  int64_t ld;
+  std::vector<double> first, second;
+  Partials(int64_t chunks, int64_t channels)
+      : ld(padded(channels)), first(chunks * ld), second(chunks * ld) {}
+};
+
+// f(c) for every channel; a channel costs `work` steps.
+template <class F>
+void for_channels(int64_t channels, int64_t work, const F& f) {
+  constexpr int64_t step = 256;
+  for_tasks((channels + step - 1) / step, channels * work < kSerial, false, [&](int64_t i) {
+    for (int64_t c = i * step; c < std::min(channels, (i + 1) * step); ++c) f(c);
+  });
+}
+
+// Per-thread scratch of a panel, allocated once per task.
+template <class A>
+struct Scratch {
+  std::vector<A> a, b, c;
+  std::vector<uint32_t> bits;
+  Scratch(int64_t size, int64_t words) : a(size), b(size), c(size), bits(words) {}
+};
+
+}  // namespace
+
+template <class T>
+void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
+  using A = opmath_t<T>;
+  const Matrix<T> matrix(call);
+  const int64_t C = call.shape.C;
+  const bool serial = C * call.shape.rows() < kSerial;
+  const int64_t staged = std::is_same_v<T, A> ? 0 : matrix.buffer_size();
+  Partials partials(call.training ? matrix.chunks() : 0, C);
+  ChannelVectors<A> vectors(C);
+  if (call.training) {
+    for_tasks(matrix.panels(), serial, false, [&](int64_t panel) {
+      std::vector<A> buffer(staged);
+      const int64_t at = matrix.chunk_of(panel) * partials.ld;
+      matrix.for_tiles(panel, false, [&](const typename Matrix<T>::Tile& t) {
+        int64_t ld;
+        const A* x = matrix.load(p.x, t, buffer.data(), ld);
+        kernels_for<A>().moments_columns(x, t.rows, t.columns, ld, matrix.rows_before(panel, t.row),
+                                         partials.first.data() + at + t.column, partials.second.data() + at + t.column);
+      });
+    });
+  }
+  for_channels(C, partials.first.size() / std::max<int64_t>(C, 1), [&](int64_t c) {
+    math::Moments<double> m{0, 0, 0};
+    for (int64_t chunk = 0; call.training && chunk < matrix.chunks(); ++chunk) {
+      const int64_t i = chunk * partials.ld + c;
+      m = math::merge(m, {static_cast<double>(matrix.chunk_rows(chunk)), partials.first[i], partials.second[i]});
+    }
+    finish_statistics(call, p, c, m.mean, m.m2, vectors);
+  });
+  for_tasks(matrix.panels(), serial, true, [&](int64_t panel) {
+    Scratch<A> scratch(staged, matrix.bits_size());
+    matrix.for_tiles(panel, true, [&](const typename Matrix<T>::Tile& t) {
+      Apply<A> q{};
+      q.rows = t.rows;
+      q.cols = t.columns;
+      q.x = matrix.load(p.x, t, scratch.a.data(), q.ldx);
+      q.y = matrix.target(p.y, t, scratch.b.data(), q.ldy);
+      q.affine = vectors.at(t.column);
+      std::copy_n(call.chain.parameters.begin(), 2, q.activation);
+      q.multiplier = static_cast<A>(call.chain.multiplier);
+      q.keep = matrix.draw(t, scratch.bits.data(), q.ldkeep);
+      q.save = p.mask ? p.mask + matrix.mask_offset(t) : nullptr;
+      q.ldsave = matrix.mask_ld();
+      kernels_for<A>().apply[kColumns][call.chain.activation](q);
+      matrix.store(p.y, t, q.y);
+    });
+  });
+}
+
+template <class T>
+void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
+  using A = opmath_t<T>;
+  const Matrix<T> matrix(call);
+  const int64_t C = call.shape.C;
+  const bool serial = C * call.shape.rows() < kSerial, gathers = p.grad_weight != nullptr;
+  const int64_t staged = std::is_same_v<T, A> ? 0 : matrix.buffer_size();
+  Partials partials(gathers ? matrix.chunks() : 0, C);
+  ChannelVectors<A> vectors(C);
+  for (int64_t c = 0; c < C; ++c) load_statistics(p, c, vectors);
+  const auto arguments = [&](const typename Matrix<T>::Tile& t, Scratch<A>& scratch) {
+    Backward<A> q{};
+    q.rows = t.rows;
+    q.cols = t.columns;
+    q.x = matrix.load(p.x, t, scratch.a.data(), q.ldx);
+    q.g = matrix.load(p.g, t, scratch.b.data(), q.ldg);
+    q.affine = vectors.at(t.column);
+    std::copy_n(call.chain.parameters.begin(), 2, q.activation);
+    q.multiplier = static_cast<A>(call.chain.multiplier);
+    if (p.mask) {
+      q.keep = p.mask + matrix.mask_offset(t);
+      q.ldkeep = matrix.mask_ld();
+    } else {
+      q.keep = matrix.draw(t, scratch.bits.data(), q.ldkeep);
+    }
+    q.keep_is_saved = p.mask != nullptr;
+    return q;
+  };
+  const int64_t bits = p.mask ? 0 : matrix.bits_size();
+  if (gathers) {
+    for_tasks(matrix.panels(), serial, false, [&](int64_t panel) {
+      Scratch<A> scratch(staged, bits);
+      const int64_t at = matrix.chunk_of(panel) * partials.ld;
+      matrix.for_tiles(panel, false, [&](const typename Matrix<T>::Tile& t) {
+        Backward<A> q = arguments(t, scratch);
+        q.sum_dz = partials.first.data() + at + t.column;
+        q.sum_dz_xmu = partials.second.data() + at + t.column;
+        kernels_for<A>().gradient_sums[kColumns][call.chain.activation](q);
+      });
+    });
+  }
+  std::vector<A> a(padded(C)), b(padded(C)), c_(padded(C));
+  for_channels(C, partials.first.size() / std::max<int64_t>(C, 1), [&](int64_t c) {
+    double dz = 0, dz_xmu = 0;
+    for (int64_t chunk = 0; gathers && chunk < matrix.chunks(); ++chunk) {
+      dz += partials.first[chunk * partials.ld + c];
+      dz_xmu += partials.second[chunk * partials.ld + c];
+    }
+    const math::InputGradient k = finish_gradient(call, p, c, dz, dz_xmu, vectors.scale[c]);
+    a[c] = static_cast<A>(k.a);
+    b[c] = static_cast<A>(k.b);
+    c_[c] = static_cast<A>(k.c);
+  });
+  if (!p.dx) return;
+  for_tasks(matrix.panels(), serial, true, [&](int64_t panel) {
+    Scratch<A> scratch(staged, bits);
+    matrix.for_tiles(panel, true, [&](const typename Matrix<T>::Tile& t) {
+      Backward<A> q = arguments(t, scratch);
+      q.dx = matrix.target(p.dx, t, scratch.c.data(), q.lddx);
+      q.a = a.data() + t.column;
+      q.b = b.data() + t.column;
+      q.c = c_.data() + t.column;
+      kernels_for<A>().input_gradient[kColumns][call.chain.activation](q);
+      matrix.store(p.dx, t, q.dx);
+    });
+  });
+}
+
+#define FN_INSTANTIATE(T)                                                         \
+  template void forward_channels_last<T>(const Call&, const ForwardPointers<T>&); \
+  template void backward_channels_last<T>(const Call&, const BackwardPointers<T>&);
+FN_INSTANTIATE(float)
+FN_INSTANTIATE(double)
+FN_INSTANTIATE(BFloat16)
+FN_INSTANTIATE(Float16)
+
+}  // namespace fusednorm::cpu

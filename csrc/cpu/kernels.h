@@ -1,0 +1,106 @@
+// The interface between the drivers of the CPU backend (ordinary C++, compiled once) and the kernels (compiled once per
+// instruction set, see level_*.cpp): plain structs of arguments and one table of function pointers per level.
+//
+// A kernel works on a tile: `rows` x `cols` values in opmath type A, `cols` contiguous. Two kinds of tile cover both
+// layouts: a run (channels-first: one channel, rows = 1, per-channel vectors of one entry) and columns (channels-last:
+// a column per channel, vectors of `cols` entries, padded so that 32 can be read from any multiple of 32).
+// Bits come in words of 32 per row, bit i of word j for column 32*j + i.
+#pragma once
+
+#include <cstdint>
+
+namespace fusednorm::cpu {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+constexpr int kMaxTileRows = 64;
+
+template <class A>
+struct Affine {  // per-channel: z = (u - mean) * scale + shift
+  const A* mean;
+  const A* scale;
+  const A* shift;
+};
+
+template <class A>
+struct Apply {
+  int64_t rows, cols;
+  const A* x;        // [rows, ldx]
+  A* y;              // [rows, ldy]
+  int64_t ldx, ldy;
+  Affine<A> affine;
+  A activation[2];   // parameters
+  A multiplier;      // of what is kept
+  const uint32_t* keep;  // [rows, ldkeep] bits, or null: everything is kept
+  int64_t ldkeep;
+  uint32_t* save;    // [rows, ldsave] bits out: keep, and the activation's derivative where one bit holds it; or null
+  int64_t ldsave;
+};
+
+template <class A>
+struct Backward {
+  int64_t rows, cols;
+  const A* x;        // [rows, ldx]
+  const A* g;        // [rows, ldg]
+  int64_t ldx, ldg;
+  Affine<A> affine;
+  A activation[2];
+  A multiplier;
+  const uint32_t* keep;  // as in Apply
+  int64_t ldkeep;
+  bool keep_is_saved;    // the bits are what Apply saved
+  double* sum_dz;        // [1 or cols] += sum of dz
+  double* sum_dz_xmu;    // [1 or cols] += sum of dz * (x - mean)
+  A* dx;                 // [rows, lddx]
+  int64_t lddx;
+  const A* a;            // per-channel: dx = a*dz + b*(x - mean) + c
+  const A* b;
+  const A* c;
+};
+
+enum Span { kRun, kColumns };
+
+template <class A>
+struct KernelsFor {
+  void (*const* apply[2])(const Apply<A>&);              // [Span][activation]
+  void (*const* gradient_sums[2])(const Backward<A>&);   // [Span][activation]
+  void (*const* input_gradient[2])(const Backward<A>&);  // [Span][activation]
+  // mean and sum of squared deviations of n values
+  void (*moments_run)(const A* x, int64_t n, double* mean, double* m2);
+  // merges the moments of `rows` <= kMaxTileRows new rows into mean[cols], m2[cols], which hold those of `count` rows
+  void (*moments_columns)(const A* x, int64_t rows, int64_t cols, int64_t ldx, double count, double* mean, double* m2);
+};
+
+struct Kernels {
+  const char* level;
+  KernelsFor<float> f32;
+  KernelsFor<double> f64;
+  // keep bits of rows [8*group, ...) of channel c: `words` words of 32 rows
+  void (*keep_run)(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, uint32_t threshold, uint32_t* out,
+                   int64_t words);
+  // keep bits of the 8 rows of `group`, channels [c, c + 32*words): row i at out + i*ld
+  void (*keep_columns)(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, uint32_t threshold, uint32_t* out,
+                       int64_t words, int64_t ld);
+  void (*widen_bfloat16)(const BFloat16* x, float* y, int64_t n);
+  void (*narrow_bfloat16)(const float* x, BFloat16* y, int64_t n);
+  void (*widen_float16)(const Float16* x, float* y, int64_t n);
+  void (*narrow_float16)(const float* x, Float16* y, int64_t n);
+  // test hook: the vector Philox at `rounds` 7 or 10, lane i with counter[0] + i; returns the number of lanes
+  int (*philox_lanes)(int rounds, const uint32_t* counter, const uint32_t* key, uint32_t* out);
+};
+
+extern const Kernels kernels_default;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+// The table for this processor, as torch's own choice (ATEN_CPU_CAPABILITY is honoured) allows.
+const Kernels& kernels();
+
+}  // namespace fusednorm::cpu

@@ -1,0 +1,565 @@
+// The kernels, once for every level. A kernel walks its tile in blocks of 32 columns, one word of bits each; a block is
+// 32 / width vectors. The columns left over go through a padded copy, so there is no scalar code, and a value's bits do
+// not depend on where in a tile it stood.
+
+#include "../math/activations.h"
+#include "../math/noise.h"
+#include "../math/norm.h"
+
+namespace fusednorm::cpu::FN_LEVEL {
+namespace {
+
+using math::Seed;
+#include "simd.h"
+
+}  // namespace
+}  // namespace fusednorm::cpu::FN_LEVEL
+
+namespace fusednorm::math {
+namespace {
+template <class A>
+struct Lanes<cpu::FN_LEVEL::Vec<A>> {
+  using element = A;
+  using mask = cpu::FN_LEVEL::Mask<A>;
+};
+}  // namespace
+}  // namespace fusednorm::math
+
+namespace fusednorm::cpu::FN_LEVEL {
+namespace {
+
+constexpr int kBlock = 32;
+template <class A>
+constexpr int kVectors = kBlock / Vec<A>::width;  // of a block
+
+#define FN_UNROLL _Pragma("GCC unroll 16")
+
+// Runs f(v) for every vector of a block: unrolled, v a constant, where the body is a few instructions; a loop where it is
+// an exponential, whose code would only grow.
+template <class F, int... v>
+FN_INLINE void for_each_of(std::integer_sequence<int, v...>, F f) {
+  (f(Constant<v>{}), ...);
+}
+template <bool unrolled, int n, class F>
+FN_INLINE void for_vectors(F f) {
+  if constexpr (unrolled) {
+    for_each_of(std::make_integer_sequence<int, n>{}, f);
+  } else {
+    _Pragma("GCC unroll 1") for (int v = 0; v < n; ++v) f(v);
+  }
+}
+
+// A per-channel vector: one entry for the whole run, or an entry per column.
+template <Span span, class A>
+FN_INLINE Vec<A> channel(const A* p, int64_t column) {
+  if constexpr (span == kRun) return Vec<A>(*p);
+  return Vec<A>::load(p + column);
+}
+
+template <class A>
+FN_INLINE void copy_padded(const A* from, A* to, int64_t n) {
+  for (int64_t i = 0; i < kBlock; ++i) to[i] = i < n ? from[i] : A(0);
+}
+
+template <class A>
+FN_INLINE void copy_out(const A* from, A* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
+FN_INLINE uint32_t first_bits(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
+
+// ---- forward: y = activation((x - mean) * scale + shift) * multiplier where kept ----------------------------------------
+template <class A, class Activation, Span span>
+FN_INLINE void apply_block(const Apply<A>& q, const math::Parameters<A>& parameters, int64_t column, const A* x, A* y,
+                           uint32_t keep, uint32_t* save) {
+  using V = Vec<A>;
+  uint32_t saved = 0;
+  for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+    const int64_t i = column + v * V::width;
+    const V z = math::normalize(V::load(x + v * V::width), channel<span>(q.affine.mean, i),
+                                channel<span>(q.affine.scale, i), channel<span>(q.affine.shift, i));
+    const Mask<A> kept = from_bits<A>(keep, v);
+    // A multiplication, not a selection: a dropped infinity is NaN, as in the unfused composition.
+    (Activation::value(z, parameters) * select(kept, V(q.multiplier), V(0.0f))).store(y + v * V::width);
+    if constexpr (Activation::one_bit) saved |= to_bits(both(kept, Activation::passes(z, parameters))) << (v * V::width);
+  });
+  if (save) *save = Activation::one_bit ? saved : keep;
+}
+
+template <class A, class Activation, Span span>
+void apply(const Apply<A>& q) {
+  const math::Parameters<A> parameters{q.activation[0], q.activation[1]};
+  for (int64_t row = 0; row < q.rows; ++row) {
+    const A* x = q.x + row * q.ldx;
+    A* y = q.y + row * q.ldy;
+    const uint32_t* keep = q.keep ? q.keep + row * q.ldkeep : nullptr;
+    uint32_t* save = q.save ? q.save + row * q.ldsave : nullptr;
+    for (int64_t i = 0; i < q.cols; i += kBlock) {
+      const int64_t rest = q.cols - i;
+      alignas(64) A in[kBlock], out[kBlock];
+      if (rest < kBlock) copy_padded(x + i, in, rest);
+      apply_block<A, Activation, span>(q, parameters, i, rest < kBlock ? in : x + i, rest < kBlock ? out : y + i,
+                                       keep ? keep[i / kBlock] : ~0u, save ? save + i / kBlock : nullptr);
+      if (rest < kBlock) copy_out(out, y + i, rest);
+    }
+  }
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------------
+// dz = g * multiplier * activation'(z) where kept. A gradient that is not finite gives 0 where its element was dropped.
+template <class A, class Activation, Span span, bool keep_is_saved, class Index>
+FN_INLINE Vec<A> dz_of(const Backward<A>& q, const math::Parameters<A>& parameters, int64_t column, Vec<A> x, Vec<A> g,
+                       uint32_t keep, Index v) {
+  using V = Vec<A>;
+  V dz = g * V(q.multiplier);
+  if constexpr (!(Activation::one_bit && keep_is_saved)) {
+    const V z = math::normalize(x, channel<span>(q.affine.mean, column), channel<span>(q.affine.scale, column),
+                                channel<span>(q.affine.shift, column));
+    dz = Activation::gradient(z, dz, parameters);
+  }
+  return select(from_bits<A>(keep, v), dz, V(0.0f));
+}
+
+template <class A>
+struct Sums {
+  Vec<A> dz[kVectors<A>], dz_xmu[kVectors<A>];
+};
+
+template <class A, class Activation, Span span, bool keep_is_saved>
+FN_INLINE void sums_block(const Backward<A>& q, const math::Parameters<A>& parameters, int64_t column, const A* x,
+                          const A* g, uint32_t keep, Sums<A>& sums) {
+  using V = Vec<A>;
+  for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+    const int64_t i = column + v * V::width;
+    const V xv = V::load(x + v * V::width);
+    const V dz = dz_of<A, Activation, span, keep_is_saved>(q, parameters, i, xv, V::load(g + v * V::width), keep, v);
+    sums.dz[v] = sums.dz[v] + dz;
+    // dz may be 0 because it was dropped while x is infinite: such an x has already made the statistics NaN.
+    sums.dz_xmu[v] = fma(dz, xv - channel<span>(q.affine.mean, i), sums.dz_xmu[v]);
+  });
+}
+
+FN_INLINE void add_lanes(double* to, Vec<double> a) { (Vec<double>::load(to) + a).store(to); }
+FN_INLINE void add_lanes(double* to, Vec<float> a) {
+  const DoublePair d = widen(a);
+  add_lanes(to, d.low);
+  add_lanes(to + Vec<double>::width, d.high);
+}
+
+// Sum of the 32 lanes of a block, always in the same tree.
+template <class A>
+FN_INLINE double sum_block(const Vec<A>* v) {
+  alignas(64) A lanes[kBlock];
+  for (int i = 0; i < kVectors<A>; ++i) v[i].store(lanes + i * Vec<A>::width);
+  for (int half = kBlock / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+template <class A, class Activation, bool keep_is_saved>
+FN_INLINE void sums_run(const Backward<A>& q) {
+  const math::Parameters<A> parameters{q.activation[0], q.activation[1]};
+  Sums<A> sums{};
+  for (int64_t i = 0; i < q.cols; i += kBlock) {
+    const int64_t rest = q.cols - i;
+    const A *x = q.x + i, *g = q.g + i;
+    uint32_t keep = q.keep ? q.keep[i / kBlock] : ~0u;
+    alignas(64) A xs[kBlock], gs[kBlock];
+    if (rest < kBlock) {
+      copy_padded(x, xs, rest);
+      copy_padded(g, gs, rest);
+      x = xs;
+      g = gs;
+      keep &= first_bits(rest);
+    }
+    sums_block<A, Activation, kRun, keep_is_saved>(q, parameters, 0, x, g, keep, sums);
+  }
+  *q.sum_dz += sum_block(sums.dz);
+  *q.sum_dz_xmu += sum_block(sums.dz_xmu);
+}
+
+template <class A, class Activation, bool keep_is_saved>
+FN_INLINE void sums_columns(const Backward<A>& q) {
+  const math::Parameters<A> parameters{q.activation[0], q.activation[1]};
+  for (int64_t i = 0; i < q.cols; i += kBlock) {
+    const int64_t n = q.cols - i < kBlock ? q.cols - i : kBlock;
+    Sums<A> sums{};
+    for (int64_t row = 0; row < q.rows; ++row) {
+      const A *x = q.x + row * q.ldx + i, *g = q.g + row * q.ldg + i;
+      uint32_t keep = q.keep ? q.keep[row * q.ldkeep + i / kBlock] : ~0u;
+      alignas(64) A xs[kBlock], gs[kBlock];
+      if (n < kBlock) {
+        copy_padded(x, xs, n);
+        copy_padded(g, gs, n);
+        x = xs;
+        g = gs;
+        keep &= first_bits(n);
+      }
+      sums_block<A, Activation, kColumns, keep_is_saved>(q, parameters, i, x, g, keep, sums);
+    }
+    for (int v = 0; v < kVectors<A>; ++v) {  // the sums are padded to 32, like every per-channel vector
+      add_lanes(q.sum_dz + i + v * Vec<A>::width, sums.dz[v]);
+      add_lanes(q.sum_dz_xmu + i + v * Vec<A>::width, sums.dz_xmu[v]);
+    }
+  }
+}
+
+template <class A, class Activation, Span span>
+void gradient_sums(const Backward<A>& q) {
+  if constexpr (span == kRun) {
+    q.keep_is_saved ? sums_run<A, Activation, true>(q) : sums_run<A, Activation, false>(q);
+  } else {
+    q.keep_is_saved ? sums_columns<A, Activation, true>(q) : sums_columns<A, Activation, false>(q);
+  }
+}
+
+template <class A, class Activation, Span span, bool keep_is_saved>
+FN_INLINE void input_gradient_block(const Backward<A>& q, const math::Parameters<A>& parameters, int64_t column,
+                                    const A* x, const A* g, A* dx, uint32_t keep) {
+  using V = Vec<A>;
+  for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+    const int64_t i = column + v * V::width;
+    const V xv = V::load(x + v * V::width);
+    const V dz = dz_of<A, Activation, span, keep_is_saved>(q, parameters, i, xv, V::load(g + v * V::width), keep, v);
+    math::apply_input_gradient(dz, xv - channel<span>(q.affine.mean, i), channel<span>(q.a, i), channel<span>(q.b, i),
+                               channel<span>(q.c, i))
+        .store(dx + v * V::width);
+  });
+}
+
+template <class A, class Activation, Span span, bool keep_is_saved>
+FN_INLINE void input_gradient_rows(const Backward<A>& q) {
+  const math::Parameters<A> parameters{q.activation[0], q.activation[1]};
+  for (int64_t row = 0; row < q.rows; ++row) {
+    const A *x = q.x + row * q.ldx, *g = q.g + row * q.ldg;
+    A* dx = q.dx + row * q.lddx;
+    const uint32_t* keep = q.keep ? q.keep + row * q.ldkeep : nullptr;
+    for (int64_t i = 0; i < q.cols; i += kBlock) {
+      const int64_t rest = q.cols - i;
+      alignas(64) A xs[kBlock], gs[kBlock], out[kBlock];
+      if (rest < kBlock) {
+        copy_padded(x + i, xs, rest);
+        copy_padded(g + i, gs, rest);
+      }
+      input_gradient_block<A, Activation, span, keep_is_saved>(q, parameters, i, rest < kBlock ? xs : x + i,
+                                                               rest < kBlock ? gs : g + i, rest < kBlock ? out : dx + i,
+                                                               keep ? keep[i / kBlock] : ~0u);
+      if (rest < kBlock) copy_out(out, dx + i, rest);
+    }
+  }
+}
+
+template <class A, class Activation, Span span>
+void input_gradient(const Backward<A>& q) {
+  q.keep_is_saved ? input_gradient_rows<A, Activation, span, true>(q) : input_gradient_rows<A, Activation, span, false>(q);
+}
+
+// ---- statistics: two passes over a tile that sits in the first-level cache, shifted by its first value ------------------
+template <class A>
+void moments_run(const A* x, int64_t n, double* mean, double* m2) {
+  using V = Vec<A>;
+  const V shift(x[0]);
+  const int64_t whole = n / kBlock * kBlock;
+  alignas(64) A rest[kBlock];
+  copy_padded(x + whole, rest, n - whole);
+  V sums[kVectors<A>]{};
+  const auto add = [&](const A* block, uint32_t present) {
+    FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) {
+      sums[v] = sums[v] + select(from_bits<A>(present, v), V::load(block + v * V::width) - shift, V(0.0f));
+    }
+  };
+  for (int64_t i = 0; i < whole; i += kBlock) add(x + i, ~0u);
+  if (whole < n) add(rest, first_bits(n - whole));
+  const A offset = static_cast<A>(sum_block(sums) / n);
+
+  V squares[kVectors<A>]{};
+  const auto add_squares = [&](const A* block, uint32_t present) {
+    FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) {
+      const V d = select(from_bits<A>(present, v), (V::load(block + v * V::width) - shift) - V(offset), V(0.0f));
+      squares[v] = fma(d, d, squares[v]);
+    }
+  };
+  for (int64_t i = 0; i < whole; i += kBlock) add_squares(x + i, ~0u);
+  if (whole < n) add_squares(rest, first_bits(n - whole));
+  *mean = static_cast<double>(x[0]) + offset;
+  *m2 = sum_block(squares);
+}
+
+FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<double> tile_mean, Vec<double> tile_m2) {
+  using V = Vec<double>;
+  const math::Moments<V> merged = math::merge<V>({V(count), V::load(mean), V::load(m2)}, {V(rows), tile_mean, tile_m2},
+                                                 V(rows / (count + rows)));
+  merged.mean.store(mean);
+  merged.m2.store(m2);
+}
+FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<double> shift, Vec<double> offset,
+                           Vec<double> squares) {
+  merge_lanes(mean, m2, count, rows, shift + offset, squares);
+}
+FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<float> shift, Vec<float> offset,
+                           Vec<float> squares) {
+  const DoublePair k = widen(shift), d = widen(offset), s = widen(squares);
+  merge_lanes(mean, m2, count, rows, k.low, d.low, s.low);
+  constexpr int half = Vec<double>::width;
+  merge_lanes(mean + half, m2 + half, count, rows, k.high, d.high, s.high);
+}
+
+template <class A>
+void moments_columns(const A* x, int64_t rows, int64_t cols, int64_t ldx, double count, double* mean, double* m2) {
+  using V = Vec<A>;
+  alignas(64) A rest[kMaxTileRows * kBlock];
+  for (int64_t i = 0; i < cols; i += kBlock) {
+    const A* block = x + i;
+    int64_t ld = ldx;
+    if (cols - i < kBlock) {
+      for (int64_t row = 0; row < rows; ++row) copy_padded(block + row * ldx, rest + row * kBlock, cols - i);
+      block = rest;
+      ld = kBlock;
+    }
+    V sums[kVectors<A>]{}, squares[kVectors<A>]{};
+    for (int64_t row = 1; row < rows; ++row) {
+      FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) {
+        sums[v] = sums[v] + (V::load(block + row * ld + v * V::width) - V::load(block + v * V::width));
+      }
+    }
+    FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) sums[v] = sums[v] * V(1.0 / rows);
+    for (int64_t row = 0; row < rows; ++row) {
+      FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) {
+        const V d = (V::load(block + row * ld + v * V::width) - V::load(block + v * V::width)) - sums[v];
+        squares[v] = fma(d, d, squares[v]);
+      }
+    }
+    for (int v = 0; v < kVectors<A>; ++v) {
+      const int64_t j = i + v * V::width;
+      merge_lanes(mean + j, m2 + j, count, static_cast<double>(rows), V::load(block + v * V::width), sums[v], squares[v]);
+    }
+  }
+}
+
+// ---- noise -----------------------------------------------------------------------------------------------------------
+#if defined(__SSE2__)
+// Lane order of the counters of one vector, such that the words come out of the unpacking below in natural order.
+FN_INLINE Word lane_counters() {
+#if FN_VECTOR_BYTES == 64
+  return Word(Word::Raw{0, 4, 1, 5, 2, 6, 3, 7});
+#elif FN_VECTOR_BYTES == 32
+  return Word(Word::Raw{0, 1, 2, 3});
+#else
+  return Word(Word::Raw{0, 1});
+#endif
+}
+
+// Keep bits of Word::width consecutive counters: 8 draws each, counter after counter.
+FN_INLINE uint64_t keep_of_counters(const Word (&x)[4], uint32_t threshold) {
+  const Word::Raw first = interleave(x[0], x[1]), second = interleave(x[2], x[3]);  // draws 0-3 and 4-7 of each counter
+#if FN_VECTOR_BYTES == 64
+  const __m512i t = _mm512_set1_epi16(static_cast<int16_t>(threshold));
+  const uint64_t low = _mm512_cmplt_epu16_mask(_mm512_unpacklo_epi64((__m512i)first, (__m512i)second), t);
+  const uint64_t high = _mm512_cmplt_epu16_mask(_mm512_unpackhi_epi64((__m512i)first, (__m512i)second), t);
+  return low | high << 32;
+#elif FN_VECTOR_BYTES == 32
+  const __m256i t = _mm256_set1_epi16(static_cast<int16_t>(threshold - 1)), zero = _mm256_setzero_si256();
+  const __m256i low = _mm256_unpacklo_epi64((__m256i)first, (__m256i)second);
+  const __m256i high = _mm256_unpackhi_epi64((__m256i)first, (__m256i)second);
+  // draw < threshold as a saturating draw - (threshold - 1) == 0: there is no unsigned compare
+  return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_packs_epi16(
+      _mm256_cmpeq_epi16(_mm256_subs_epu16(low, t), zero), _mm256_cmpeq_epi16(_mm256_subs_epu16(high, t), zero))));
+#else
+  const __m128i t = _mm_set1_epi16(static_cast<int16_t>(threshold - 1)), zero = _mm_setzero_si128();
+  const __m128i low = _mm_unpacklo_epi64((__m128i)first, (__m128i)second);
+  const __m128i high = _mm_unpackhi_epi64((__m128i)first, (__m128i)second);
+  return static_cast<uint32_t>(_mm_movemask_epi8(
+      _mm_packs_epi16(_mm_cmpeq_epi16(_mm_subs_epu16(low, t), zero), _mm_cmpeq_epi16(_mm_subs_epu16(high, t), zero))));
+#endif
+}
+
+// 128 draws at a time at every width: 16 counters, several vectors in flight to hide the multiplier's latency.
+FN_INLINE void keep_128(Seed seed, uint32_t c, uint64_t group, uint32_t threshold, uint32_t* out) {
+  constexpr int n = 16 / Word::width, flight = n < 4 ? n : 4;
+  for (int first = 0; first < n; first += flight) {
+    Word x[flight][4];
+    FN_UNROLL for (int i = 0; i < flight; ++i) {
+      // Adding the lanes to the full 64-bit group and splitting afterwards carries into the high word.
+      const Word::Raw g = lane_counters().raw + (group + (first + i) * Word::width);
+      x[i][0] = Word(g);
+      x[i][1] = Word(c);
+      x[i][2] = Word(g >> 32);
+      x[i][3] = Word(0u);
+    }
+    FN_UNROLL for (int i = 0; i < flight; ++i) math::philox4x32<math::kPhiloxRounds>(x[i], seed);
+    FN_UNROLL for (int i = 0; i < flight; ++i) {
+      const uint64_t bits = keep_of_counters(x[i], threshold);
+      memcpy(reinterpret_cast<char*>(out) + (first + i) * Word::width, &bits, Word::width);
+    }
+  }
+}
+
+void keep_run(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, uint32_t threshold, uint32_t* out,
+              int64_t words) {
+  int64_t i = 0;
+  for (; i + 4 <= words; i += 4) keep_128({key_low, key_high}, c, group + 4 * i, threshold, out + i);
+  if (i < words) {
+    uint32_t rest[4];
+    keep_128({key_low, key_high}, c, group + 4 * i, threshold, rest);
+    for (int64_t j = 0; i + j < words; ++j) out[i + j] = rest[j];
+  }
+}
+
+// 32-bit lanes of `w` (two draws each), one per channel: bits of the even and of the odd row.
+FN_INLINE void keep_of_word(Word::Raw w, uint32_t threshold, uint32_t& even, uint32_t& odd) {
+#if FN_VECTOR_BYTES == 64
+  const __m512i t = _mm512_set1_epi32(static_cast<int>(threshold << 16));
+  even = _mm512_cmplt_epu32_mask(_mm512_slli_epi32((__m512i)w, 16), t);
+  odd = _mm512_cmplt_epu32_mask((__m512i)w, t);
+#elif FN_VECTOR_BYTES == 32
+  const __m256i t = _mm256_set1_epi32(static_cast<int>(threshold)), low = _mm256_set1_epi32(0xffff);
+  even = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(t, _mm256_and_si256((__m256i)w, low))));
+  odd = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(t, _mm256_srli_epi32((__m256i)w, 16))));
+#else
+  const __m128i t = _mm_set1_epi32(static_cast<int>(threshold)), low = _mm_set1_epi32(0xffff);
+  even = _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpgt_epi32(t, _mm_and_si128((__m128i)w, low))));
+  odd = _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpgt_epi32(t, _mm_srli_epi32((__m128i)w, 16))));
+#endif
+}
+
+FN_INLINE Word even_lanes() {
+  Word::Raw r{};
+  for (int i = 0; i < Word::width; ++i) r[i] = 2 * i;
+  return Word(r);
+}
+
+void keep_columns(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, uint32_t threshold, uint32_t* out,
+                  int64_t words, int64_t ld) {
+  const math::Counter base = math::counter(group, 0);
+  constexpr int channels = 2 * Word::width, pairs = 2;  // two pairs of vectors in flight
+  for (int64_t word = 0; word < words; ++word) {
+    uint32_t rows[math::kRowsPerCall] = {};
+    for (int first = 0; first < kBlock; first += channels * pairs) {
+      constexpr int n = 2 * pairs;
+      Word x[n][4];
+      FN_UNROLL for (int i = 0; i < n; ++i) {
+        x[i][0] = Word(base.word[0]);
+        x[i][1] = Word(even_lanes().raw + (c + kBlock * word + first + (i / 2) * channels + i % 2));
+        x[i][2] = Word(base.word[2]);
+        x[i][3] = Word(0u);
+      }
+      FN_UNROLL for (int i = 0; i < n; ++i) math::philox4x32<math::kPhiloxRounds>(x[i], Seed{key_low, key_high});
+      FN_UNROLL for (int pair = 0; pair < pairs; ++pair) {
+        FN_UNROLL for (int k = 0; k < 4; ++k) {
+          uint32_t even, odd;
+          keep_of_word(interleave(x[2 * pair][k], x[2 * pair + 1][k]), threshold, even, odd);
+          rows[2 * k] |= even << (first + pair * channels);
+          rows[2 * k + 1] |= odd << (first + pair * channels);
+        }
+      }
+    }
+    for (int i = 0; i < math::kRowsPerCall; ++i) out[i * ld + word] = rows[i];
+  }
+}
+#else  // no fast wide multiply: one counter at a time
+using Word = uint32_t;
+FN_INLINE Word lane_counters() { return 0; }
+
+FN_INLINE uint32_t keep_group(Seed seed, uint32_t c, uint64_t group, uint32_t threshold) {
+  math::Counter x = math::counter(group, c);
+  math::philox4x32<math::kPhiloxRounds>(x.word, seed);
+  uint32_t bits = 0;
+  for (int i = 0; i < math::kRowsPerCall; ++i) {
+    bits |= static_cast<uint32_t>(((x.word[i / 2] >> (16 * (i % 2))) & 0xffffu) < threshold) << i;
+  }
+  return bits;
+}
+
+void keep_run(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, uint32_t threshold, uint32_t* out,
+              int64_t words) {
+  for (int64_t i = 0; i < words; ++i) {
+    out[i] = 0;
+    for (int j = 0; j < 4; ++j) out[i] |= keep_group({key_low, key_high}, c, group + 4 * i + j, threshold) << (8 * j);
+  }
+}
+
+void keep_columns(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, uint32_t threshold, uint32_t* out,
+                  int64_t words, int64_t ld) {
+  for (int64_t word = 0; word < words; ++word) {
+    for (int i = 0; i < math::kRowsPerCall; ++i) out[i * ld + word] = 0;
+    for (int j = 0; j < kBlock; ++j) {
+      const uint32_t bits = keep_group({key_low, key_high}, c + kBlock * word + j, group, threshold);
+      for (int i = 0; i < math::kRowsPerCall; ++i) out[i * ld + word] |= (bits >> i & 1u) << j;
+    }
+  }
+}
+#endif
+
+template <int Rounds>
+int philox_lanes_of(const uint32_t* counter, const uint32_t* key, uint32_t* out) {
+  constexpr int lanes = sizeof(Word) / sizeof(uint64_t) ? sizeof(Word) / sizeof(uint64_t) : 1;
+  uint64_t first[lanes];
+  for (int i = 0; i < lanes; ++i) first[i] = counter[0] + static_cast<uint32_t>(i);
+  Word x[4] = {Word(), Word(counter[1]), Word(counter[2]), Word(counter[3])};
+  memcpy(&x[0], first, sizeof(Word));
+  math::philox4x32<Rounds>(x, Seed{key[0], key[1]});
+  for (int k = 0; k < 4; ++k) {
+    uint64_t words[lanes];
+    memcpy(words, &x[k], sizeof(Word));
+    for (int i = 0; i < lanes; ++i) out[4 * i + k] = static_cast<uint32_t>(words[i]);
+  }
+  return lanes;
+}
+int philox_lanes(int rounds, const uint32_t* counter, const uint32_t* key, uint32_t* out) {
+  return rounds == 10 ? philox_lanes_of<10>(counter, key, out) : philox_lanes_of<7>(counter, key, out);
+}
+
+// ---- 16-bit floats ----------------------------------------------------------------------------------------------------
+template <class T>
+void widen_floats(const T* x, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) widen_block(x + i, y + i);
+  for (; i < n; ++i) y[i] = widen_one(x[i]);
+}
+FN_INLINE void narrow_one(float f, BFloat16* h) { *h = narrow_bfloat16(f); }
+FN_INLINE void narrow_one(float f, Float16* h) { *h = narrow_float16(f); }
+template <class T>
+void narrow_floats(const float* x, T* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) narrow_block(x + i, y + i);
+  for (; i < n; ++i) narrow_one(x[i], y + i);
+}
+
+// ---- the table --------------------------------------------------------------------------------------------------------
+template <class A, Span span, class List>
+struct Table;
+template <class A, Span span, class... Activations>
+struct Table<A, span, math::List<Activations...>> {
+  static constexpr void (*forward[])(const Apply<A>&) = {&apply<A, Activations, span>...};
+  static constexpr void (*sums[])(const Backward<A>&) = {&gradient_sums<A, Activations, span>...};
+  static constexpr void (*backward[])(const Backward<A>&) = {&input_gradient<A, Activations, span>...};
+};
+template <class A>
+constexpr KernelsFor<A> kernels_for() {
+  using Run = Table<A, kRun, math::Activations>;
+  using Columns = Table<A, kColumns, math::Activations>;
+  return {{Run::forward, Columns::forward},
+          {Run::sums, Columns::sums},
+          {Run::backward, Columns::backward},
+          &moments_run<A>,
+          &moments_columns<A>};
+}
+
+}  // namespace
+}  // namespace fusednorm::cpu::FN_LEVEL
+
+namespace fusednorm::cpu {
+extern constexpr Kernels FN_LEVEL_TABLE = {
+    FN_LEVEL_NAME,
+    FN_LEVEL::kernels_for<float>(),
+    FN_LEVEL::kernels_for<double>(),
+    &FN_LEVEL::keep_run,
+    &FN_LEVEL::keep_columns,
+    &FN_LEVEL::widen_floats<BFloat16>,
+    &FN_LEVEL::narrow_floats<BFloat16>,
+    &FN_LEVEL::widen_floats<Float16>,
+    &FN_LEVEL::narrow_floats<Float16>,
+    &FN_LEVEL::philox_lanes,
+};
+}  // namespace fusednorm::cpu

@@ -1,0 +1,73 @@
+// The vocabulary in which the formulas of math/ are written: a handful of functions that a scalar and a vector of
+// lanes spell differently. Here are the scalar spellings (float, double), for CUDA threads and for the plain path;
+// cpu/simd.h adds the same names for vectors. A formula is a template over V and never knows which it got.
+//
+// Everything in math/ has internal linkage (anonymous namespaces, forced inlining): the CPU backend compiles these
+// headers several times with different instruction sets, and a shared weak symbol would let the linker keep the
+// AVX-512 copy for every processor.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__CUDACC__)
+#define FN_INLINE __host__ __device__ __forceinline__
+#else
+#define FN_INLINE inline __attribute__((always_inline))
+#define FN_LAMBDA_INLINE __attribute__((always_inline))
+#endif
+
+namespace fusednorm::math {
+namespace {
+
+// What a lane type is made of. `element` is the scalar in each lane, `mask` the result of a comparison.
+template <class V>
+struct Lanes {
+  using element = V;
+  using mask = bool;
+};
+
+template <class V>
+using element_t = typename Lanes<V>::element;
+template <class V>
+using mask_t = typename Lanes<V>::mask;
+
+template <class V>
+constexpr bool is_double = sizeof(element_t<V>) == sizeof(double);
+
+FN_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+FN_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
+
+FN_INLINE float select(bool m, float a, float b) { return m ? a : b; }
+FN_INLINE double select(bool m, double a, double b) { return m ? a : b; }
+FN_INLINE bool both(bool a, bool b) { return a && b; }
+FN_INLINE bool negate(bool m) { return !m; }
+FN_INLINE bool less(float a, float b) { return a < b; }
+FN_INLINE bool less(double a, double b) { return a < b; }
+FN_INLINE bool less_equal(float a, float b) { return a <= b; }
+FN_INLINE bool less_equal(double a, double b) { return a <= b; }
+
+FN_INLINE float abs(float a) { return ::fabsf(a); }
+FN_INLINE double abs(double a) { return ::fabs(a); }
+FN_INLINE float copy_sign(float magnitude, float sign) { return ::copysignf(magnitude, sign); }
+FN_INLINE double copy_sign(double magnitude, double sign) { return ::copysign(magnitude, sign); }
+
+// t = 1.5 * 2^23 + k for an integer k in [-126, 127]: returns 2^k from the low bits of t.
+FN_INLINE float power_of_two(float t) {
+  uint32_t bits;
+  memcpy(&bits, &t, 4);
+  bits = (bits << 23) + 0x3f800000u;
+  float result;
+  memcpy(&result, &bits, 4);
+  return result;
+}
+
+// Applies a scalar function to every lane: how double reaches libm, whose accuracy it needs and whose speed it can afford.
+template <class F>
+FN_INLINE double map(double a, F f) {
+  return f(a);
+}
+
+}  // namespace
+}  // namespace fusednorm::math

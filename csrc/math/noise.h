@@ -1,0 +1,70 @@
+// The noise: a pure function of a 64-bit seed and the logical position (channel c, row r = n*S + s), so that every
+// device, layout, vector width and thread count draws the same bits.
+//
+// Philox4x32-R (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC'11) keyed by the seed; one call gives the
+// 16-bit draws of 8 consecutive rows of one channel. Seven rounds are the fewest that pass BigCrush; the published
+// known answers are for ten, hence the template parameter.
+#pragma once
+
+#include "lane.h"
+
+namespace fusednorm::math {
+namespace {
+
+constexpr int kPhiloxRounds = 7;
+constexpr int kRowsPerCall = 8;  // 4 words of 32 bits = 8 draws of 16
+
+struct Seed {
+  uint32_t low, high;
+};
+FN_INLINE Seed split_seed(int64_t seed) {
+  return {static_cast<uint32_t>(static_cast<uint64_t>(seed)), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)};
+}
+
+// 32 x 32 -> 64 bits. A lane type of its own (cpu/simd.h) may leave garbage above the low 32 bits of each lane.
+FN_INLINE void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  high = static_cast<uint32_t>(product >> 32);
+  low = static_cast<uint32_t>(product);
+}
+
+template <int Rounds, class Word>
+FN_INLINE void philox4x32(Word (&x)[4], Seed key) {
+  for (int round = 0; round < Rounds; ++round) {
+    Word high0, low0, high1, low1;
+    multiply_wide(x[0], 0xD2511F53u, high0, low0);
+    multiply_wide(x[2], 0xCD9E8D57u, high1, low1);
+    x[0] = high1 ^ x[1] ^ Word(key.low);
+    x[1] = low1;
+    x[2] = high0 ^ x[3] ^ Word(key.high);
+    x[3] = low0;
+    key.low += 0x9E3779B9u;
+    key.high += 0xBB67AE85u;
+  }
+}
+
+// The counter of the call that serves rows [8*group, 8*group + 8) of channel c; stage 0 is the layer's drop.
+struct Counter {
+  uint32_t word[4];
+};
+FN_INLINE Counter counter(uint64_t group, uint32_t c, uint32_t stage = 0) {
+  return {{static_cast<uint32_t>(group), c, static_cast<uint32_t>(group >> 32), stage}};
+}
+
+// The draw of row r: lane r mod 8, low half of each word first.
+FN_INLINE uint32_t draw16(Seed seed, uint64_t r, uint32_t c) {
+  Counter x = counter(r / kRowsPerCall, c);
+  philox4x32<kPhiloxRounds>(x.word, seed);
+  const uint32_t lane = r % kRowsPerCall;
+  return (x.word[lane / 2] >> (16 * (lane % 2))) & 0xffffu;
+}
+
+// Bernoulli: keep iff draw16 < threshold. The multiplier uses the realised threshold, which makes its mean exactly 1.
+FN_INLINE uint32_t keep_threshold(double p) {
+  const double t = ::floor((1.0 - p) * 65536.0 + 0.5);
+  return t < 1.0 ? 1u : t > 65535.0 ? 65535u : static_cast<uint32_t>(t);
+}
+FN_INLINE double keep_scale(uint32_t threshold) { return 65536.0 / threshold; }
+
+}  // namespace
+}  // namespace fusednorm::math

@@ -1,0 +1,370 @@
+// The operators: schemas, every check of an argument, and the canonical view of a tensor, once for all backends.
+// A backend registers its kernels itself (cpu/cpu.cpp), begins with check_*() and assumes from then on.
+#include "ops.h"
+
+#include <ATen/core/Generator.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "math/activations.h"
+#include "math/noise.h"
+
+namespace fusednorm {
+namespace {
+
+constexpr std::string_view kOrder = "norm-act-drop";
+
+// ---- the chain -----------------------------------------------------------------------------------------------------
+struct ActivationInfo {
+  std::string_view name;
+  size_t parameters;
+  bool one_bit;
+};
+template <class... Activations>
+std::vector<ActivationInfo> list_activations(math::List<Activations...>) {
+  return {{Activations::name, static_cast<size_t>(Activations::parameters), Activations::one_bit}...};
+}
+const std::vector<ActivationInfo>& activations() {
+  static const std::vector<ActivationInfo> list = list_activations(math::Activations{});
+  return list;
+}
+
+void set_noise(Chain& chain, std::string_view kind, double p, std::string_view granularity) {
+  TORCH_CHECK_VALUE(kind == "bernoulli", "noise: expected 'bernoulli', but got '", kind, "'");
+  TORCH_CHECK_VALUE(granularity == "element" || granularity == "channel",
+                    "granularity: expected 'element' or 'channel', but got '", granularity, "'");
+  TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ", p);
+  chain.threshold = math::keep_threshold(p);
+  if (p == 0) {
+    chain.noise = Noise::none;
+    chain.multiplier = 1;
+  } else if (p == 1) {
+    chain.noise = Noise::all_dropped;
+    chain.multiplier = 0;
+  } else {
+    chain.noise = granularity == "element" ? Noise::element : Noise::channel;
+    chain.multiplier = math::keep_scale(chain.threshold);
+  }
+}
+
+Chain make_chain(const Settings& s, const OptionalTensor& residual) {
+  Chain chain{};
+  TORCH_CHECK_VALUE(s.order == kOrder, "order: expected '", kOrder, "', but got '", s.order, "'");
+  TORCH_CHECK_VALUE(!residual.has_value(), "residual: expected None for order '", kOrder, "'");
+  TORCH_CHECK_VALUE(s.groups == 1, "groups: expected 1, but got ", s.groups);
+  chain.activation = -1;
+  std::string names;
+  for (size_t i = 0; i < activations().size(); ++i) {
+    if (activations()[i].name == s.act) chain.activation = static_cast<int>(i);
+    names += (i ? ", " : "") + std::string(activations()[i].name);
+  }
+  TORCH_CHECK_VALUE(chain.activation >= 0, "act: expected one of ", names, ", but got '", s.act, "'");
+  const ActivationInfo& info = activations()[chain.activation];
+  TORCH_CHECK_VALUE(s.act_params.size() == info.parameters, "act_params: expected ", info.parameters, " for '",
+                    info.name, "', but got ", s.act_params.size());
+  for (size_t i = 0; i < s.act_params.size(); ++i) chain.parameters[i] = s.act_params[i];
+  chain.one_bit = info.one_bit;
+  set_noise(chain, s.noise, s.p, s.granularity);
+  return chain;
+}
+
+bool is_live(Noise noise) { return noise == Noise::element || noise == Noise::channel; }
+
+// ---- layouts -------------------------------------------------------------------------------------------------------
+// Strides are those of (N, spatial..., C), C innermost; dimensions of size 1 have no say.
+bool is_channels_last(const Tensor& x) {
+  int64_t expected = 1;
+  const auto matches = [&](int64_t d) {
+    const bool ok = x.size(d) == 1 || x.stride(d) == expected;
+    expected *= x.size(d);
+    return ok;
+  };
+  bool ok = matches(1);
+  for (int64_t d = x.dim() - 1; d >= 2; --d) ok = matches(d) && ok;
+  return matches(0) && ok;
+}
+
+bool has_layout(const Tensor& x, bool channels_last) { return channels_last ? is_channels_last(x) : x.is_contiguous(); }
+
+Tensor to_layout(const Tensor& x, bool channels_last) {
+  if (has_layout(x, channels_last)) return x;
+  return channels_last ? x.movedim(1, -1).contiguous().movedim(-1, 1) : x.contiguous();
+}
+
+Shape shape_of(const Tensor& x, bool channels_last) {
+  int64_t spatial = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) spatial *= x.size(d);
+  return {x.size(0), x.size(1), spatial, channels_last};
+}
+
+// Where both layouts are the same memory (S = 1), rows of channels are the better view; a single channel is one run.
+bool prefers_channels_last(const Tensor& x) {
+  if (x.size(1) == 1) return false;
+  int64_t spatial = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) spatial *= x.size(d);
+  return spatial == 1 || (!x.is_contiguous() && is_channels_last(x));
+}
+
+// x made dense where it is not, in the memory order that empty_like gives it.
+Tensor dense(const Tensor& x) {
+  if (x.is_contiguous() || is_channels_last(x)) return x;
+  Tensor copy = at::empty_like(x).copy_(x);
+  return to_layout(copy, is_channels_last(copy));
+}
+
+// The output's strides are those of empty_like(input), which the fake kernels call too (functional.py).
+Tensor restore_strides(const Tensor& y, const Tensor& input) {
+  Tensor result = at::empty_like(input);
+  return result.strides() == y.strides() ? y : result.copy_(y);
+}
+
+// ---- tensors -------------------------------------------------------------------------------------------------------
+at::ScalarType opmath(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+bool is_supported(at::ScalarType t) {
+  return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
+}
+
+void check_input(const char* name, const Tensor& x) {
+  TORCH_CHECK(x.layout() == at::kStrided, name, ": expected a dense (strided) tensor, but got ", x.layout());
+  TORCH_CHECK(is_supported(x.scalar_type()), name, ": expected float32, float64, bfloat16 or float16, but got ",
+              x.scalar_type());
+  TORCH_CHECK(x.dim() >= 2 && x.dim() <= 5, name, ": expected 2 to 5 dimensions (N, C, ...), but got ", x.dim());
+  TORCH_CHECK(x.size(1) > 0, name, ": expected at least one channel, but got shape ", x.sizes());
+}
+
+// A per-channel vector of any floating dtype, in opmath type; undefined if absent.
+Tensor channel_vector(const char* name, const OptionalTensor& v, const Tensor& x) {
+  if (!v.has_value() || !v->defined()) return Tensor();
+  TORCH_CHECK(v->device() == x.device(), name, ": expected a tensor on ", x.device(), ", but got one on ", v->device());
+  TORCH_CHECK(is_supported(v->scalar_type()), name, ": expected float32, float64, bfloat16 or float16, but got ",
+              v->scalar_type());
+  TORCH_CHECK(v->numel() == x.size(1), name, " should contain ", x.size(1), " elements not ", v->numel());
+  return v->to(opmath(x)).reshape({x.size(1)}).contiguous();
+}
+
+Tensor check_seed(const OptionalTensor& seed, const Tensor& x, Noise noise) {
+  if (!is_live(noise)) return Tensor();
+  TORCH_CHECK_VALUE(seed.has_value() && seed->defined(), "seed: expected an int64 scalar tensor, but got None");
+  TORCH_CHECK_VALUE(seed->scalar_type() == at::kLong && seed->numel() == 1,
+                    "seed: expected an int64 scalar tensor, but got shape ", seed->sizes(), " of ", seed->scalar_type());
+  TORCH_CHECK_VALUE(seed->device() == x.device(), "seed: expected a tensor on ", x.device(), ", but got one on ",
+                    seed->device());
+  return *seed;
+}
+
+int64_t words(int64_t bits) { return (bits + 31) / 32; }
+
+std::vector<int64_t> mask_size(const Shape& s) {
+  return s.channels_last ? std::vector<int64_t>{s.N, s.S, words(s.C)} : std::vector<int64_t>{s.C, words(s.rows())};
+}
+
+// At most a bit per element beside the input: rows too short for that are redrawn instead. (The fake kernel in
+// functional.py repeats this rule; opcheck compares them.)
+bool worth_saving(const Shape& s) {
+  const int64_t padded = 32 * (s.channels_last ? s.rows() * words(s.C) : s.C * words(s.rows()));
+  return padded - padded / 17 <= s.rows() * s.C;
+}
+
+}  // namespace
+
+Forward check_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                      const OptionalTensor& residual, const OptionalTensor& seed, const Settings& settings,
+                      bool save_mask) {
+  check_input("input", input);
+  Forward q{};
+  q.chain = make_chain(settings, residual);
+  q.training = settings.training;
+  q.eps = settings.eps;
+  q.weight = channel_vector("weight", weight, input);
+  q.bias = channel_vector("bias", bias, input);
+  q.running_mean = channel_vector("running_mean", running_mean, input);
+  q.running_var = channel_vector("running_var", running_var, input);
+  TORCH_CHECK(q.training || (q.running_mean.defined() && q.running_var.defined()),
+              "running_mean and running_var: expected tensors when training=False, but got None");
+  q.seed = check_seed(seed, input, q.chain.noise);
+
+  q.x = dense(input);
+  q.y = at::empty_like(q.x);
+  q.shape = shape_of(q.x, prefers_channels_last(q.x));
+  const auto vector = q.x.options().dtype(opmath(q.x));
+  q.mean = at::empty({q.shape.C}, vector);
+  q.invstd = at::empty({q.shape.C}, vector);
+  q.var = at::empty({q.shape.C}, vector);
+  const bool saves = save_mask && q.chain.noise == Noise::element && worth_saving(q.shape);
+  q.mask = at::empty(saves ? mask_size(q.shape) : std::vector<int64_t>{0}, q.x.options().dtype(at::kInt));
+  return q;
+}
+
+Backward check_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                        const OptionalTensor& bias, const OptionalTensor& residual, const Tensor& save_mean,
+                        const Tensor& save_invstd, const Tensor& mask, const OptionalTensor& seed,
+                        const Settings& settings, std::array<bool, 4> output_mask) {
+  check_input("input", input);
+  TORCH_CHECK(grad_output.sizes() == input.sizes(), "grad_output: expected shape ", input.sizes(), ", but got ",
+              grad_output.sizes());
+  TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output: expected ", input.scalar_type(),
+              ", but got ", grad_output.scalar_type());
+  TORCH_CHECK(grad_output.device() == input.device(), "grad_output: expected a tensor on ", input.device(),
+              ", but got one on ", grad_output.device());
+  Backward q{};
+  q.chain = make_chain(settings, residual);
+  q.training = settings.training;
+  q.weight = channel_vector("weight", weight, input);
+  q.bias = channel_vector("bias", bias, input);
+  q.mean = channel_vector("save_mean", save_mean, input);
+  q.invstd = channel_vector("save_invstd", save_invstd, input);
+  q.seed = check_seed(seed, input, q.chain.noise);
+
+  // A saved mask carries its own layout; x may come back in another one (save_on_cpu makes it contiguous).
+  const bool masked = mask.numel() > 0;
+  q.x = masked ? to_layout(input, mask.dim() == 3) : dense(input);
+  q.shape = shape_of(q.x, masked ? mask.dim() == 3 : prefers_channels_last(q.x));
+  if (masked) {
+    TORCH_CHECK(q.chain.noise == Noise::element && mask.scalar_type() == at::kInt && mask.device() == input.device() &&
+                    mask.sizes() == at::IntArrayRef(mask_size(q.shape)),
+                "mask: expected what forward returned for this input, but got shape ", mask.sizes(), " of ",
+                mask.scalar_type(), " on ", mask.device());
+    q.mask = mask.contiguous();
+  }
+  q.grad_output = to_layout(grad_output, q.shape.channels_last);
+  q.need_grad_input = output_mask[0];
+  if (q.need_grad_input) q.grad_input = at::empty_like(q.x);
+  const auto vector = q.x.options().dtype(opmath(q.x));
+  if (q.training || output_mask[1] || output_mask[2]) {
+    q.grad_weight = at::zeros({q.shape.C}, vector);
+    q.grad_bias = at::zeros({q.shape.C}, vector);
+  }
+  return q;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_result(const Backward& q, const Tensor& input,
+                                                           const OptionalTensor& weight, const OptionalTensor& bias,
+                                                           std::array<bool, 4> output_mask) {
+  const auto none = [&] { return at::empty({0}, q.x.options()); };
+  const auto vector = [&](const Tensor& grad, const OptionalTensor& parameter, bool wanted) {
+    return wanted && parameter.has_value() && parameter->defined()
+               ? grad.to(parameter->scalar_type()).view_as(*parameter)
+               : none();
+  };
+  return {output_mask[0] ? restore_strides(q.grad_input, input) : none(), vector(q.grad_weight, weight, output_mask[1]),
+          vector(q.grad_bias, bias, output_mask[2]), none()};
+}
+
+Tensor forward_result(const Forward& q, const Tensor& input) { return restore_strides(q.y, input); }
+
+NoiseRequest check_noise(const Tensor& seed, at::IntArrayRef size, double p, std::string_view kind,
+                         std::string_view granularity, at::ScalarType dtype) {
+  NoiseRequest q{};
+  set_noise(q.chain, kind, p, granularity);
+  TORCH_CHECK_VALUE(size.size() >= 2, "size: expected (N, C, ...), but got ", size);
+  for (int64_t n : size) TORCH_CHECK_VALUE(n >= 0, "size: expected no negative entry, but got ", size);
+  TORCH_CHECK_VALUE(is_supported(dtype), "dtype: expected float32, float64, bfloat16 or float16, but got ", dtype);
+  TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && seed.numel() == 1,
+                    "seed: expected an int64 scalar tensor, but got shape ", seed.sizes(), " of ", seed.scalar_type());
+  std::vector<int64_t> own(size.begin(), size.end());
+  if (granularity == "channel") std::fill(own.begin() + 2, own.end(), 1);
+  q.m = at::empty(own, seed.options().dtype(dtype));
+  int64_t spatial = 1;
+  for (size_t d = 2; d < own.size(); ++d) spatial *= own[d];
+  q.shape = {own[0], own[1], spatial, false};
+  if (q.chain.noise == Noise::channel) q.chain.noise = Noise::element;  // of a tensor whose S is 1: the same draws
+  return q;
+}
+
+void check_update_stats(const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& num_batches_tracked,
+                        const Tensor& mean, const Tensor& var, std::optional<double> momentum) {
+  const auto check = [&](const char* name, const Tensor& t) {
+    TORCH_CHECK(is_supported(t.scalar_type()), name, ": expected float32, float64, bfloat16 or float16, but got ",
+                t.scalar_type());
+    TORCH_CHECK(t.numel() == mean.numel(), name, " should contain ", mean.numel(), " elements not ", t.numel());
+    TORCH_CHECK(t.device() == mean.device(), name, ": expected a tensor on ", mean.device(), ", but got one on ",
+                t.device());
+  };
+  check("running_mean", running_mean);
+  check("running_var", running_var);
+  check("mean", mean);
+  check("var", var);
+  if (num_batches_tracked.has_value()) {
+    TORCH_CHECK(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1 &&
+                    num_batches_tracked->device() == mean.device(),
+                "num_batches_tracked: expected an int64 scalar tensor on ", mean.device(), ", but got shape ",
+                num_batches_tracked->sizes(), " of ", num_batches_tracked->scalar_type(), " on ",
+                num_batches_tracked->device());
+  } else {
+    TORCH_CHECK(momentum.has_value(), "momentum: expected a float when num_batches_tracked is None, but got None");
+  }
+}
+
+// ---- registration ----------------------------------------------------------------------------------------------------
+namespace {
+
+// Autograd lives in functional.py, around these operators. A call that reaches one directly with something to
+// differentiate is refused: going on would return a result without a history, that is, a silent zero gradient.
+void refuse(const Tensor& t) {
+  if (!t.defined()) return;
+  TORCH_CHECK(!(t.requires_grad() && at::GradMode::is_enabled()),
+              "torch.ops.fusednorm operators have no derivative of their own: call "
+              "fusednorm.functional.batch_norm_act_drop or a fusednorm module, or use torch.no_grad()");
+  TORCH_CHECK(!t._fw_grad(0).defined(),
+              "torch.ops.fusednorm operators have no forward-mode derivative of their own: call "
+              "fusednorm.functional.batch_norm_act_drop or a fusednorm module");
+}
+void refuse(const OptionalTensor& t) {
+  if (t.has_value()) refuse(*t);
+}
+template <class Other>
+void refuse(const Other&) {}
+
+template <class Name, class Signature>
+struct NoDerivative;
+template <class Name, class Result, class... Args>
+struct NoDerivative<Name, Result(Args...)> {
+  static Result call(c10::DispatchKeySet keys, Args... args) {
+    (refuse(args), ...);
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(Name::value, "").template typed<Result(Args...)>();
+    at::AutoDispatchBelowADInplaceOrView below;
+    return op.redispatch(keys & c10::after_autograd_keyset, std::forward<Args>(args)...);
+  }
+};
+struct ForwardName {
+  static constexpr const char* value = "fusednorm::forward";
+};
+struct BackwardName {
+  static constexpr const char* value = "fusednorm::backward";
+};
+
+}  // namespace
+
+TORCH_LIBRARY(fusednorm, m) {
+  m.def("draw_seed(Tensor like) -> Tensor", {at::Tag::nondeterministic_seeded});
+  m.def(
+      "forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? residual, "
+      "Tensor? seed, bool training, float eps, str order, str act, float[] act_params, str noise, float p, "
+      "str granularity, int groups, bool save_mask) "
+      "-> (Tensor output, Tensor save_mean, Tensor save_invstd, Tensor save_var, Tensor mask)");
+  m.def(
+      "backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor save_mean, "
+      "Tensor save_invstd, Tensor mask, Tensor? seed, bool training, float eps, str order, str act, float[] act_params, "
+      "str noise, float p, str granularity, int groups, bool[4] output_mask) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+  m.def(
+      "update_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor mean, "
+      "Tensor var, SymInt count, float? momentum) -> ()");
+  m.def("noise(Tensor seed, SymInt[] size, float p, str kind, str granularity, ScalarType dtype) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(fusednorm, Autograd, m) {
+  m.impl("forward", &NoDerivative<ForwardName, ForwardSignature>::call);
+  m.impl("backward", &NoDerivative<BackwardName, BackwardSignature>::call);
+}
+
+}  // namespace fusednorm

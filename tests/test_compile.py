@@ -1,0 +1,210 @@
+"""torch.compile, torch.export and autocast give what eager gives, masks included."""
+
+import copy
+
+import pytest
+import torch
+from common import lay_out
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fusednorm
+from fusednorm import functional
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Net(nn.Module):
+    """Returns the fused layer's output beside the loss, so that its zeros can be compared."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.layer = fusednorm.FusedBatchNorm2d(8, **{"act": "relu", "drop": 0.3} | options)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        y = self.layer(self.conv(x))
+        return y, self.head(y.mean((2, 3))).square().sum()
+
+
+def train_step(net, run, x, seed=5):
+    torch.manual_seed(seed)
+    y, loss = run(x)
+    loss.backward()
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    return {"y": y.detach(), "loss": loss.detach()} | grads | dict(net.named_buffers())
+
+
+def both(net, x, backend, steps=1):
+    """The same training steps in eager and compiled, from equal states."""
+    twin = copy.deepcopy(net)
+    compiled = torch.compile(twin, fullgraph=True, backend=backend)
+    for step in range(steps):
+        eager = train_step(net, net, x, step)
+        other = train_step(twin, compiled, x, step)
+    return eager, other
+
+
+def same(eager, compiled):
+    assert torch.equal(eager["y"] == 0, compiled["y"] == 0)
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5)
+        assert compiled[name].stride() == value.stride(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_training_step_with_inductor(layout):
+    x = lay_out(torch.randn(4, 3, 10, 10), layout)
+    net = Net()
+    if layout == "last":
+        net = net.to(memory_format=torch.channels_last)
+    eager, compiled = both(net, x, "inductor", steps=2)
+    same(eager, compiled)
+    assert int(compiled["layer.num_batches_tracked"]) == 2
+    assert (compiled["y"] == 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": None},
+        {"drop": 0.0},
+        {"drop": 1.0},
+        {"drop": None, "act": None},
+        {"act": "gelu", "drop": nn.Dropout2d(0.4)},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"act": ("leaky_relu", 0.2)},
+    ],
+    ids=str,
+)
+def test_training_step(options):
+    same(*both(Net(**options), torch.randn(4, 3, 6, 6), "aot_eager", steps=3))
+
+
+def test_evaluation():
+    net = Net().eval()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3, 6, 6)
+    before = [buffer.clone() for buffer in net.buffers()]
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), net(x))
+    assert all(torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True))
+
+
+def test_frozen_statistics_with_live_noise():
+    net = Net().eval()
+    net.layer.drop.train()
+    same(*both(net, torch.randn(4, 3, 6, 6), "aot_eager"))
+
+
+def test_composition():
+    """A child that is not fused compiles too; its noise is torch's, so only a dead one can be compared."""
+
+    class Shift(nn.Module):
+        def forward(self, x):
+            return x - 0.5
+
+    same(*both(Net(act=Shift(), drop=0.0), torch.randn(4, 3, 6, 6), "aot_eager"))
+
+
+def test_fresh_noise_at_every_call():
+    net = Net()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3, 6, 6)
+    masks = [compiled(x)[0] == 0 for _ in range(3)]
+    assert not torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[1], masks[2])
+
+
+def test_batch_sizes():
+    """One graph for all batch sizes after the first two."""
+    net = Net()
+    counter = CompileCounterWithBackend("aot_eager")
+    twin = copy.deepcopy(net)
+    compiled = torch.compile(twin, fullgraph=True, backend=counter)
+    for step, batch in enumerate((4, 7, 12, 33, 5)):
+        x = torch.randn(batch, 3, 6, 6)
+        same(train_step(net, net, x, step), train_step(twin, compiled, x, step))
+    assert counter.frame_count <= 2
+
+
+def test_marked_dynamic():
+    """Nothing in the operators pins a size that is marked as free, neither the batch nor the picture."""
+    net = Net()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, backend=counter)
+    for batch, side in ((4, 6), (9, 8), (5, 11)):
+        x = torch.randn(batch, 3, side, side)
+        for dim in (0, 2, 3):
+            torch._dynamo.mark_dynamic(x, dim)
+        y, loss = compiled(x)
+        loss.backward()
+        assert y.shape == (batch, 8, side - 2, side - 2)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("granularity", ["element", "channel"])
+def test_functional_with_a_seed(granularity):
+    def step(x, mean, var, weight, bias, seed):
+        return functional.batch_norm_act_drop(
+            x, mean, var, weight, bias, True, 0.1, 1e-3, act="silu", p=0.4, granularity=granularity, seed=seed
+        )
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (step, compiled):
+        torch.manual_seed(1)
+        x, weight, bias = (torch.randn(size, requires_grad=True) for size in ((6, 5, 4), (5,), (5,)))
+        mean, var = torch.zeros(5), torch.ones(5)
+        y = run(x, mean, var, weight, bias, torch.tensor(77))
+        results.append((y, *torch.autograd.grad(y.sum(), (x, weight, bias)), mean, var))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_noise_compiles():
+    compiled = torch.compile(lambda: fusednorm.noise((8, 4), 0.5, seed=3), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), fusednorm.noise((8, 4), 0.5, seed=3))
+
+
+def test_export():
+    net = Net().eval()
+    x = torch.randn(4, 3, 6, 6)
+    program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    other = torch.randn(7, 3, 6, 6)
+    torch.testing.assert_close(program.module()(other), net(other))
+
+
+class TestAutocast:
+    """nn.BatchNorm follows its input's dtype under autocast; so do we."""
+
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+    def test_net(self, training, compiled):
+        net = nn.Sequential(nn.Linear(6, 8), fusednorm.FusedBatchNorm1d(8, act="relu", drop=0.3), nn.Linear(8, 2))
+        net.train(training)
+        run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
+        seen = []
+        if not compiled:
+            net[1].register_forward_hook(lambda module, args, y: seen.append((args[0].dtype, y.dtype)))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(torch.randn(10, 6))
+        y.float().sum().backward()
+        assert all(dtypes == (torch.bfloat16, torch.bfloat16) for dtypes in seen)
+        assert net[1].weight.grad.dtype == torch.float32
+        assert net[1].running_var.dtype == torch.float32
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_dtype_follows_the_input(self, dtype):
+        ours, theirs = fusednorm.FusedBatchNorm1d(8, act="relu", drop=0.3), nn.BatchNorm1d(8)
+        x = torch.randn(10, 8, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ours(x).dtype == theirs(x).dtype == dtype

@@ -1,0 +1,115 @@
+"""torch.library.opcheck on every operator: schema, registration, fake kernel, ahead-of-time dispatch."""
+
+import pytest
+import torch
+from common import backward_arguments, forward_arguments, lay_out, raw_forward
+from torch.library import opcheck
+
+ops = torch.ops.fusednorm
+
+FORWARD = {
+    "plain": dict(shape=(4, 5, 3, 3)),
+    "channels-last": dict(shape=(4, 5, 3, 3), layout="last"),
+    "rows": dict(shape=(9, 40), act="tanh"),
+    "channels innermost": dict(shape=(3, 33, 7), layout="last"),
+    "five dimensions": dict(shape=(2, 3, 2, 3, 2), act="gelu"),
+    "sliced": dict(shape=(4, 5, 3, 3), layout="sliced"),
+    "transposed": dict(shape=(4, 5, 3, 3), layout="transposed"),
+    "transposed rows": dict(shape=(9, 5), layout="transposed"),
+    "expanded": dict(shape=(4, 5, 3, 3), layout="expanded"),
+    "one channel": dict(shape=(4, 1, 3, 3)),
+    "one channel, channels-last": dict(shape=(4, 1, 3, 3), layout="last"),
+    "one position": dict(shape=(4, 5, 1, 1)),
+    "one sample": dict(shape=(1, 5, 3, 3), layout="last"),
+    "one value per channel": dict(shape=(1, 5), training=False),
+    "empty": dict(shape=(0, 5, 3, 3)),
+    "running statistics": dict(shape=(4, 5, 3, 3), training=False),
+    "bfloat16": dict(shape=(4, 64, 4, 4), dtype=torch.bfloat16),
+    "float64": dict(shape=(64, 5), dtype=torch.float64),
+    "float16": dict(shape=(4, 64, 4, 4), dtype=torch.float16, layout="last"),
+    "no noise": dict(shape=(4, 5, 3, 3), p=0.0),
+    "all dropped": dict(shape=(4, 5, 3, 3), p=1.0),
+    "channel noise": dict(shape=(4, 5, 3, 3), granularity="channel"),
+    "no mask": dict(shape=(4, 64, 4, 4), save_mask=False),
+    "mask": dict(shape=(4, 64, 8, 8)),
+    "mask, channels-last": dict(shape=(4, 64, 8, 8), layout="last"),
+    "leaky": dict(shape=(4, 5, 3, 3), act="leaky_relu", act_params=[0.1]),
+    "not affine": dict(shape=(4, 5, 3, 3), affine=False),
+}
+cases = pytest.mark.parametrize("case", FORWARD.values(), ids=FORWARD.keys())
+
+
+def arguments(shape, dtype=torch.float32, layout="first", affine=True, save_mask=True, **options):
+    """Tensors of the forward operator, and its other options."""
+    c = shape[1]
+    x = lay_out(torch.randn(shape).to(dtype), layout)
+    weight, bias = (torch.rand(c) + 0.5, torch.randn(c)) if affine else (None, None)
+    return (x, weight, bias, torch.zeros(c), torch.ones(c), torch.tensor(3)), {"act": "relu", "p": 0.5} | options
+
+
+@cases
+def test_forward(case):
+    tensors, options = arguments(**case)
+    save = case.get("save_mask", True)
+    opcheck(ops.forward.default, (), forward_arguments(*tensors, **options, save_mask=save))
+
+
+@cases
+@pytest.mark.parametrize("grad_layout", ["first", "last", "expanded"])
+def test_backward(case, grad_layout):
+    if grad_layout == "expanded" and case["shape"][0] == 0:
+        pytest.skip("nothing to expand")
+    tensors, options = arguments(**case)
+    x, weight, bias, _, _, seed = tensors
+    _, mean, invstd, _, mask = raw_forward(*tensors, **options, save_mask=case.get("save_mask", True))
+    g = lay_out(torch.randn(x.shape).to(x.dtype), grad_layout)
+    opcheck(ops.backward.default, (), backward_arguments(g, x, weight, bias, mean, invstd, mask, seed, **options))
+
+
+@pytest.mark.parametrize("wanted", [[True, False, False, False], [False, True, True, False], [False] * 4], ids=str)
+def test_backward_subsets(wanted):
+    tensors, options = arguments((4, 5, 3, 3))
+    x, weight, bias, _, _, seed = tensors
+    _, mean, invstd, _, mask = raw_forward(*tensors, **options)
+    options["output_mask"] = wanted
+    opcheck(ops.backward.default, (), backward_arguments(x, x, weight, bias, mean, invstd, mask, seed, **options))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_update_stats(dtype, tracked, momentum):
+    counter = torch.tensor(3) if tracked else None
+    if momentum is None and not tracked:
+        pytest.skip("a cumulative average needs its counter")
+    opcheck(
+        ops.update_stats_.default,
+        (torch.zeros(5, dtype=dtype), torch.ones(5, dtype=dtype), counter, torch.randn(5), torch.rand(5), 9, momentum),
+    )
+
+
+@pytest.mark.parametrize("granularity", ["element", "channel"])
+@pytest.mark.parametrize("size", [[6, 5, 3], [7, 3], [0, 3], [2, 3, 2, 2, 2]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
+def test_noise(dtype, size, granularity):
+    opcheck(ops.noise.default, (torch.tensor(3), size, 0.4, "bernoulli", granularity, dtype))
+
+
+@pytest.mark.parametrize("like", [torch.empty(3), torch.empty(2, 2, dtype=torch.bfloat16)], ids=str)
+def test_draw_seed(like):
+    opcheck(ops.draw_seed.default, (like,))
+
+
+def test_saved_mask_is_a_bit_per_element():
+    for layout, shape in (("first", (64, 8)), ("last", (4, 64, 2))):
+        x = lay_out(torch.randn(4, 64, 8, 8), layout)
+        mask = raw_forward(x, seed=torch.tensor(1), p=0.5, save_mask=True)[4]
+        assert mask.dtype == torch.int32
+        assert mask.shape in (shape, (0,))
+
+
+def test_every_operator_is_tested():
+    names = {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "fusednorm::" in name
+    }
+    assert names == {"forward", "backward", "update_stats_", "noise", "draw_seed"}
