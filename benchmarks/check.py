@@ -16,9 +16,9 @@ from benchmarks.workloads import Workload
 SEED = 20240229
 
 # (relative to the value, relative to the largest value, the same for the parameters' gradients, which are long sums).
-# float32: a few roundings, and sums of up to 200,000 terms; bfloat16: outputs are rounded once, to 2**-9.
-TOLERANCE = {torch.float32: (1e-5, 2e-5, 1e-4), torch.bfloat16: (8e-3, 1e-3, 1e-3)}
-# The unfused layers round to bfloat16 after every stage.
+# float32: a few roundings, and sums of up to 200,000 terms; bfloat16: outputs are rounded once, by up to 2**-8.
+TOLERANCE = {torch.float32: (1e-6, 2e-6, 1e-5), torch.bfloat16: (4e-3, 1e-4, 1e-5)}
+# The unfused layers sum less accurately in some layouts, and round to bfloat16 after every stage.
 LOOSE = {torch.float32: (2e-5, 4e-5, 2e-4), torch.bfloat16: (4e-2, 8e-3, 1e-2)}
 
 # Error of z where it passes through zero: mostly that of the stock layers' variance over 190,000 rows (measured 5e-6).

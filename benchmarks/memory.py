@@ -18,7 +18,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 
 def vectors(channels: int) -> Callable[[torch.Tensor], bool]:
     """Selects per-channel vectors and scalars (statistics, the seed): nothing beside the activations, not counted."""
-    return lambda tensor: tensor.numel() <= channels
+    return lambda tensor: tensor.numel() <= channels and sum(size != 1 for size in tensor.shape) <= 1
 
 
 def saved_bytes(module, *inputs, ignore: Callable[[torch.Tensor], bool] = lambda tensor: False) -> int:

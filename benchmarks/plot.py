@@ -24,7 +24,7 @@ def _pick(rows: list[dict]) -> list[dict]:
 
 def _title(row: dict) -> str:
     shape = "x".join(map(str, row["shape"]))
-    act = row["act"][0] if isinstance(row["act"], list) else row["act"] or "no act"
+    act = row["act"][0] if isinstance(row["act"], (list, tuple)) else row["act"] or "no act"
     level = "" if row["level"] == "avx512" else f", at level {row['level']}"
     return f"{row['workload']}{level}\n{shape} {row['dtype']} {row['layout']} {act} p={row['p']:g}"
 
@@ -61,8 +61,8 @@ def speed(rows: list[dict], facts: dict, path: Path) -> Path:
     rows = _pick(rows)
     figure, axis = _figure(rows)
     _groups(axis, rows, ("eager", "compile"), lambda row, name: row["ratio"].get(name), "{:.1f}x")
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_xlabel("time of the unfused layers / time of fusednorm (right of the line: fusednorm is faster)")
+    axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.set_xlabel("unfused time / fusednorm time (right of 1: fusednorm is faster)")
     axis.set_title(f"Forward + backward\n{_machine(facts)}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return _save(figure, path)

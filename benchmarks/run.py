@@ -130,8 +130,13 @@ def main() -> int:
         print(f"Not measured: {reason}", file=sys.stderr)
         return 2
 
-    from benchmarks import plot, table
+    from benchmarks import plot, table, workloads
 
+    try:
+        workloads.rows(args.only)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     console = table.console()
     facts = machine.facts()
     rows, code = measure(args, console)

@@ -7,6 +7,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -163,13 +164,15 @@ Tensor check_seed(const OptionalTensor& seed, const Tensor& x, Noise noise) {
 int64_t words(int64_t bits) { return (bits + 31) / 32; }
 
 std::vector<int64_t> mask_size(const Shape& s) {
-  return s.channels_last ? std::vector<int64_t>{s.N, s.S, words(s.C)} : std::vector<int64_t>{s.C, words(s.rows())};
+  if (s.channels_last) return {s.N, s.S, words(s.C)};
+  const PieceLayout pieces = piece_layout(s);
+  return {s.C, pieces.count * words(pieces.length)};
 }
 
 // At most a bit per element beside the input: rows too short for that are redrawn instead. (The fake kernel in
 // functional.py repeats this rule; opcheck compares them.)
 bool worth_saving(const Shape& s) {
-  const int64_t padded = 32 * (s.channels_last ? s.rows() * words(s.C) : s.C * words(s.rows()));
+  const int64_t padded = 32 * c10::multiply_integers(mask_size(s));
   return padded - padded / 17 <= s.rows() * s.C;
 }
 

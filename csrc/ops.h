@@ -22,6 +22,16 @@ struct Shape {
   int64_t rows() const { return N * S; }
 };
 
+// How the rows of a channel are cut where a tile of a channels-first tensor, and its words of a saved mask, begin anew:
+// at every sample if samples are long, else nowhere.
+struct PieceLayout {
+  int64_t count, length;
+};
+inline PieceLayout piece_layout(const Shape& s) {
+  const bool cut = s.S >= 512 && s.N > 1 && s.C > 1;
+  return cut ? PieceLayout{s.N, s.S} : PieceLayout{1, s.rows()};
+}
+
 enum class Noise { none, element, channel, all_dropped };
 
 // The elementwise stages around the norm, decoded from the schema's strings.

@@ -213,7 +213,7 @@ def plot(runs, epoch_ms, saved, path: Path) -> None:
     curves.set_title(f"{len(runs['stock'])} seeds, mean and standard deviation", fontsize=9)
     curves.legend(frameon=False, fontsize=8)
     for axis, values, title in ((times, epoch_ms, "ms per epoch (median)"), (memory, saved, "kB kept per step")):
-        bars = axis.bar([kind for kind in NAMES], [values[kind] for kind in NAMES], color=list(COLOURS.values()))
+        bars = axis.bar(list(NAMES), [values[kind] for kind in NAMES], color=list(COLOURS.values()))
         axis.bar_label(bars, fmt="{:.0f}", fontsize=8)
         axis.set_title(title, fontsize=9)
     for axis in figure.axes:

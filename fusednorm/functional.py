@@ -68,7 +68,8 @@ def _(
     size = (0,)
     if save_mask and 0 < p < 1 and granularity == "element":
         last = C != 1 and (S == 1 or (not output.is_contiguous() and _is_channels_last(output)))
-        full = (N, S, (C + 31) // 32) if last else (C, (N * S + 31) // 32)
+        pieces, length = (N, S) if S >= 512 and N > 1 and C > 1 else (1, N * S)
+        full = (N, S, (C + 31) // 32) if last else (C, pieces * ((length + 31) // 32))
         padded = 32 * math.prod(full)
         if padded - padded // 17 <= N * C * S:
             size = full

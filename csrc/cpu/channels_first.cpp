@@ -1,10 +1,10 @@
-// Channels-first: the values of a channel are N pieces of S contiguous ones. A channel is cut into tiles of kTile
-// consecutive rows r = n*S + s, so that its noise is drawn without waste whatever S is; a tile that crosses pieces, or is
-// not stored in opmath type, goes through a small buffer.
+// Channels-first: the values of a channel are N pieces of S contiguous ones. Tiles are cut so that they stand in one piece
+// of memory; only where pieces are short does a tile span several (in rows r = n*S + s) and go through a buffer, as it
+// also does where storage is not opmath type. Noise is drawn for consecutive rows, so it costs the same either way.
 //
-// One thread takes a channel (or a few adjacent ones, when S is so small that they share cache lines) through both
-// passes, the second one backwards: what the first pass read last is still in cache. With fewer channels than keep all
-// threads busy, the tiles are shared instead, pass by pass.
+// One thread takes a channel (or a few adjacent ones, when S is small, to read longer stretches) through both passes, the
+// second one backwards: what the first pass read last is still in cache. With fewer channels than keep all threads busy,
+// the tiles are shared instead, pass by pass.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -14,89 +14,100 @@
 namespace fusednorm::cpu {
 namespace {
 
-constexpr int64_t kTile = 1024;
+// Values in a tile, at most: what fits the first-level cache, with the buffers where there are any.
+template <class T>
+constexpr int64_t kTile = std::is_same_v<T, opmath_t<T>> ? 4096 : 1024;
+constexpr int64_t kStretch = 26000;     // bytes: adjacent channels are taken together until they are this long
+constexpr int64_t kResident = 2 << 20;  // bytes: or until the group holds this much
 
 template <class T>
 class Channels {
  public:
   using A = opmath_t<T>;
 
-  explicit Channels(const Call& call)
-      : shape_(call.shape), chain_(call.chain), seed_(call.seed), rows_(shape_.rows()), whole_(shape_.N == 1 || shape_.C == 1) {}
-
-  int64_t tiles() const { return (rows_ + kTile - 1) / kTile; }
-  int64_t tile_rows(int64_t tile) const { return std::min(kTile, rows_ - tile * kTile); }
-
-  // Adjacent channels that share a cache line of each piece are taken together.
-  int64_t group() const {
-    const int64_t bytes = shape_.S * static_cast<int64_t>(sizeof(T));
-    return std::clamp<int64_t>(bytes == 0 || whole_ ? 1 : 256 / bytes, 1, 64);
+  explicit Channels(const Call& call) : shape_(call.shape), chain_(call.chain), seed_(call.seed) {
+    const PieceLayout pieces = piece_layout(shape_);
+    length_ = pieces.length;
+    tiles_per_piece_ = (length_ + kTile<T> - 1) / kTile<T>;
+    tile_ = padded((length_ + tiles_per_piece_ - 1) / tiles_per_piece_);
+    tiles_per_piece_ = (length_ + tile_ - 1) / tile_;
+    tiles_ = pieces.count * tiles_per_piece_;
+    in_place_ = std::is_same_v<T, A> && (length_ == shape_.S || whole());
   }
 
-  // The tile in opmath type: in place where it already stands so, else in buffer.
+  int64_t pieces() const { return tiles_ / tiles_per_piece_; }
+  int64_t tiles_per_piece() const { return tiles_per_piece_; }
+  int64_t tiles() const { return tiles_; }
+  int64_t rows(int64_t tile) const { return std::min(tile_, length_ - tile % tiles_per_piece_ * tile_); }
+  int64_t group() const {
+    const int64_t piece = shape_.S * static_cast<int64_t>(sizeof(T));
+    return whole() ? 1 : std::clamp<int64_t>(std::min(kStretch / piece, kResident / (piece * shape_.N)), 1, 64);
+  }
+  // The tile in opmath type: where it stands, or in buffer.
   const A* load(const T* base, int64_t c, int64_t tile, A* buffer) const {
-    if (const T* p = direct(base, c, tile)) return reinterpret_cast<const A*>(p);
+    if (in_place_) return reinterpret_cast<const A*>(base + place(c, first_row(tile)));
     for_pieces(c, tile, [&](int64_t at, int64_t memory, int64_t n) { widen(base + memory, buffer + at, n); });
     return buffer;
   }
   // Where to write the tile; store() then brings it to its place.
   A* target(T* base, int64_t c, int64_t tile, A* buffer) const {
-    T* p = const_cast<T*>(direct(base, c, tile));
-    return p ? reinterpret_cast<A*>(p) : buffer;
+    return in_place_ ? reinterpret_cast<A*>(base + place(c, first_row(tile))) : buffer;
   }
   void store(T* base, int64_t c, int64_t tile, const A* from) const {
-    if (direct(base, c, tile)) return;
+    if (in_place_) return;
     for_pieces(c, tile, [&](int64_t at, int64_t memory, int64_t n) { narrow(from + at, base + memory, n); });
   }
 
-  // The tile's keep bits, or null where everything is treated alike.
+  // The tile's keep bits, or null where everything is treated alike. The buffer holds kTile<T> / 32 + 1 words.
   const uint32_t* draw(int64_t c, int64_t tile, uint32_t* buffer) const {
+    const int64_t first = first_row(tile), n = rows(tile);
     if (chain_.noise == Noise::element) {
-      kernels().keep_run(seed_.low, seed_.high, static_cast<uint32_t>(c), tile * kTile / math::kRowsPerCall,
-                         chain_.threshold, buffer, words_of(tile_rows(tile)));
+      const int64_t shift = first % math::kRowsPerCall, words = words_of(n + shift);
+      keep_run(c, first / math::kRowsPerCall, buffer, words);
+      if (shift) {  // a piece may begin inside a group of rows
+        for (int64_t i = 0; i + 1 < words; ++i) buffer[i] = buffer[i] >> shift | buffer[i + 1] << (32 - shift);
+        buffer[words - 1] >>= shift;
+      }
       return buffer;
     }
     if (chain_.noise != Noise::channel) return nullptr;
-    std::fill_n(buffer, kTile / 32, 0u);
+    std::fill_n(buffer, words_of(n), 0u);
     int64_t drawn = -1;
     uint32_t bits = 0;  // of 32 consecutive n
-    for_pieces(c, tile, [&](int64_t at, int64_t memory, int64_t count) {
-      for (int64_t end = at + count; at < end;) {  // a piece of memory may hold several n, when the channel is whole
-        const int64_t r = tile * kTile + at, n = r / shape_.S;
-        const int64_t length = std::min(end - at, (n + 1) * shape_.S - r);
-        if (n / 32 != drawn) {
-          drawn = n / 32;
-          kernels().keep_run(seed_.low, seed_.high, static_cast<uint32_t>(c), drawn * 32 / math::kRowsPerCall,
-                             chain_.threshold, &bits, 1);
-        }
-        if (bits >> (n % 32) & 1) {
-          for (int64_t i = at; i < at + length; ++i) buffer[i / 32] |= 1u << (i % 32);
-        }
-        at += length;
+    for (int64_t i = 0; i < n;) {
+      const int64_t sample = (first + i) / shape_.S, end = std::min(n, (sample + 1) * shape_.S - first);
+      if (sample / 32 != drawn) keep_run(c, (drawn = sample / 32) * 32 / math::kRowsPerCall, &bits, 1);
+      if (bits >> (sample % 32) & 1) {
+        for (int64_t j = i; j < end; ++j) buffer[j / 32] |= 1u << (j % 32);
       }
-      (void)memory;
-    });
+      i = end;
+    }
     return buffer;
   }
 
- private:
-  int64_t offset(int64_t c, int64_t r) const { return whole_ ? c * rows_ + r : (r / shape_.S * shape_.C + c) * shape_.S + r % shape_.S; }
+  // The tile's words of a saved mask.
+  int64_t mask_offset(int64_t c, int64_t tile) const {
+    const int64_t words = words_of(length_);
+    return (c * pieces() + tile / tiles_per_piece_) * words + tile % tiles_per_piece_ * tile_ / 32;
+  }
 
-  const T* direct(const T* base, int64_t c, int64_t tile) const {
-    if constexpr (std::is_same_v<T, A>) {
-      const int64_t r = tile * kTile;
-      if (whole_ || r / shape_.S == (r + tile_rows(tile) - 1) / shape_.S) return base + offset(c, r);
-    }
-    return nullptr;
+ private:
+  bool whole() const { return shape_.N == 1 || shape_.C == 1; }
+  int64_t first_row(int64_t tile) const { return tile / tiles_per_piece_ * length_ + tile % tiles_per_piece_ * tile_; }
+  int64_t place(int64_t c, int64_t r) const {
+    return whole() ? c * shape_.rows() + r : (r / shape_.S * shape_.C + c) * shape_.S + r % shape_.S;
+  }
+  void keep_run(int64_t c, int64_t group, uint32_t* out, int64_t words) const {
+    kernels().keep_run(seed_.low, seed_.high, static_cast<uint32_t>(c), group, chain_.threshold, out, words);
   }
 
   // f(position in the tile, position in memory, length) for every contiguous piece of the tile.
   template <class F>
   void for_pieces(int64_t c, int64_t tile, const F& f) const {
-    const int64_t begin = tile * kTile, end = begin + tile_rows(tile);
+    const int64_t begin = first_row(tile), end = begin + rows(tile);
     for (int64_t r = begin; r < end;) {
-      const int64_t n = whole_ ? end - r : std::min(end - r, shape_.S - r % shape_.S);
-      f(r - begin, offset(c, r), n);
+      const int64_t n = whole() ? end - r : std::min(end - r, shape_.S - r % shape_.S);
+      f(r - begin, place(c, r), n);
       r += n;
     }
   }
@@ -104,39 +115,45 @@ class Channels {
   Shape shape_;
   Chain chain_;
   math::Seed seed_;
-  int64_t rows_;
-  bool whole_;  // a channel is one contiguous run
+  int64_t length_;  // of a piece; a piece that is not contiguous in memory spans the channel
+  int64_t tile_, tiles_per_piece_, tiles_;
+  bool in_place_;
 };
 
-// Two passes over every channel: gather(c, tile, partial) makes the partial result of each tile, finish(c, partials,
-// count) merges them, emit(c, tile) is the second pass.
+struct Step {
+  int64_t c, tile;
+};
+
+// Two passes over every channel: gather(step) makes the partial result of a tile, finish(c, partials) merges them,
+// emit(step) is the second pass. It goes back from piece to piece, but forward within one, where the processor prefetches.
 template <class Partial, class Gather, class Finish, class Emit>
-void two_passes(const Shape& shape, int64_t tiles, int64_t group, bool gathers, const Gather& gather,
-                const Finish& finish, const Emit& emit) {
-  const int64_t groups = (shape.C + group - 1) / group, threads = at::get_num_threads();
+void two_passes(const Shape& shape, int64_t pieces, int64_t tiles_per_piece, int64_t group, bool gathers,
+                const Gather& gather, const Finish& finish, const Emit& emit) {
+  const int64_t groups = (shape.C + group - 1) / group, threads = at::get_num_threads(), tiles = pieces * tiles_per_piece;
   const bool serial = shape.C * shape.rows() < kSerial;
   if (serial || groups % threads == 0 || groups >= 8 * threads) {
     for_tasks(groups, serial, false, [&](int64_t i) {
       const int64_t first = i * group, last = std::min(first + group, shape.C);
       std::vector<Partial> partials(gathers ? (last - first) * tiles : 0);
-      if (gathers) {
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          for (int64_t c = first; c < last; ++c) partials[(c - first) * tiles + tile] = gather(c, tile);
+      const auto for_steps = [&](int64_t piece, const auto& f) {
+        for (int64_t c = first; c < last; ++c) {
+          for (int64_t tile = piece * tiles_per_piece; tile < (piece + 1) * tiles_per_piece; ++tile) f(Step{c, tile});
         }
+      };
+      for (int64_t piece = 0; gathers && piece < pieces; ++piece) {
+        for_steps(piece, [&](Step at) { partials[(at.c - first) * tiles + at.tile] = gather(at); });
       }
       for (int64_t c = first; c < last; ++c) finish(c, partials.data() + (gathers ? (c - first) * tiles : 0));
-      for (int64_t tile = tiles - 1; tile >= 0; --tile) {
-        for (int64_t c = first; c < last; ++c) emit(c, tile);
-      }
+      for (int64_t piece = pieces - 1; piece >= 0; --piece) for_steps(piece, emit);
     });
     return;
   }
-  std::vector<Partial> partials(gathers ? shape.C * tiles : 0);
-  if (gathers) {
-    for_tasks(shape.C * tiles, false, false, [&](int64_t i) { partials[i] = gather(i / tiles, i % tiles); });
-  }
+  const int64_t steps = shape.C * tiles;
+  const auto step = [&](int64_t k) { return Step{k / tiles, k % tiles}; };
+  std::vector<Partial> partials(gathers ? steps : 0);
+  if (gathers) for_tasks(steps, false, false, [&](int64_t k) { partials[k] = gather(step(k)); });
   for (int64_t c = 0; c < shape.C; ++c) finish(c, partials.data() + (gathers ? c * tiles : 0));
-  for_tasks(shape.C * tiles, false, true, [&](int64_t i) { emit(i / tiles, i % tiles); });
+  for_tasks(steps, false, false, [&](int64_t k) { emit(step(k)); });
 }
 
 struct GradientSums {
@@ -155,12 +172,13 @@ template <class T>
 void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
   using A = opmath_t<T>;
   const Channels<T> channels(call);
-  const int64_t tiles = channels.tiles(), mask_words = words_of(call.shape.rows());
+  const int64_t tiles = channels.tiles();
   ChannelVectors<A> vectors(call.shape.C);
-  const auto gather = [&](int64_t c, int64_t tile) {
-    alignas(64) A buffer[kTile];
-    math::Moments<double> m{static_cast<double>(channels.tile_rows(tile)), 0, 0};
-    kernels_for<A>().moments_run(channels.load(p.x, c, tile, buffer), channels.tile_rows(tile), &m.mean, &m.m2);
+  const auto gather = [&](Step at) {
+    alignas(64) A buffer[kTile<T>];
+    math::Moments<double> m{static_cast<double>(channels.rows(at.tile)), 0, 0};
+    kernels_for<A>().moments_run(channels.load(p.x, at.c, at.tile, buffer), channels.rows(at.tile),
+                                 &m.mean, &m.m2);
     return m;
   };
   const auto finish = [&](int64_t c, const math::Moments<double>* partials) {
@@ -168,51 +186,51 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
     for (int64_t tile = 0; call.training && tile < tiles; ++tile) m = math::merge(m, partials[tile]);
     finish_statistics(call, p, c, m.mean, m.m2, vectors);
   };
-  const auto emit = [&](int64_t c, int64_t tile) {
-    alignas(64) A in[kTile], out[kTile];
-    uint32_t bits[kTile / 32];
+  const auto emit = [&](Step at) {
+    alignas(64) A in[kTile<T>], out[kTile<T>];
+    uint32_t bits[kTile<T> / 32 + 1];
     Apply<A> q{};
     q.rows = 1;
-    q.cols = channels.tile_rows(tile);
-    q.x = channels.load(p.x, c, tile, in);
-    q.y = channels.target(p.y, c, tile, out);
-    q.affine = vectors.at(c);
+    q.cols = channels.rows(at.tile);
+    q.x = channels.load(p.x, at.c, at.tile, in);
+    q.y = channels.target(p.y, at.c, at.tile, out);
+    q.affine = vectors.at(at.c);
     std::copy_n(call.chain.parameters.begin(), 2, q.activation);
     q.multiplier = static_cast<A>(call.chain.multiplier);
-    q.keep = channels.draw(c, tile, bits);
-    q.save = p.mask ? p.mask + c * mask_words + tile * kTile / 32 : nullptr;
+    q.keep = channels.draw(at.c, at.tile, bits);
+    q.save = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : nullptr;
     kernels_for<A>().apply[kRun][call.chain.activation](q);
-    channels.store(p.y, c, tile, q.y);
+    channels.store(p.y, at.c, at.tile, q.y);
   };
-  two_passes<math::Moments<double>>(call.shape, tiles, channels.group(), call.training, gather, finish, emit);
+  two_passes<math::Moments<double>>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(), call.training, gather, finish, emit);
 }
 
 template <class T>
 void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
   using A = opmath_t<T>;
   const Channels<T> channels(call);
-  const int64_t tiles = channels.tiles(), mask_words = words_of(call.shape.rows());
+  const int64_t tiles = channels.tiles();
   ChannelVectors<A> vectors(call.shape.C);
   for (int64_t c = 0; c < call.shape.C; ++c) load_statistics(p, c, vectors);
   Coefficients<A> coefficients(call.shape.C);
-  const auto arguments = [&](int64_t c, int64_t tile, A* x, A* g, uint32_t* bits) {
+  const auto arguments = [&](Step at, A* x, A* g, uint32_t* bits) {
     Backward<A> q{};
     q.rows = 1;
-    q.cols = channels.tile_rows(tile);
-    q.x = channels.load(p.x, c, tile, x);
-    q.g = channels.load(p.g, c, tile, g);
-    q.affine = vectors.at(c);
+    q.cols = channels.rows(at.tile);
+    q.x = channels.load(p.x, at.c, at.tile, x);
+    q.g = channels.load(p.g, at.c, at.tile, g);
+    q.affine = vectors.at(at.c);
     std::copy_n(call.chain.parameters.begin(), 2, q.activation);
     q.multiplier = static_cast<A>(call.chain.multiplier);
-    q.keep = p.mask ? p.mask + c * mask_words + tile * kTile / 32 : channels.draw(c, tile, bits);
+    q.keep = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : channels.draw(at.c, at.tile, bits);
     q.keep_is_saved = p.mask != nullptr;
     return q;
   };
-  const auto gather = [&](int64_t c, int64_t tile) {
-    alignas(64) A x[kTile], g[kTile];
-    uint32_t bits[kTile / 32];
+  const auto gather = [&](Step at) {
+    alignas(64) A x[kTile<T>], g[kTile<T>];
+    uint32_t bits[kTile<T> / 32 + 1];
     GradientSums sums{0, 0};
-    Backward<A> q = arguments(c, tile, x, g, bits);
+    Backward<A> q = arguments(at, x, g, bits);
     q.sum_dz = &sums.dz;
     q.sum_dz_xmu = &sums.dz_xmu;
     kernels_for<A>().gradient_sums[kRun][call.chain.activation](q);
@@ -230,19 +248,19 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
     coefficients.b[c] = static_cast<A>(k.b);
     coefficients.c[c] = static_cast<A>(k.c);
   };
-  const auto emit = [&](int64_t c, int64_t tile) {
+  const auto emit = [&](Step at) {
     if (!p.dx) return;
-    alignas(64) A x[kTile], g[kTile], out[kTile];
-    uint32_t bits[kTile / 32];
-    Backward<A> q = arguments(c, tile, x, g, bits);
-    q.dx = channels.target(p.dx, c, tile, out);
-    q.a = &coefficients.a[c];
-    q.b = &coefficients.b[c];
-    q.c = &coefficients.c[c];
+    alignas(64) A x[kTile<T>], g[kTile<T>], out[kTile<T>];
+    uint32_t bits[kTile<T> / 32 + 1];
+    Backward<A> q = arguments(at, x, g, bits);
+    q.dx = channels.target(p.dx, at.c, at.tile, out);
+    q.a = &coefficients.a[at.c];
+    q.b = &coefficients.b[at.c];
+    q.c = &coefficients.c[at.c];
     kernels_for<A>().input_gradient[kRun][call.chain.activation](q);
-    channels.store(p.dx, c, tile, q.dx);
+    channels.store(p.dx, at.c, at.tile, q.dx);
   };
-  two_passes<GradientSums>(call.shape, tiles, channels.group(), gathers, gather, finish, emit);
+  two_passes<GradientSums>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(), gathers, gather, finish, emit);
 }
 
 // The forward of ones: identity statistics, no activation.
@@ -250,23 +268,22 @@ template <class T>
 void noise(const Call& call, T* m) {
   using A = opmath_t<T>;
   const Channels<T> channels(call);
-  const int64_t tiles = channels.tiles();
   const A zero = 0, one = 1;
-  std::vector<A> ones(kTile, one);
-  for_tasks(call.shape.C * tiles, call.shape.C * call.shape.rows() < kSerial, false, [&](int64_t i) {
-    const int64_t c = i / tiles, tile = i % tiles;
-    alignas(64) A out[kTile];
-    uint32_t bits[kTile / 32];
+  const std::vector<A> ones(kTile<T>, one);
+  for_tasks(call.shape.C * channels.tiles(), call.shape.C * call.shape.rows() < kSerial, false, [&](int64_t i) {
+    const Step at{i / channels.tiles(), i % channels.tiles()};
+    alignas(64) A out[kTile<T>];
+    uint32_t bits[kTile<T> / 32 + 1];
     Apply<A> q{};
     q.rows = 1;
-    q.cols = channels.tile_rows(tile);
+    q.cols = channels.rows(at.tile);
     q.x = ones.data();
-    q.y = channels.target(m, c, tile, out);
+    q.y = channels.target(m, at.c, at.tile, out);
     q.affine = {&zero, &one, &zero};
     q.multiplier = static_cast<A>(call.chain.multiplier);
-    q.keep = channels.draw(c, tile, bits);
+    q.keep = channels.draw(at.c, at.tile, bits);
     kernels_for<A>().apply[kRun][0](q);
-    channels.store(m, c, tile, q.y);
+    channels.store(m, at.c, at.tile, q.y);
   });
 }
 

@@ -43,11 +43,10 @@ class Matrix {
   int64_t bits_size() const { return tile_rows_ * block_ / 32; }
 
   template <class F>
-  void for_tiles(int64_t panel, bool descending, const F& f) const {
+  void for_tiles(int64_t panel, const F& f) const {
     const int64_t chunk = chunk_of(panel), column = panel % blocks_ * block_;
-    const int64_t rows = chunk_rows(chunk), n = (rows + tile_rows_ - 1) / tile_rows_;
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t row = (descending ? n - 1 - i : i) * tile_rows_;
+    const int64_t rows = chunk_rows(chunk);
+    for (int64_t row = 0; row < rows; row += tile_rows_) {
       f(Tile{chunk * chunk_ + row, column, std::min(tile_rows_, rows - row), std::min(block_, columns_ - column)});
     }
   }
@@ -160,7 +159,7 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
     for_tasks(matrix.panels(), serial, false, [&](int64_t panel) {
       std::vector<A> buffer(staged);
       const int64_t at = matrix.chunk_of(panel) * partials.ld;
-      matrix.for_tiles(panel, false, [&](const typename Matrix<T>::Tile& t) {
+      matrix.for_tiles(panel, [&](const typename Matrix<T>::Tile& t) {
         int64_t ld;
         const A* x = matrix.load(p.x, t, buffer.data(), ld);
         kernels_for<A>().moments_columns(x, t.rows, t.columns, ld, matrix.rows_before(panel, t.row),
@@ -178,7 +177,7 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
   });
   for_tasks(matrix.panels(), serial, true, [&](int64_t panel) {
     Scratch<A> scratch(staged, matrix.bits_size());
-    matrix.for_tiles(panel, true, [&](const typename Matrix<T>::Tile& t) {
+    matrix.for_tiles(panel, [&](const typename Matrix<T>::Tile& t) {
       Apply<A> q{};
       q.rows = t.rows;
       q.cols = t.columns;
@@ -229,7 +228,7 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
     for_tasks(matrix.panels(), serial, false, [&](int64_t panel) {
       Scratch<A> scratch(staged, bits);
       const int64_t at = matrix.chunk_of(panel) * partials.ld;
-      matrix.for_tiles(panel, false, [&](const typename Matrix<T>::Tile& t) {
+      matrix.for_tiles(panel, [&](const typename Matrix<T>::Tile& t) {
         Backward<A> q = arguments(t, scratch);
         q.sum_dz = partials.first.data() + at + t.column;
         q.sum_dz_xmu = partials.second.data() + at + t.column;
@@ -252,7 +251,7 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
   if (!p.dx) return;
   for_tasks(matrix.panels(), serial, true, [&](int64_t panel) {
     Scratch<A> scratch(staged, bits);
-    matrix.for_tiles(panel, true, [&](const typename Matrix<T>::Tile& t) {
+    matrix.for_tiles(panel, [&](const typename Matrix<T>::Tile& t) {
       Backward<A> q = arguments(t, scratch);
       q.dx = matrix.target(p.dx, t, scratch.c.data(), q.lddx);
       q.a = a.data() + t.column;

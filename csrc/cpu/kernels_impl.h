@@ -49,12 +49,28 @@ FN_INLINE void for_vectors(F f) {
   }
 }
 
-// A per-channel vector: one entry for the whole run, or an entry per column.
+// A per-channel vector: one entry for the whole run, held in a register, or an entry per column.
 template <Span span, class A>
-FN_INLINE Vec<A> channel(const A* p, int64_t column) {
-  if constexpr (span == kRun) return Vec<A>(*p);
-  return Vec<A>::load(p + column);
-}
+struct PerChannel {
+  Vec<A> value;
+  FN_INLINE explicit PerChannel(const A* p) : value(p ? *p : A(0)) {}
+  FN_INLINE Vec<A> operator[](int64_t) const { return value; }
+};
+template <class A>
+struct PerChannel<kColumns, A> {
+  const A* p;
+  FN_INLINE explicit PerChannel(const A* pointer) : p(pointer) {}
+  FN_INLINE Vec<A> operator[](int64_t column) const { return Vec<A>::load(p + column); }
+};
+template <Span span, class A>
+struct Channel {
+  PerChannel<span, A> mean, scale, shift;
+  FN_INLINE explicit Channel(const Affine<A>& q) : mean(q.mean), scale(q.scale), shift(q.shift) {}
+  FN_INLINE Vec<A> normalize(Vec<A> x, int64_t column) const {
+    return math::normalize(x, mean[column], scale[column], shift[column]);
+  }
+};
+
 
 template <class A>
 FN_INLINE void copy_padded(const A* from, A* to, int64_t n) {
@@ -70,17 +86,16 @@ FN_INLINE uint32_t first_bits(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1;
 
 // ---- forward: y = activation((x - mean) * scale + shift) * multiplier where kept ----------------------------------------
 template <class A, class Activation, Span span>
-FN_INLINE void apply_block(const Apply<A>& q, const math::Parameters<A>& parameters, int64_t column, const A* x, A* y,
-                           uint32_t keep, uint32_t* save) {
+FN_INLINE void apply_block(const math::Parameters<A>& parameters, const Channel<span, A>& channel, Vec<A> multiplier,
+                           int64_t column, const A* x, A* y, uint32_t keep, uint32_t* save) {
   using V = Vec<A>;
   uint32_t saved = 0;
   for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
     const int64_t i = column + v * V::width;
-    const V z = math::normalize(V::load(x + v * V::width), channel<span>(q.affine.mean, i),
-                                channel<span>(q.affine.scale, i), channel<span>(q.affine.shift, i));
+    const V z = channel.normalize(V::load(x + v * V::width), i);
     const Mask<A> kept = from_bits<A>(keep, v);
     // A multiplication, not a selection: a dropped infinity is NaN, as in the unfused composition.
-    (Activation::value(z, parameters) * select(kept, V(q.multiplier), V(0.0f))).store(y + v * V::width);
+    (Activation::value(z, parameters) * select(kept, multiplier, V(0.0f))).store(y + v * V::width);
     if constexpr (Activation::one_bit) saved |= to_bits(both(kept, Activation::passes(z, parameters))) << (v * V::width);
   });
   if (save) *save = Activation::one_bit ? saved : keep;
@@ -89,6 +104,8 @@ FN_INLINE void apply_block(const Apply<A>& q, const math::Parameters<A>& paramet
 template <class A, class Activation, Span span>
 void apply(const Apply<A>& q) {
   const math::Parameters<A> parameters{q.activation[0], q.activation[1]};
+  const Channel<span, A> channel(q.affine);
+  const Vec<A> multiplier(q.multiplier);
   for (int64_t row = 0; row < q.rows; ++row) {
     const A* x = q.x + row * q.ldx;
     A* y = q.y + row * q.ldy;
@@ -98,8 +115,9 @@ void apply(const Apply<A>& q) {
       const int64_t rest = q.cols - i;
       alignas(64) A in[kBlock], out[kBlock];
       if (rest < kBlock) copy_padded(x + i, in, rest);
-      apply_block<A, Activation, span>(q, parameters, i, rest < kBlock ? in : x + i, rest < kBlock ? out : y + i,
-                                       keep ? keep[i / kBlock] : ~0u, save ? save + i / kBlock : nullptr);
+      apply_block<A, Activation, span>(parameters, channel, multiplier, i, rest < kBlock ? in : x + i,
+                                       rest < kBlock ? out : y + i, keep ? keep[i / kBlock] : ~0u,
+                                       save ? save + i / kBlock : nullptr);
       if (rest < kBlock) copy_out(out, y + i, rest);
     }
   }
@@ -107,18 +125,23 @@ void apply(const Apply<A>& q) {
 
 // ---- backward ------------------------------------------------------------------------------------------------------------
 // dz = g * multiplier * activation'(z) where kept. A gradient that is not finite gives 0 where its element was dropped.
-template <class A, class Activation, Span span, bool keep_is_saved, class Index>
-FN_INLINE Vec<A> dz_of(const Backward<A>& q, const math::Parameters<A>& parameters, int64_t column, Vec<A> x, Vec<A> g,
-                       uint32_t keep, Index v) {
-  using V = Vec<A>;
-  V dz = g * V(q.multiplier);
-  if constexpr (!(Activation::one_bit && keep_is_saved)) {
-    const V z = math::normalize(x, channel<span>(q.affine.mean, column), channel<span>(q.affine.scale, column),
-                                channel<span>(q.affine.shift, column));
-    dz = Activation::gradient(z, dz, parameters);
+template <class A, class Activation, Span span, bool keep_is_saved>
+struct LocalGradient {
+  math::Parameters<A> parameters;
+  Channel<span, A> channel;
+  Vec<A> multiplier;
+  FN_INLINE explicit LocalGradient(const Backward<A>& q)
+      : parameters{q.activation[0], q.activation[1]}, channel(q.affine), multiplier(q.multiplier) {}
+
+  template <class Index>
+  FN_INLINE Vec<A> operator()(int64_t column, Vec<A> x, Vec<A> g, uint32_t keep, Index v) const {
+    Vec<A> dz = g * multiplier;
+    if constexpr (!(Activation::one_bit && keep_is_saved)) {
+      dz = Activation::gradient(channel.normalize(x, column), dz, parameters);
+    }
+    return select(from_bits<A>(keep, v), dz, Vec<A>(0.0f));
   }
-  return select(from_bits<A>(keep, v), dz, V(0.0f));
-}
+};
 
 template <class A>
 struct Sums {
@@ -126,16 +149,16 @@ struct Sums {
 };
 
 template <class A, class Activation, Span span, bool keep_is_saved>
-FN_INLINE void sums_block(const Backward<A>& q, const math::Parameters<A>& parameters, int64_t column, const A* x,
+FN_INLINE void sums_block(const LocalGradient<A, Activation, span, keep_is_saved>& local, int64_t column, const A* x,
                           const A* g, uint32_t keep, Sums<A>& sums) {
   using V = Vec<A>;
   for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
     const int64_t i = column + v * V::width;
     const V xv = V::load(x + v * V::width);
-    const V dz = dz_of<A, Activation, span, keep_is_saved>(q, parameters, i, xv, V::load(g + v * V::width), keep, v);
+    const V dz = local(i, xv, V::load(g + v * V::width), keep, v);
     sums.dz[v] = sums.dz[v] + dz;
     // dz may be 0 because it was dropped while x is infinite: such an x has already made the statistics NaN.
-    sums.dz_xmu[v] = fma(dz, xv - channel<span>(q.affine.mean, i), sums.dz_xmu[v]);
+    sums.dz_xmu[v] = fma(dz, xv - local.channel.mean[i], sums.dz_xmu[v]);
   });
 }
 
@@ -159,7 +182,7 @@ FN_INLINE double sum_block(const Vec<A>* v) {
 
 template <class A, class Activation, bool keep_is_saved>
 FN_INLINE void sums_run(const Backward<A>& q) {
-  const math::Parameters<A> parameters{q.activation[0], q.activation[1]};
+  const LocalGradient<A, Activation, kRun, keep_is_saved> local(q);
   Sums<A> sums{};
   for (int64_t i = 0; i < q.cols; i += kBlock) {
     const int64_t rest = q.cols - i;
@@ -173,7 +196,7 @@ FN_INLINE void sums_run(const Backward<A>& q) {
       g = gs;
       keep &= first_bits(rest);
     }
-    sums_block<A, Activation, kRun, keep_is_saved>(q, parameters, 0, x, g, keep, sums);
+    sums_block(local, 0, x, g, keep, sums);
   }
   *q.sum_dz += sum_block(sums.dz);
   *q.sum_dz_xmu += sum_block(sums.dz_xmu);
@@ -181,7 +204,7 @@ FN_INLINE void sums_run(const Backward<A>& q) {
 
 template <class A, class Activation, bool keep_is_saved>
 FN_INLINE void sums_columns(const Backward<A>& q) {
-  const math::Parameters<A> parameters{q.activation[0], q.activation[1]};
+  const LocalGradient<A, Activation, kColumns, keep_is_saved> local(q);
   for (int64_t i = 0; i < q.cols; i += kBlock) {
     const int64_t n = q.cols - i < kBlock ? q.cols - i : kBlock;
     Sums<A> sums{};
@@ -196,7 +219,7 @@ FN_INLINE void sums_columns(const Backward<A>& q) {
         g = gs;
         keep &= first_bits(n);
       }
-      sums_block<A, Activation, kColumns, keep_is_saved>(q, parameters, i, x, g, keep, sums);
+      sums_block(local, i, x, g, keep, sums);
     }
     for (int v = 0; v < kVectors<A>; ++v) {  // the sums are padded to 32, like every per-channel vector
       add_lanes(q.sum_dz + i + v * Vec<A>::width, sums.dz[v]);
@@ -215,26 +238,14 @@ void gradient_sums(const Backward<A>& q) {
 }
 
 template <class A, class Activation, Span span, bool keep_is_saved>
-FN_INLINE void input_gradient_block(const Backward<A>& q, const math::Parameters<A>& parameters, int64_t column,
-                                    const A* x, const A* g, A* dx, uint32_t keep) {
-  using V = Vec<A>;
-  for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
-    const int64_t i = column + v * V::width;
-    const V xv = V::load(x + v * V::width);
-    const V dz = dz_of<A, Activation, span, keep_is_saved>(q, parameters, i, xv, V::load(g + v * V::width), keep, v);
-    math::apply_input_gradient(dz, xv - channel<span>(q.affine.mean, i), channel<span>(q.a, i), channel<span>(q.b, i),
-                               channel<span>(q.c, i))
-        .store(dx + v * V::width);
-  });
-}
-
-template <class A, class Activation, Span span, bool keep_is_saved>
 FN_INLINE void input_gradient_rows(const Backward<A>& q) {
-  const math::Parameters<A> parameters{q.activation[0], q.activation[1]};
+  using V = Vec<A>;
+  const LocalGradient<A, Activation, span, keep_is_saved> local(q);
+  const PerChannel<span, A> a(q.a), b(q.b), c(q.c);
   for (int64_t row = 0; row < q.rows; ++row) {
     const A *x = q.x + row * q.ldx, *g = q.g + row * q.ldg;
     A* dx = q.dx + row * q.lddx;
-    const uint32_t* keep = q.keep ? q.keep + row * q.ldkeep : nullptr;
+    const uint32_t* bits = q.keep ? q.keep + row * q.ldkeep : nullptr;
     for (int64_t i = 0; i < q.cols; i += kBlock) {
       const int64_t rest = q.cols - i;
       alignas(64) A xs[kBlock], gs[kBlock], out[kBlock];
@@ -242,9 +253,15 @@ FN_INLINE void input_gradient_rows(const Backward<A>& q) {
         copy_padded(x + i, xs, rest);
         copy_padded(g + i, gs, rest);
       }
-      input_gradient_block<A, Activation, span, keep_is_saved>(q, parameters, i, rest < kBlock ? xs : x + i,
-                                                               rest < kBlock ? gs : g + i, rest < kBlock ? out : dx + i,
-                                                               keep ? keep[i / kBlock] : ~0u);
+      const A *from_x = rest < kBlock ? xs : x + i, *from_g = rest < kBlock ? gs : g + i;
+      A* to = rest < kBlock ? out : dx + i;
+      const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
+      for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+        const int64_t j = i + v * V::width;
+        const V xv = V::load(from_x + v * V::width);
+        const V dz = local(j, xv, V::load(from_g + v * V::width), keep, v);
+        math::apply_input_gradient(dz, xv - local.channel.mean[j], a[j], b[j], c[j]).store(to + v * V::width);
+      });
       if (rest < kBlock) copy_out(out, dx + i, rest);
     }
   }
@@ -256,34 +273,41 @@ void input_gradient(const Backward<A>& q) {
 }
 
 // ---- statistics: two passes over a tile that sits in the first-level cache, shifted by its first value ------------------
+// f(v, values) for every vector of n values, the last ones filled up with `fill`. Two blocks are in flight: a sum waits
+// some cycles for the one before.
+template <class A, class F>
+FN_INLINE void for_run(const A* x, int64_t n, A fill, F f) {
+  using V = Vec<A>;
+  int64_t i = 0;
+  for (; i + 2 * kBlock <= n; i += 2 * kBlock) {
+    FN_UNROLL for (int v = 0; v < 2 * kVectors<A>; ++v) f(v, V::load(x + i + v * V::width));
+  }
+  for (; i < n; i += kBlock) {
+    alignas(64) A rest[kBlock];
+    for (int64_t j = 0; j < kBlock; ++j) rest[j] = i + j < n ? x[i + j] : fill;
+    FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) f(v, V::load(rest + v * V::width));
+  }
+}
+
+template <class A>
+FN_INLINE double sum_run(Vec<A>* sums) {
+  for (int v = 0; v < kVectors<A>; ++v) sums[v] = sums[v] + sums[v + kVectors<A>];
+  return sum_block(sums);
+}
+
 template <class A>
 void moments_run(const A* x, int64_t n, double* mean, double* m2) {
   using V = Vec<A>;
   const V shift(x[0]);
-  const int64_t whole = n / kBlock * kBlock;
-  alignas(64) A rest[kBlock];
-  copy_padded(x + whole, rest, n - whole);
-  V sums[kVectors<A>]{};
-  const auto add = [&](const A* block, uint32_t present) {
-    FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) {
-      sums[v] = sums[v] + select(from_bits<A>(present, v), V::load(block + v * V::width) - shift, V(0.0f));
-    }
-  };
-  for (int64_t i = 0; i < whole; i += kBlock) add(x + i, ~0u);
-  if (whole < n) add(rest, first_bits(n - whole));
-  const A offset = static_cast<A>(sum_block(sums) / n);
-
-  V squares[kVectors<A>]{};
-  const auto add_squares = [&](const A* block, uint32_t present) {
-    FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) {
-      const V d = select(from_bits<A>(present, v), (V::load(block + v * V::width) - shift) - V(offset), V(0.0f));
-      squares[v] = fma(d, d, squares[v]);
-    }
-  };
-  for (int64_t i = 0; i < whole; i += kBlock) add_squares(x + i, ~0u);
-  if (whole < n) add_squares(rest, first_bits(n - whole));
+  V sums[2 * kVectors<A>]{}, squares[2 * kVectors<A>]{};
+  for_run(x, n, x[0], [&](int v, V u) FN_LAMBDA_INLINE { sums[v] = sums[v] + (u - shift); });
+  const A offset = static_cast<A>(sum_run(sums) / n);
+  for_run(x, n, x[0] + offset, [&](int v, V u) FN_LAMBDA_INLINE {
+    const V d = (u - shift) - V(offset);
+    squares[v] = fma(d, d, squares[v]);
+  });
   *mean = static_cast<double>(x[0]) + offset;
-  *m2 = sum_block(squares);
+  *m2 = sum_run(squares);
 }
 
 FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<double> tile_mean, Vec<double> tile_m2) {
@@ -318,7 +342,7 @@ void moments_columns(const A* x, int64_t rows, int64_t cols, int64_t ldx, double
       ld = kBlock;
     }
     V sums[kVectors<A>]{}, squares[kVectors<A>]{};
-    for (int64_t row = 1; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
       FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) {
         sums[v] = sums[v] + (V::load(block + row * ld + v * V::width) - V::load(block + v * V::width));
       }

@@ -190,8 +190,14 @@ struct Word {
   Word() = default;
   FN_INLINE Word(Raw r) : raw(r) {}
   FN_INLINE Word(uint32_t s) : raw(Raw{} + s) {}
-  friend FN_INLINE Word operator^(Word a, Word b) { return a.raw ^ b.raw; }
 };
+FN_INLINE Word xor3(Word a, Word b, Word c) {
+#if FN_VECTOR_BYTES == 64
+  return (Word::Raw)_mm512_ternarylogic_epi64((__m512i)a.raw, (__m512i)b.raw, (__m512i)c.raw, 0x96);
+#else
+  return a.raw ^ b.raw ^ c.raw;
+#endif
+}
 FN_INLINE void multiply_wide(Word a, uint32_t b, Word& high, Word& low) {
 #if FN_VECTOR_BYTES == 64
   low.raw = (Word::Raw)_mm512_mul_epu32((__m512i)a.raw, _mm512_set1_epi64(b));

@@ -41,6 +41,7 @@ FN_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
 
 FN_INLINE float select(bool m, float a, float b) { return m ? a : b; }
 FN_INLINE double select(bool m, double a, double b) { return m ? a : b; }
+FN_INLINE uint32_t xor3(uint32_t a, uint32_t b, uint32_t c) { return a ^ b ^ c; }
 FN_INLINE bool both(bool a, bool b) { return a && b; }
 FN_INLINE bool negate(bool m) { return !m; }
 FN_INLINE bool less(float a, float b) { return a < b; }

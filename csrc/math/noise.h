@@ -34,9 +34,9 @@ FN_INLINE void philox4x32(Word (&x)[4], Seed key) {
     Word high0, low0, high1, low1;
     multiply_wide(x[0], 0xD2511F53u, high0, low0);
     multiply_wide(x[2], 0xCD9E8D57u, high1, low1);
-    x[0] = high1 ^ x[1] ^ Word(key.low);
+    x[0] = xor3(high1, x[1], Word(key.low));
     x[1] = low1;
-    x[2] = high0 ^ x[3] ^ Word(key.high);
+    x[2] = xor3(high0, x[3], Word(key.high));
     x[3] = low0;
     key.low += 0x9E3779B9u;
     key.high += 0xBB67AE85u;
