@@ -1,6 +1,6 @@
 // Channels-first: the values of a channel are N pieces of S contiguous ones. Tiles are cut so that they stand in one piece
-// of memory; only where pieces are short does a tile span several (in rows r = n*S + s) and go through a buffer, as it
-// also does where storage is not opmath type. Noise is drawn for consecutive rows, so it costs the same either way.
+// of memory; only where pieces are short does a tile span several (in rows r = n*S + s) and go through a buffer. Noise is
+// drawn for consecutive rows, so it costs the same either way.
 //
 // One thread takes a channel (or a few adjacent ones, when S is small, to read longer stretches) through both passes, the
 // second one backwards: what the first pass read last is still in cache. With fewer channels than keep all threads busy,
@@ -14,25 +14,21 @@
 namespace fusednorm::cpu {
 namespace {
 
-// Values in a tile, at most: what fits the first-level cache, with the buffers where there are any.
-template <class T>
-constexpr int64_t kTile = std::is_same_v<T, opmath_t<T>> ? 4096 : 1024;
+constexpr int64_t kTile = 4096;  // values, at most: they stay in the first-level cache
 constexpr int64_t kStretch = 26000;     // bytes: adjacent channels are taken together until they are this long
 constexpr int64_t kResident = 2 << 20;  // bytes: or until the group holds this much
 
 template <class T>
 class Channels {
  public:
-  using A = opmath_t<T>;
-
   explicit Channels(const Call& call) : shape_(call.shape), chain_(call.chain), seed_(call.seed) {
     const PieceLayout pieces = piece_layout(shape_);
     length_ = pieces.length;
-    tiles_per_piece_ = (length_ + kTile<T> - 1) / kTile<T>;
+    tiles_per_piece_ = (length_ + kTile - 1) / kTile;
     tile_ = padded((length_ + tiles_per_piece_ - 1) / tiles_per_piece_);
     tiles_per_piece_ = (length_ + tile_ - 1) / tile_;
     tiles_ = pieces.count * tiles_per_piece_;
-    in_place_ = std::is_same_v<T, A> && (length_ == shape_.S || whole());
+    in_place_ = length_ == shape_.S || whole();
   }
 
   int64_t pieces() const { return tiles_ / tiles_per_piece_; }
@@ -43,22 +39,22 @@ class Channels {
     const int64_t piece = shape_.S * static_cast<int64_t>(sizeof(T));
     return whole() ? 1 : std::clamp<int64_t>(std::min(kStretch / piece, kResident / (piece * shape_.N)), 1, 64);
   }
-  // The tile in opmath type: where it stands, or in buffer.
-  const A* load(const T* base, int64_t c, int64_t tile, A* buffer) const {
-    if (in_place_) return reinterpret_cast<const A*>(base + place(c, first_row(tile)));
-    for_pieces(c, tile, [&](int64_t at, int64_t memory, int64_t n) { widen(base + memory, buffer + at, n); });
+  // The tile in one piece: where it stands, or in buffer.
+  const T* load(const T* base, int64_t c, int64_t tile, T* buffer) const {
+    if (in_place_) return base + place(c, first_row(tile));
+    for_pieces(c, tile, [&](int64_t at, int64_t memory, int64_t n) { std::copy_n(base + memory, n, buffer + at); });
     return buffer;
   }
   // Where to write the tile; store() then brings it to its place.
-  A* target(T* base, int64_t c, int64_t tile, A* buffer) const {
-    return in_place_ ? reinterpret_cast<A*>(base + place(c, first_row(tile))) : buffer;
+  T* target(T* base, int64_t c, int64_t tile, T* buffer) const {
+    return in_place_ ? base + place(c, first_row(tile)) : buffer;
   }
-  void store(T* base, int64_t c, int64_t tile, const A* from) const {
+  void store(T* base, int64_t c, int64_t tile, const T* from) const {
     if (in_place_) return;
-    for_pieces(c, tile, [&](int64_t at, int64_t memory, int64_t n) { narrow(from + at, base + memory, n); });
+    for_pieces(c, tile, [&](int64_t at, int64_t memory, int64_t n) { std::copy_n(from + at, n, base + memory); });
   }
 
-  // The tile's keep bits, or null where everything is treated alike. The buffer holds kTile<T> / 32 + 1 words.
+  // The tile's keep bits, or null where everything is treated alike. The buffer holds kTile / 32 + 1 words.
   const uint32_t* draw(int64_t c, int64_t tile, uint32_t* buffer) const {
     const int64_t first = first_row(tile), n = rows(tile);
     if (chain_.noise == Noise::element) {
@@ -175,9 +171,9 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
   const int64_t tiles = channels.tiles();
   ChannelVectors<A> vectors(call.shape.C);
   const auto gather = [&](Step at) {
-    alignas(64) A buffer[kTile<T>];
+    alignas(64) T buffer[kTile];
     math::Moments<double> m{static_cast<double>(channels.rows(at.tile)), 0, 0};
-    kernels_for<A>().moments_run(channels.load(p.x, at.c, at.tile, buffer), channels.rows(at.tile),
+    kernels_for<T>().moments_run(channels.load(p.x, at.c, at.tile, buffer), channels.rows(at.tile),
                                  &m.mean, &m.m2);
     return m;
   };
@@ -187,9 +183,9 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
     finish_statistics(call, p, c, m.mean, m.m2, vectors);
   };
   const auto emit = [&](Step at) {
-    alignas(64) A in[kTile<T>], out[kTile<T>];
-    uint32_t bits[kTile<T> / 32 + 1];
-    Apply<A> q{};
+    alignas(64) T in[kTile], out[kTile];
+    uint32_t bits[kTile / 32 + 1];
+    Apply<T> q{};
     q.rows = 1;
     q.cols = channels.rows(at.tile);
     q.x = channels.load(p.x, at.c, at.tile, in);
@@ -199,7 +195,7 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
     q.multiplier = static_cast<A>(call.chain.multiplier);
     q.keep = channels.draw(at.c, at.tile, bits);
     q.save = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : nullptr;
-    kernels_for<A>().apply[kRun][call.chain.activation](q);
+    kernels_for<T>().apply[kRun][call.chain.activation](q);
     channels.store(p.y, at.c, at.tile, q.y);
   };
   two_passes<math::Moments<double>>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(), call.training, gather, finish, emit);
@@ -213,8 +209,8 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
   ChannelVectors<A> vectors(call.shape.C);
   for (int64_t c = 0; c < call.shape.C; ++c) load_statistics(p, c, vectors);
   Coefficients<A> coefficients(call.shape.C);
-  const auto arguments = [&](Step at, A* x, A* g, uint32_t* bits) {
-    Backward<A> q{};
+  const auto arguments = [&](Step at, T* x, T* g, uint32_t* bits) {
+    Backward<T> q{};
     q.rows = 1;
     q.cols = channels.rows(at.tile);
     q.x = channels.load(p.x, at.c, at.tile, x);
@@ -227,13 +223,13 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
     return q;
   };
   const auto gather = [&](Step at) {
-    alignas(64) A x[kTile<T>], g[kTile<T>];
-    uint32_t bits[kTile<T> / 32 + 1];
+    alignas(64) T x[kTile], g[kTile];
+    uint32_t bits[kTile / 32 + 1];
     GradientSums sums{0, 0};
-    Backward<A> q = arguments(at, x, g, bits);
+    Backward<T> q = arguments(at, x, g, bits);
     q.sum_dz = &sums.dz;
     q.sum_dz_xmu = &sums.dz_xmu;
-    kernels_for<A>().gradient_sums[kRun][call.chain.activation](q);
+    kernels_for<T>().gradient_sums[kRun][call.chain.activation](q);
     return sums;
   };
   const bool gathers = p.grad_weight != nullptr;
@@ -250,17 +246,24 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
   };
   const auto emit = [&](Step at) {
     if (!p.dx) return;
-    alignas(64) A x[kTile<T>], g[kTile<T>], out[kTile<T>];
-    uint32_t bits[kTile<T> / 32 + 1];
-    Backward<A> q = arguments(at, x, g, bits);
+    alignas(64) T x[kTile], g[kTile], out[kTile];
+    uint32_t bits[kTile / 32 + 1];
+    Backward<T> q = arguments(at, x, g, bits);
     q.dx = channels.target(p.dx, at.c, at.tile, out);
     q.a = &coefficients.a[at.c];
     q.b = &coefficients.b[at.c];
     q.c = &coefficients.c[at.c];
-    kernels_for<A>().input_gradient[kRun][call.chain.activation](q);
+    kernels_for<T>().input_gradient[kRun][call.chain.activation](q);
     channels.store(p.dx, at.c, at.tile, q.dx);
   };
   two_passes<GradientSums>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(), gathers, gather, finish, emit);
+}
+
+template <class T>
+T one_in_storage() {
+  if constexpr (std::is_same_v<T, BFloat16>) return {0x3f80};
+  if constexpr (std::is_same_v<T, Float16>) return {0x3c00};
+  if constexpr (std::is_floating_point_v<T>) return 1;
 }
 
 // The forward of ones: identity statistics, no activation.
@@ -269,12 +272,12 @@ void noise(const Call& call, T* m) {
   using A = opmath_t<T>;
   const Channels<T> channels(call);
   const A zero = 0, one = 1;
-  const std::vector<A> ones(kTile<T>, one);
+  const std::vector<T> ones(kTile, one_in_storage<T>());
   for_tasks(call.shape.C * channels.tiles(), call.shape.C * call.shape.rows() < kSerial, false, [&](int64_t i) {
     const Step at{i / channels.tiles(), i % channels.tiles()};
-    alignas(64) A out[kTile<T>];
-    uint32_t bits[kTile<T> / 32 + 1];
-    Apply<A> q{};
+    alignas(64) T out[kTile];
+    uint32_t bits[kTile / 32 + 1];
+    Apply<T> q{};
     q.rows = 1;
     q.cols = channels.rows(at.tile);
     q.x = ones.data();
@@ -282,7 +285,7 @@ void noise(const Call& call, T* m) {
     q.affine = {&zero, &one, &zero};
     q.multiplier = static_cast<A>(call.chain.multiplier);
     q.keep = channels.draw(at.c, at.tile, bits);
-    kernels_for<A>().apply[kRun][0](q);
+    kernels_for<T>().apply[kRun][0](q);
     channels.store(m, at.c, at.tile, q.y);
   });
 }

@@ -15,11 +15,8 @@ constexpr int64_t kBlockColumns = 1024;            // of a block, at most
 constexpr int64_t kPanelElements = 1 << 18;    // of a panel, roughly
 constexpr int64_t kTileElements = 8192;        // of a tile, roughly
 
-template <class T>
 class Matrix {
  public:
-  using A = opmath_t<T>;
-
   struct Tile {
     int64_t row, column, rows, columns;
   };
@@ -39,7 +36,6 @@ class Matrix {
   int64_t chunk_of(int64_t panel) const { return panel / blocks_; }
   int64_t rows_before(int64_t panel, int64_t row) const { return row - chunk_of(panel) * chunk_; }
   int64_t chunk_rows(int64_t chunk) const { return std::min(chunk_, rows_ - chunk * chunk_); }
-  int64_t buffer_size() const { return tile_rows_ * block_; }
   int64_t bits_size() const { return tile_rows_ * block_ / 32; }
 
   template <class F>
@@ -51,41 +47,8 @@ class Matrix {
     }
   }
 
-  // The tile in opmath type and the distance of its rows: in place where it already stands so, else in buffer.
-  const A* load(const T* base, const Tile& t, A* buffer, int64_t& ld) const {
-    base += t.row * columns_ + t.column;
-    if constexpr (std::is_same_v<T, A>) {
-      ld = columns_;
-      return base;
-    } else {
-      ld = t.columns;
-      if (t.columns == columns_) {
-        widen(base, buffer, t.rows * columns_);
-      } else {
-        for (int64_t i = 0; i < t.rows; ++i) widen(base + i * columns_, buffer + i * ld, t.columns);
-      }
-      return buffer;
-    }
-  }
-  A* target(T* base, const Tile& t, A* buffer, int64_t& ld) const {
-    if constexpr (std::is_same_v<T, A>) {
-      ld = columns_;
-      return base + t.row * columns_ + t.column;
-    } else {
-      ld = t.columns;
-      return buffer;
-    }
-  }
-  void store(T* base, const Tile& t, const A* from) const {
-    if constexpr (!std::is_same_v<T, A>) {
-      base += t.row * columns_ + t.column;
-      if (t.columns == columns_) {
-        narrow(from, base, t.rows * columns_);
-      } else {
-        for (int64_t i = 0; i < t.rows; ++i) narrow(from + i * t.columns, base + i * columns_, t.columns);
-      }
-    }
-  }
+  int64_t ld() const { return columns_; }
+  int64_t offset(const Tile& t) const { return t.row * columns_ + t.column; }
 
   // The tile's keep bits (rows ld words apart), or null where everything is treated alike.
   const uint32_t* draw(const Tile& t, uint32_t* buffer, int64_t& ld) const {
@@ -136,34 +99,23 @@ void for_channels(int64_t channels, int64_t work, const F& f) {
   });
 }
 
-// Per-thread scratch of a panel, allocated once per task.
-template <class A>
-struct Scratch {
-  std::vector<A> a, b, c;
-  std::vector<uint32_t> bits;
-  Scratch(int64_t size, int64_t words) : a(size), b(size), c(size), bits(words) {}
-};
-
 }  // namespace
 
 template <class T>
 void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
   using A = opmath_t<T>;
-  const Matrix<T> matrix(call);
+  const Matrix matrix(call);
   const int64_t C = call.shape.C;
   const bool serial = C * call.shape.rows() < kSerial;
-  const int64_t staged = std::is_same_v<T, A> ? 0 : matrix.buffer_size();
   Partials partials(call.training ? matrix.chunks() : 0, C);
   ChannelVectors<A> vectors(C);
   if (call.training) {
     for_tasks(matrix.panels(), serial, false, [&](int64_t panel) {
-      std::vector<A> buffer(staged);
       const int64_t at = matrix.chunk_of(panel) * partials.ld;
-      matrix.for_tiles(panel, [&](const typename Matrix<T>::Tile& t) {
-        int64_t ld;
-        const A* x = matrix.load(p.x, t, buffer.data(), ld);
-        kernels_for<A>().moments_columns(x, t.rows, t.columns, ld, matrix.rows_before(panel, t.row),
-                                         partials.first.data() + at + t.column, partials.second.data() + at + t.column);
+      matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
+        kernels_for<T>().moments_columns(p.x + matrix.offset(t), t.rows, t.columns, matrix.ld(),
+                                         matrix.rows_before(panel, t.row), partials.first.data() + at + t.column,
+                                         partials.second.data() + at + t.column);
       });
     });
   }
@@ -176,21 +128,21 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
     finish_statistics(call, p, c, m.mean, m.m2, vectors);
   });
   for_tasks(matrix.panels(), serial, true, [&](int64_t panel) {
-    Scratch<A> scratch(staged, matrix.bits_size());
-    matrix.for_tiles(panel, [&](const typename Matrix<T>::Tile& t) {
-      Apply<A> q{};
+    std::vector<uint32_t> bits(matrix.bits_size());
+    matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
+      Apply<T> q{};
       q.rows = t.rows;
       q.cols = t.columns;
-      q.x = matrix.load(p.x, t, scratch.a.data(), q.ldx);
-      q.y = matrix.target(p.y, t, scratch.b.data(), q.ldy);
+      q.x = p.x + matrix.offset(t);
+      q.y = p.y + matrix.offset(t);
+      q.ldx = q.ldy = matrix.ld();
       q.affine = vectors.at(t.column);
       std::copy_n(call.chain.parameters.begin(), 2, q.activation);
       q.multiplier = static_cast<A>(call.chain.multiplier);
-      q.keep = matrix.draw(t, scratch.bits.data(), q.ldkeep);
+      q.keep = matrix.draw(t, bits.data(), q.ldkeep);
       q.save = p.mask ? p.mask + matrix.mask_offset(t) : nullptr;
       q.ldsave = matrix.mask_ld();
-      kernels_for<A>().apply[kColumns][call.chain.activation](q);
-      matrix.store(p.y, t, q.y);
+      kernels_for<T>().apply[kColumns][call.chain.activation](q);
     });
   });
 }
@@ -198,19 +150,19 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
 template <class T>
 void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
   using A = opmath_t<T>;
-  const Matrix<T> matrix(call);
+  const Matrix matrix(call);
   const int64_t C = call.shape.C;
   const bool serial = C * call.shape.rows() < kSerial, gathers = p.grad_weight != nullptr;
-  const int64_t staged = std::is_same_v<T, A> ? 0 : matrix.buffer_size();
   Partials partials(gathers ? matrix.chunks() : 0, C);
   ChannelVectors<A> vectors(C);
   for (int64_t c = 0; c < C; ++c) load_statistics(p, c, vectors);
-  const auto arguments = [&](const typename Matrix<T>::Tile& t, Scratch<A>& scratch) {
-    Backward<A> q{};
+  const auto arguments = [&](const Matrix::Tile& t, std::vector<uint32_t>& bits) {
+    Backward<T> q{};
     q.rows = t.rows;
     q.cols = t.columns;
-    q.x = matrix.load(p.x, t, scratch.a.data(), q.ldx);
-    q.g = matrix.load(p.g, t, scratch.b.data(), q.ldg);
+    q.x = p.x + matrix.offset(t);
+    q.g = p.g + matrix.offset(t);
+    q.ldx = q.ldg = matrix.ld();
     q.affine = vectors.at(t.column);
     std::copy_n(call.chain.parameters.begin(), 2, q.activation);
     q.multiplier = static_cast<A>(call.chain.multiplier);
@@ -218,21 +170,21 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
       q.keep = p.mask + matrix.mask_offset(t);
       q.ldkeep = matrix.mask_ld();
     } else {
-      q.keep = matrix.draw(t, scratch.bits.data(), q.ldkeep);
+      q.keep = matrix.draw(t, bits.data(), q.ldkeep);
     }
     q.keep_is_saved = p.mask != nullptr;
     return q;
   };
-  const int64_t bits = p.mask ? 0 : matrix.bits_size();
+  const int64_t bits_size = p.mask ? 0 : matrix.bits_size();
   if (gathers) {
     for_tasks(matrix.panels(), serial, false, [&](int64_t panel) {
-      Scratch<A> scratch(staged, bits);
+      std::vector<uint32_t> bits(bits_size);
       const int64_t at = matrix.chunk_of(panel) * partials.ld;
-      matrix.for_tiles(panel, [&](const typename Matrix<T>::Tile& t) {
-        Backward<A> q = arguments(t, scratch);
+      matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
+        Backward<T> q = arguments(t, bits);
         q.sum_dz = partials.first.data() + at + t.column;
         q.sum_dz_xmu = partials.second.data() + at + t.column;
-        kernels_for<A>().gradient_sums[kColumns][call.chain.activation](q);
+        kernels_for<T>().gradient_sums[kColumns][call.chain.activation](q);
       });
     });
   }
@@ -250,15 +202,15 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
   });
   if (!p.dx) return;
   for_tasks(matrix.panels(), serial, true, [&](int64_t panel) {
-    Scratch<A> scratch(staged, bits);
-    matrix.for_tiles(panel, [&](const typename Matrix<T>::Tile& t) {
-      Backward<A> q = arguments(t, scratch);
-      q.dx = matrix.target(p.dx, t, scratch.c.data(), q.lddx);
+    std::vector<uint32_t> bits(bits_size);
+    matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
+      Backward<T> q = arguments(t, bits);
+      q.dx = p.dx + matrix.offset(t);
+      q.lddx = matrix.ld();
       q.a = a.data() + t.column;
       q.b = b.data() + t.column;
       q.c = c_.data() + t.column;
-      kernels_for<A>().input_gradient[kColumns][call.chain.activation](q);
-      matrix.store(p.dx, t, q.dx);
+      kernels_for<T>().input_gradient[kColumns][call.chain.activation](q);
     });
   });
 }

@@ -6,6 +6,9 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "../math/noise.h"
@@ -14,18 +17,6 @@
 #include "kernels.h"
 
 namespace fusednorm::cpu {
-
-// Opmath type of a storage type.
-template <class T>
-struct OpMath {
-  using type = float;
-};
-template <>
-struct OpMath<double> {
-  using type = double;
-};
-template <class T>
-using opmath_t = typename OpMath<T>::type;
 
 template <class T>
 struct ForwardPointers {
@@ -130,25 +121,12 @@ math::InputGradient finish_gradient(const Call& call, const BackwardPointers<T>&
   return math::input_gradient(scale, p.invstd[c], sum_dz, sum_dz_xmu, static_cast<double>(call.shape.rows()));
 }
 
-// n values between storage and opmath type.
-inline void widen(const float* x, float* y, int64_t n) { std::copy(x, x + n, y); }
-inline void widen(const double* x, double* y, int64_t n) { std::copy(x, x + n, y); }
-inline void widen(const BFloat16* x, float* y, int64_t n) { kernels().widen_bfloat16(x, y, n); }
-inline void widen(const Float16* x, float* y, int64_t n) { kernels().widen_float16(x, y, n); }
-inline void narrow(const float* x, float* y, int64_t n) { std::copy(x, x + n, y); }
-inline void narrow(const double* x, double* y, int64_t n) { std::copy(x, x + n, y); }
-inline void narrow(const float* x, BFloat16* y, int64_t n) { kernels().narrow_bfloat16(x, y, n); }
-inline void narrow(const float* x, Float16* y, int64_t n) { kernels().narrow_float16(x, y, n); }
-
-template <class A>
-const KernelsFor<A>& kernels_for();
-template <>
-inline const KernelsFor<float>& kernels_for<float>() {
-  return kernels().f32;
-}
-template <>
-inline const KernelsFor<double>& kernels_for<double>() {
-  return kernels().f64;
+template <class T>
+const KernelsFor<T>& kernels_for() {
+  if constexpr (std::is_same_v<T, float>) return kernels().f32;
+  if constexpr (std::is_same_v<T, double>) return kernels().f64;
+  if constexpr (std::is_same_v<T, BFloat16>) return kernels().bf16;
+  if constexpr (std::is_same_v<T, Float16>) return kernels().f16;
 }
 
 }  // namespace fusednorm::cpu

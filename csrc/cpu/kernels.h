@@ -1,7 +1,7 @@
 // The interface between the drivers of the CPU backend (ordinary C++, compiled once) and the kernels (compiled once per
 // instruction set, see level_*.cpp): plain structs of arguments and one table of function pointers per level.
 //
-// A kernel works on a tile: `rows` x `cols` values in opmath type A, `cols` contiguous. Two kinds of tile cover both
+// A kernel works on a tile: `rows` x `cols` values of storage type T, `cols` contiguous, and computes in opmath type A. Two kinds of tile cover both
 // layouts: a run (channels-first: one channel, rows = 1, per-channel vectors of one entry) and columns (channels-last:
 // a column per channel, vectors of `cols` entries, padded so that 32 can be read from any multiple of 32).
 // Bits come in words of 32 per row, bit i of word j for column 32*j + i.
@@ -18,6 +18,17 @@ struct Float16 {
   uint16_t bits;
 };
 
+template <class T>
+struct OpMath {
+  using type = float;
+};
+template <>
+struct OpMath<double> {
+  using type = double;
+};
+template <class T>
+using opmath_t = typename OpMath<T>::type;
+
 constexpr int kMaxTileRows = 64;
 
 template <class A>
@@ -27,11 +38,12 @@ struct Affine {  // per-channel: z = (u - mean) * scale + shift
   const A* shift;
 };
 
-template <class A>
+template <class T>
 struct Apply {
+  using A = opmath_t<T>;
   int64_t rows, cols;
-  const A* x;        // [rows, ldx]
-  A* y;              // [rows, ldy]
+  const T* x;        // [rows, ldx]
+  T* y;              // [rows, ldy]
   int64_t ldx, ldy;
   Affine<A> affine;
   A activation[2];   // parameters
@@ -42,11 +54,12 @@ struct Apply {
   int64_t ldsave;
 };
 
-template <class A>
+template <class T>
 struct Backward {
+  using A = opmath_t<T>;
   int64_t rows, cols;
-  const A* x;        // [rows, ldx]
-  const A* g;        // [rows, ldg]
+  const T* x;        // [rows, ldx]
+  const T* g;        // [rows, ldg]
   int64_t ldx, ldg;
   Affine<A> affine;
   A activation[2];
@@ -56,7 +69,7 @@ struct Backward {
   bool keep_is_saved;    // the bits are what Apply saved
   double* sum_dz;        // [1 or cols] += sum of dz
   double* sum_dz_xmu;    // [1 or cols] += sum of dz * (x - mean)
-  A* dx;                 // [rows, lddx]
+  T* dx;                 // [rows, lddx]
   int64_t lddx;
   const A* a;            // per-channel: dx = a*dz + b*(x - mean) + c
   const A* b;
@@ -65,31 +78,29 @@ struct Backward {
 
 enum Span { kRun, kColumns };
 
-template <class A>
+template <class T>
 struct KernelsFor {
-  void (*const* apply[2])(const Apply<A>&);              // [Span][activation]
-  void (*const* gradient_sums[2])(const Backward<A>&);   // [Span][activation]
-  void (*const* input_gradient[2])(const Backward<A>&);  // [Span][activation]
+  void (*const* apply[2])(const Apply<T>&);              // [Span][activation]
+  void (*const* gradient_sums[2])(const Backward<T>&);   // [Span][activation]
+  void (*const* input_gradient[2])(const Backward<T>&);  // [Span][activation]
   // mean and sum of squared deviations of n values
-  void (*moments_run)(const A* x, int64_t n, double* mean, double* m2);
+  void (*moments_run)(const T* x, int64_t n, double* mean, double* m2);
   // merges the moments of `rows` <= kMaxTileRows new rows into mean[cols], m2[cols], which hold those of `count` rows
-  void (*moments_columns)(const A* x, int64_t rows, int64_t cols, int64_t ldx, double count, double* mean, double* m2);
+  void (*moments_columns)(const T* x, int64_t rows, int64_t cols, int64_t ldx, double count, double* mean, double* m2);
 };
 
 struct Kernels {
   const char* level;
   KernelsFor<float> f32;
   KernelsFor<double> f64;
+  KernelsFor<BFloat16> bf16;
+  KernelsFor<Float16> f16;
   // keep bits of rows [8*group, ...) of channel c: `words` words of 32 rows
   void (*keep_run)(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, uint32_t threshold, uint32_t* out,
                    int64_t words);
   // keep bits of the 8 rows of `group`, channels [c, c + 32*words): row i at out + i*ld
   void (*keep_columns)(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, uint32_t threshold, uint32_t* out,
                        int64_t words, int64_t ld);
-  void (*widen_bfloat16)(const BFloat16* x, float* y, int64_t n);
-  void (*narrow_bfloat16)(const float* x, BFloat16* y, int64_t n);
-  void (*widen_float16)(const Float16* x, float* y, int64_t n);
-  void (*narrow_float16)(const float* x, Float16* y, int64_t n);
   // test hook: the vector Philox at `rounds` 7 or 10, lane i with counter[0] + i; returns the number of lanes
   int (*philox_lanes)(int rounds, const uint32_t* counter, const uint32_t* key, uint32_t* out);
 };

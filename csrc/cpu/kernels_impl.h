@@ -72,65 +72,64 @@ struct Channel {
 };
 
 
-template <class A>
-FN_INLINE void copy_padded(const A* from, A* to, int64_t n) {
-  for (int64_t i = 0; i < kBlock; ++i) to[i] = i < n ? from[i] : A(0);
+template <class T>
+FN_INLINE void copy_padded(const T* from, T* to, int64_t n, T fill = T{}) {
+  for (int64_t i = 0; i < kBlock; ++i) to[i] = i < n ? from[i] : fill;
 }
-
-template <class A>
-FN_INLINE void copy_out(const A* from, A* to, int64_t n) {
+template <class T>
+FN_INLINE void copy_out(const T* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
 FN_INLINE uint32_t first_bits(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
 
 // ---- forward: y = activation((x - mean) * scale + shift) * multiplier where kept ----------------------------------------
-template <class A, class Activation, Span span>
-FN_INLINE void apply_block(const math::Parameters<A>& parameters, const Channel<span, A>& channel, Vec<A> multiplier,
-                           int64_t column, const A* x, A* y, uint32_t keep, uint32_t* save) {
+template <class T, class Activation, Span span>
+void apply(const Apply<T>& q) {
+  using A = opmath_t<T>;
   using V = Vec<A>;
-  uint32_t saved = 0;
-  for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
-    const int64_t i = column + v * V::width;
-    const V z = channel.normalize(V::load(x + v * V::width), i);
-    const Mask<A> kept = from_bits<A>(keep, v);
-    // A multiplication, not a selection: a dropped infinity is NaN, as in the unfused composition.
-    (Activation::value(z, parameters) * select(kept, multiplier, V(0.0f))).store(y + v * V::width);
-    if constexpr (Activation::one_bit) saved |= to_bits(both(kept, Activation::passes(z, parameters))) << (v * V::width);
-  });
-  if (save) *save = Activation::one_bit ? saved : keep;
-}
-
-template <class A, class Activation, Span span>
-void apply(const Apply<A>& q) {
   const math::Parameters<A> parameters{q.activation[0], q.activation[1]};
   const Channel<span, A> channel(q.affine);
-  const Vec<A> multiplier(q.multiplier);
+  const V multiplier(q.multiplier);
   for (int64_t row = 0; row < q.rows; ++row) {
-    const A* x = q.x + row * q.ldx;
-    A* y = q.y + row * q.ldy;
-    const uint32_t* keep = q.keep ? q.keep + row * q.ldkeep : nullptr;
+    const uint32_t* bits = q.keep ? q.keep + row * q.ldkeep : nullptr;
     uint32_t* save = q.save ? q.save + row * q.ldsave : nullptr;
     for (int64_t i = 0; i < q.cols; i += kBlock) {
       const int64_t rest = q.cols - i;
-      alignas(64) A in[kBlock], out[kBlock];
-      if (rest < kBlock) copy_padded(x + i, in, rest);
-      apply_block<A, Activation, span>(parameters, channel, multiplier, i, rest < kBlock ? in : x + i,
-                                       rest < kBlock ? out : y + i, keep ? keep[i / kBlock] : ~0u,
-                                       save ? save + i / kBlock : nullptr);
-      if (rest < kBlock) copy_out(out, y + i, rest);
+      const T* x = q.x + row * q.ldx + i;
+      T* y = q.y + row * q.ldy + i;
+      alignas(64) T in[kBlock], out[kBlock];
+      if (rest < kBlock) {
+        copy_padded(x, in, rest);
+        x = in;
+        y = out;
+      }
+      const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
+      uint32_t saved = 0;
+      for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+        const V z = channel.normalize(V::load(x + v * V::width), i + v * V::width);
+        const Mask<A> kept = from_bits<A>(keep, v);
+        // A multiplication, not a selection: a dropped infinity is NaN, as in the unfused composition.
+        (Activation::value(z, parameters) * select(kept, multiplier, V(0.0f))).store(y + v * V::width);
+        if constexpr (Activation::one_bit) {
+          saved |= to_bits(both(kept, Activation::passes(z, parameters))) << (v * V::width);
+        }
+      });
+      if (save) save[i / kBlock] = Activation::one_bit ? saved : keep;
+      if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
     }
   }
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------------
 // dz = g * multiplier * activation'(z) where kept. A gradient that is not finite gives 0 where its element was dropped.
-template <class A, class Activation, Span span, bool keep_is_saved>
+template <class T, class Activation, Span span, bool keep_is_saved>
 struct LocalGradient {
+  using A = opmath_t<T>;
   math::Parameters<A> parameters;
   Channel<span, A> channel;
   Vec<A> multiplier;
-  FN_INLINE explicit LocalGradient(const Backward<A>& q)
+  FN_INLINE explicit LocalGradient(const Backward<T>& q)
       : parameters{q.activation[0], q.activation[1]}, channel(q.affine), multiplier(q.multiplier) {}
 
   template <class Index>
@@ -148,9 +147,10 @@ struct Sums {
   Vec<A> dz[kVectors<A>], dz_xmu[kVectors<A>];
 };
 
-template <class A, class Activation, Span span, bool keep_is_saved>
-FN_INLINE void sums_block(const LocalGradient<A, Activation, span, keep_is_saved>& local, int64_t column, const A* x,
-                          const A* g, uint32_t keep, Sums<A>& sums) {
+template <class T, class Activation, Span span, bool keep_is_saved>
+FN_INLINE void sums_block(const LocalGradient<T, Activation, span, keep_is_saved>& local, int64_t column, const T* x,
+                          const T* g, uint32_t keep, Sums<opmath_t<T>>& sums) {
+  using A = opmath_t<T>;
   using V = Vec<A>;
   for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
     const int64_t i = column + v * V::width;
@@ -180,15 +180,16 @@ FN_INLINE double sum_block(const Vec<A>* v) {
   return lanes[0];
 }
 
-template <class A, class Activation, bool keep_is_saved>
-FN_INLINE void sums_run(const Backward<A>& q) {
-  const LocalGradient<A, Activation, kRun, keep_is_saved> local(q);
+template <class T, class Activation, bool keep_is_saved>
+FN_INLINE void sums_run(const Backward<T>& q) {
+  using A = opmath_t<T>;
+  const LocalGradient<T, Activation, kRun, keep_is_saved> local(q);
   Sums<A> sums{};
   for (int64_t i = 0; i < q.cols; i += kBlock) {
     const int64_t rest = q.cols - i;
-    const A *x = q.x + i, *g = q.g + i;
+    const T *x = q.x + i, *g = q.g + i;
     uint32_t keep = q.keep ? q.keep[i / kBlock] : ~0u;
-    alignas(64) A xs[kBlock], gs[kBlock];
+    alignas(64) T xs[kBlock], gs[kBlock];
     if (rest < kBlock) {
       copy_padded(x, xs, rest);
       copy_padded(g, gs, rest);
@@ -202,16 +203,17 @@ FN_INLINE void sums_run(const Backward<A>& q) {
   *q.sum_dz_xmu += sum_block(sums.dz_xmu);
 }
 
-template <class A, class Activation, bool keep_is_saved>
-FN_INLINE void sums_columns(const Backward<A>& q) {
-  const LocalGradient<A, Activation, kColumns, keep_is_saved> local(q);
+template <class T, class Activation, bool keep_is_saved>
+FN_INLINE void sums_columns(const Backward<T>& q) {
+  using A = opmath_t<T>;
+  const LocalGradient<T, Activation, kColumns, keep_is_saved> local(q);
   for (int64_t i = 0; i < q.cols; i += kBlock) {
     const int64_t n = q.cols - i < kBlock ? q.cols - i : kBlock;
     Sums<A> sums{};
     for (int64_t row = 0; row < q.rows; ++row) {
-      const A *x = q.x + row * q.ldx + i, *g = q.g + row * q.ldg + i;
+      const T *x = q.x + row * q.ldx + i, *g = q.g + row * q.ldg + i;
       uint32_t keep = q.keep ? q.keep[row * q.ldkeep + i / kBlock] : ~0u;
-      alignas(64) A xs[kBlock], gs[kBlock];
+      alignas(64) T xs[kBlock], gs[kBlock];
       if (n < kBlock) {
         copy_padded(x, xs, n);
         copy_padded(g, gs, n);
@@ -228,64 +230,71 @@ FN_INLINE void sums_columns(const Backward<A>& q) {
   }
 }
 
-template <class A, class Activation, Span span>
-void gradient_sums(const Backward<A>& q) {
+template <class T, class Activation, Span span>
+void gradient_sums(const Backward<T>& q) {
   if constexpr (span == kRun) {
-    q.keep_is_saved ? sums_run<A, Activation, true>(q) : sums_run<A, Activation, false>(q);
+    q.keep_is_saved ? sums_run<T, Activation, true>(q) : sums_run<T, Activation, false>(q);
   } else {
-    q.keep_is_saved ? sums_columns<A, Activation, true>(q) : sums_columns<A, Activation, false>(q);
+    q.keep_is_saved ? sums_columns<T, Activation, true>(q) : sums_columns<T, Activation, false>(q);
   }
 }
 
-template <class A, class Activation, Span span, bool keep_is_saved>
-FN_INLINE void input_gradient_rows(const Backward<A>& q) {
+template <class T, class Activation, Span span, bool keep_is_saved>
+FN_INLINE void input_gradient_rows(const Backward<T>& q) {
+  using A = opmath_t<T>;
   using V = Vec<A>;
-  const LocalGradient<A, Activation, span, keep_is_saved> local(q);
+  const LocalGradient<T, Activation, span, keep_is_saved> local(q);
   const PerChannel<span, A> a(q.a), b(q.b), c(q.c);
   for (int64_t row = 0; row < q.rows; ++row) {
-    const A *x = q.x + row * q.ldx, *g = q.g + row * q.ldg;
-    A* dx = q.dx + row * q.lddx;
     const uint32_t* bits = q.keep ? q.keep + row * q.ldkeep : nullptr;
     for (int64_t i = 0; i < q.cols; i += kBlock) {
       const int64_t rest = q.cols - i;
-      alignas(64) A xs[kBlock], gs[kBlock], out[kBlock];
+      const T *x = q.x + row * q.ldx + i, *g = q.g + row * q.ldg + i;
+      T* dx = q.dx + row * q.lddx + i;
+      alignas(64) T xs[kBlock], gs[kBlock], out[kBlock];
       if (rest < kBlock) {
-        copy_padded(x + i, xs, rest);
-        copy_padded(g + i, gs, rest);
+        copy_padded(x, xs, rest);
+        copy_padded(g, gs, rest);
+        x = xs;
+        g = gs;
+        dx = out;
       }
-      const A *from_x = rest < kBlock ? xs : x + i, *from_g = rest < kBlock ? gs : g + i;
-      A* to = rest < kBlock ? out : dx + i;
       const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
       for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         const int64_t j = i + v * V::width;
-        const V xv = V::load(from_x + v * V::width);
-        const V dz = local(j, xv, V::load(from_g + v * V::width), keep, v);
-        math::apply_input_gradient(dz, xv - local.channel.mean[j], a[j], b[j], c[j]).store(to + v * V::width);
+        const V xv = V::load(x + v * V::width);
+        const V dz = local(j, xv, V::load(g + v * V::width), keep, v);
+        math::apply_input_gradient(dz, xv - local.channel.mean[j], a[j], b[j], c[j]).store(dx + v * V::width);
       });
-      if (rest < kBlock) copy_out(out, dx + i, rest);
+      if (rest < kBlock) copy_out(out, q.dx + row * q.lddx + i, rest);
     }
   }
 }
 
-template <class A, class Activation, Span span>
-void input_gradient(const Backward<A>& q) {
-  q.keep_is_saved ? input_gradient_rows<A, Activation, span, true>(q) : input_gradient_rows<A, Activation, span, false>(q);
+template <class T, class Activation, Span span>
+void input_gradient(const Backward<T>& q) {
+  q.keep_is_saved ? input_gradient_rows<T, Activation, span, true>(q) : input_gradient_rows<T, Activation, span, false>(q);
 }
 
 // ---- statistics: two passes over a tile that sits in the first-level cache, shifted by its first value ------------------
-// f(v, values) for every vector of n values, the last ones filled up with `fill`. Two blocks are in flight: a sum waits
-// some cycles for the one before.
-template <class A, class F>
-FN_INLINE void for_run(const A* x, int64_t n, A fill, F f) {
-  using V = Vec<A>;
+FN_INLINE double widen_one(double x) { return x; }
+FN_INLINE float widen_one(float x) { return x; }
+
+// f(v, values, present lanes or null for all) for every vector of n values. Two blocks are in flight: a sum waits some
+// cycles for the one before.
+template <class T, class F>
+FN_INLINE void for_run(const T* x, int64_t n, F f) {
+  using V = Vec<opmath_t<T>>;
+  constexpr int vectors = kVectors<opmath_t<T>>;
   int64_t i = 0;
   for (; i + 2 * kBlock <= n; i += 2 * kBlock) {
-    FN_UNROLL for (int v = 0; v < 2 * kVectors<A>; ++v) f(v, V::load(x + i + v * V::width));
+    FN_UNROLL for (int v = 0; v < 2 * vectors; ++v) f(v, V::load(x + i + v * V::width), nullptr);
   }
   for (; i < n; i += kBlock) {
-    alignas(64) A rest[kBlock];
-    for (int64_t j = 0; j < kBlock; ++j) rest[j] = i + j < n ? x[i + j] : fill;
-    FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) f(v, V::load(rest + v * V::width));
+    alignas(64) T rest[kBlock];
+    copy_padded(x + i, rest, n - i);
+    const uint32_t present = first_bits(n - i);
+    FN_UNROLL for (int v = 0; v < vectors; ++v) f(v, V::load(rest + v * V::width), &present);
   }
 }
 
@@ -295,18 +304,22 @@ FN_INLINE double sum_run(Vec<A>* sums) {
   return sum_block(sums);
 }
 
-template <class A>
-void moments_run(const A* x, int64_t n, double* mean, double* m2) {
+template <class T>
+void moments_run(const T* x, int64_t n, double* mean, double* m2) {
+  using A = opmath_t<T>;
   using V = Vec<A>;
-  const V shift(x[0]);
+  const auto only = [](V u, int v, const uint32_t* present) FN_LAMBDA_INLINE {
+    return present ? select(from_bits<A>(*present, v % kVectors<A>), u, V(0.0f)) : u;
+  };
+  const V shift(widen_one(x[0]));
   V sums[2 * kVectors<A>]{}, squares[2 * kVectors<A>]{};
-  for_run(x, n, x[0], [&](int v, V u) FN_LAMBDA_INLINE { sums[v] = sums[v] + (u - shift); });
+  for_run(x, n, [&](int v, V u, const uint32_t* present) FN_LAMBDA_INLINE { sums[v] = sums[v] + only(u - shift, v, present); });
   const A offset = static_cast<A>(sum_run(sums) / n);
-  for_run(x, n, x[0] + offset, [&](int v, V u) FN_LAMBDA_INLINE {
-    const V d = (u - shift) - V(offset);
+  for_run(x, n, [&](int v, V u, const uint32_t* present) FN_LAMBDA_INLINE {
+    const V d = only((u - shift) - V(offset), v, present);
     squares[v] = fma(d, d, squares[v]);
   });
-  *mean = static_cast<double>(x[0]) + offset;
+  *mean = static_cast<double>(widen_one(x[0])) + offset;
   *m2 = sum_run(squares);
 }
 
@@ -329,34 +342,43 @@ FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, 
   merge_lanes(mean + half, m2 + half, count, rows, k.high, d.high, s.high);
 }
 
-template <class A>
-void moments_columns(const A* x, int64_t rows, int64_t cols, int64_t ldx, double count, double* mean, double* m2) {
-  using V = Vec<A>;
-  alignas(64) A rest[kMaxTileRows * kBlock];
-  for (int64_t i = 0; i < cols; i += kBlock) {
-    const A* block = x + i;
-    int64_t ld = ldx;
-    if (cols - i < kBlock) {
-      for (int64_t row = 0; row < rows; ++row) copy_padded(block + row * ldx, rest + row * kBlock, cols - i);
-      block = rest;
-      ld = kBlock;
+// `width` columns at a time: two blocks read whole cache lines' worth of neighbours from each row.
+template <int width, class T>
+FN_INLINE void moments_of_columns(const T* x, int64_t rows, int64_t ld, double count, double* mean, double* m2) {
+  using V = Vec<opmath_t<T>>;
+  constexpr int n = width / V::width;
+  V sums[n]{}, squares[n]{};
+  for (int64_t row = 1; row < rows; ++row) {
+    FN_UNROLL for (int v = 0; v < n; ++v) {
+      sums[v] = sums[v] + (V::load(x + row * ld + v * V::width) - V::load(x + v * V::width));
     }
-    V sums[kVectors<A>]{}, squares[kVectors<A>]{};
-    for (int64_t row = 0; row < rows; ++row) {
-      FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) {
-        sums[v] = sums[v] + (V::load(block + row * ld + v * V::width) - V::load(block + v * V::width));
-      }
+  }
+  FN_UNROLL for (int v = 0; v < n; ++v) sums[v] = sums[v] * V(1.0 / rows);
+  for (int64_t row = 0; row < rows; ++row) {
+    FN_UNROLL for (int v = 0; v < n; ++v) {
+      const V d = (V::load(x + row * ld + v * V::width) - V::load(x + v * V::width)) - sums[v];
+      squares[v] = fma(d, d, squares[v]);
     }
-    FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) sums[v] = sums[v] * V(1.0 / rows);
-    for (int64_t row = 0; row < rows; ++row) {
-      FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) {
-        const V d = (V::load(block + row * ld + v * V::width) - V::load(block + v * V::width)) - sums[v];
-        squares[v] = fma(d, d, squares[v]);
-      }
-    }
-    for (int v = 0; v < kVectors<A>; ++v) {
-      const int64_t j = i + v * V::width;
-      merge_lanes(mean + j, m2 + j, count, static_cast<double>(rows), V::load(block + v * V::width), sums[v], squares[v]);
+  }
+  for (int v = 0; v < n; ++v) {
+    const int64_t j = v * V::width;
+    merge_lanes(mean + j, m2 + j, count, static_cast<double>(rows), V::load(x + j), sums[v], squares[v]);
+  }
+}
+
+template <class T>
+void moments_columns(const T* x, int64_t rows, int64_t cols, int64_t ldx, double count, double* mean, double* m2) {
+  int64_t i = 0;
+  for (; i + 2 * kBlock <= cols; i += 2 * kBlock) {
+    moments_of_columns<2 * kBlock>(x + i, rows, ldx, count, mean + i, m2 + i);
+  }
+  for (; i < cols; i += kBlock) {
+    if (cols - i >= kBlock) {
+      moments_of_columns<kBlock>(x + i, rows, ldx, count, mean + i, m2 + i);
+    } else {
+      alignas(64) T rest[kMaxTileRows * kBlock];
+      for (int64_t row = 0; row < rows; ++row) copy_padded(x + i + row * ldx, rest + row * kBlock, cols - i);
+      moments_of_columns<kBlock>(rest, rows, kBlock, count, mean + i, m2 + i);
     }
   }
 }
@@ -534,40 +556,24 @@ int philox_lanes(int rounds, const uint32_t* counter, const uint32_t* key, uint3
   return rounds == 10 ? philox_lanes_of<10>(counter, key, out) : philox_lanes_of<7>(counter, key, out);
 }
 
-// ---- 16-bit floats ----------------------------------------------------------------------------------------------------
-template <class T>
-void widen_floats(const T* x, float* y, int64_t n) {
-  int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) widen_block(x + i, y + i);
-  for (; i < n; ++i) y[i] = widen_one(x[i]);
-}
-FN_INLINE void narrow_one(float f, BFloat16* h) { *h = narrow_bfloat16(f); }
-FN_INLINE void narrow_one(float f, Float16* h) { *h = narrow_float16(f); }
-template <class T>
-void narrow_floats(const float* x, T* y, int64_t n) {
-  int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) narrow_block(x + i, y + i);
-  for (; i < n; ++i) narrow_one(x[i], y + i);
-}
-
 // ---- the table --------------------------------------------------------------------------------------------------------
-template <class A, Span span, class List>
+template <class T, Span span, class List>
 struct Table;
-template <class A, Span span, class... Activations>
-struct Table<A, span, math::List<Activations...>> {
-  static constexpr void (*forward[])(const Apply<A>&) = {&apply<A, Activations, span>...};
-  static constexpr void (*sums[])(const Backward<A>&) = {&gradient_sums<A, Activations, span>...};
-  static constexpr void (*backward[])(const Backward<A>&) = {&input_gradient<A, Activations, span>...};
+template <class T, Span span, class... Activations>
+struct Table<T, span, math::List<Activations...>> {
+  static constexpr void (*forward[])(const Apply<T>&) = {&apply<T, Activations, span>...};
+  static constexpr void (*sums[])(const Backward<T>&) = {&gradient_sums<T, Activations, span>...};
+  static constexpr void (*backward[])(const Backward<T>&) = {&input_gradient<T, Activations, span>...};
 };
-template <class A>
-constexpr KernelsFor<A> kernels_for() {
-  using Run = Table<A, kRun, math::Activations>;
-  using Columns = Table<A, kColumns, math::Activations>;
+template <class T>
+constexpr KernelsFor<T> kernels_for() {
+  using Run = Table<T, kRun, math::Activations>;
+  using Columns = Table<T, kColumns, math::Activations>;
   return {{Run::forward, Columns::forward},
           {Run::sums, Columns::sums},
           {Run::backward, Columns::backward},
-          &moments_run<A>,
-          &moments_columns<A>};
+          &moments_run<T>,
+          &moments_columns<T>};
 }
 
 }  // namespace
@@ -578,12 +584,10 @@ extern constexpr Kernels FN_LEVEL_TABLE = {
     FN_LEVEL_NAME,
     FN_LEVEL::kernels_for<float>(),
     FN_LEVEL::kernels_for<double>(),
+    FN_LEVEL::kernels_for<BFloat16>(),
+    FN_LEVEL::kernels_for<Float16>(),
     &FN_LEVEL::keep_run,
     &FN_LEVEL::keep_columns,
-    &FN_LEVEL::widen_floats<BFloat16>,
-    &FN_LEVEL::narrow_floats<BFloat16>,
-    &FN_LEVEL::widen_floats<Float16>,
-    &FN_LEVEL::narrow_floats<Float16>,
     &FN_LEVEL::philox_lanes,
 };
 }  // namespace fusednorm::cpu

@@ -6,6 +6,121 @@
 template <int v>
 using Constant = std::integral_constant<int, v>;
 
+// ---- bfloat16 and float16: one vector of floats from and to memory -----------------------------------------------------
+// Own storage types: no torch header may be compiled with a level's flags.
+FN_INLINE float widen_one(BFloat16 h) {
+  const uint32_t bits = static_cast<uint32_t>(h.bits) << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+FN_INLINE uint16_t bfloat16_bits(float f) {  // to nearest even; NaN stays a quiet NaN
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  if (f != f) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+FN_INLINE float widen_one(Float16 h) {
+  const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000) << 16, rest = h.bits & 0x7fff;
+  uint32_t bits;
+  float f;
+  if (rest >= 0x7c00) {  // infinity, NaN (made quiet, as the instruction does)
+    bits = 0x7f800000 | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 0x400000 : 0);
+  } else {  // the exponent is rebased by a multiplication, which also takes care of denormals
+    bits = rest << 13;
+    memcpy(&f, &bits, 4);
+    f *= 0x1p112f;
+    memcpy(&bits, &f, 4);
+  }
+  bits |= sign;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+FN_INLINE uint16_t float16_bits(float f) {  // to nearest even
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff));
+  if (magnitude >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
+  if (magnitude < 0x38800000) {  // denormal result: let the addition of 0.5 * 2^-23 / 2^-24 round
+    float a;
+    memcpy(&a, &magnitude, 4);
+    a += 0.5f;
+    uint32_t r;
+    memcpy(&r, &a, 4);
+    return static_cast<uint16_t>(sign | (r - 0x3f000000));
+  }
+  const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
+}
+
+FN_INLINE void narrow_one(float f, BFloat16* h) { h->bits = bfloat16_bits(f); }
+FN_INLINE void narrow_one(float f, Float16* h) { h->bits = float16_bits(f); }
+
+#if FN_VECTOR_BYTES == 64
+template <class Raw>
+FN_INLINE Raw widen(const BFloat16* p) {
+  return (Raw)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+FN_INLINE void narrow(__m512 f, BFloat16* p) {
+  const __m512i b = (__m512i)f, odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(b, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(b, _mm512_set1_epi32(0x400000));
+  const __m512i w = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), rounded, quiet);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16)));
+}
+template <class Raw>
+FN_INLINE Raw widen(const Float16* p) {
+  return (Raw)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+FN_INLINE void narrow(__m512 f, Float16* p) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif FN_VECTOR_BYTES == 32
+template <class Raw>
+FN_INLINE Raw widen(const BFloat16* p) {
+  return (Raw)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+FN_INLINE void narrow(__m256 f, BFloat16* p) {
+  const __m256i b = (__m256i)f, odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(b, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(b, _mm256_set1_epi32(0x400000));
+  const __m256i w = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, (__m256i)_mm256_cmp_ps(f, f, _CMP_UNORD_Q)), 16);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+}
+template <class Raw>
+FN_INLINE Raw widen(const Float16* p) {
+  return (Raw)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+FN_INLINE void narrow(__m256 f, Float16* p) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+template <class Raw, class T>
+FN_INLINE Raw widen(const T* p) {
+  Raw r{};
+  for (int i = 0; i < static_cast<int>(sizeof(Raw) / sizeof(float)); ++i) r[i] = widen_one(p[i]);
+  return r;
+}
+template <class Raw, class T>
+FN_INLINE void narrow(Raw f, T* p) {
+  for (int i = 0; i < static_cast<int>(sizeof(Raw) / sizeof(float)); ++i) narrow_one(f[i], p + i);
+}
+#if defined(__SSE2__)
+template <class Raw>
+FN_INLINE Raw widen(const BFloat16* p) {
+  return (Raw)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i*)p));
+}
+FN_INLINE void narrow(__m128 f, BFloat16* p) {
+  const __m128i b = (__m128i)f, odd = _mm_and_si128(_mm_srli_epi32(b, 16), _mm_set1_epi32(1));
+  const __m128i rounded = _mm_add_epi32(b, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff)));
+  const __m128i quiet = _mm_or_si128(b, _mm_set1_epi32(0x400000)), nan = (__m128i)_mm_cmpunord_ps(f, f);
+  const __m128i w = _mm_srai_epi32(_mm_or_si128(_mm_and_si128(nan, quiet), _mm_andnot_si128(nan, rounded)), 16);
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi32(w, w));
+}
+#endif
+#endif
+
 template <class A>
 struct SameSizeInt;
 template <>
@@ -31,7 +146,11 @@ struct Vec {
   template <class S, class = std::enable_if_t<std::is_arithmetic_v<S>>>
   FN_INLINE Vec(S s) : raw(static_cast<A>(s) - Raw{}) {}  // minus: -0 must stay -0
   static FN_INLINE Vec load(const A* p) { return Raw(*reinterpret_cast<const Unaligned*>(p)); }
+  static FN_INLINE Vec load(const BFloat16* p) { return widen<Raw>(p); }
+  static FN_INLINE Vec load(const Float16* p) { return widen<Raw>(p); }
   FN_INLINE void store(A* p) const { *reinterpret_cast<Unaligned*>(p) = raw; }
+  FN_INLINE void store(BFloat16* p) const { narrow(raw, p); }
+  FN_INLINE void store(Float16* p) const { narrow(raw, p); }
 
   friend FN_INLINE Vec operator+(Vec a, Vec b) { return a.raw + b.raw; }
   friend FN_INLINE Vec operator-(Vec a, Vec b) { return a.raw - b.raw; }
@@ -220,121 +339,3 @@ FN_INLINE Word::Raw interleave(Word a, Word b) {
 }
 #endif
 
-// ---- bfloat16 and float16, 32 at a time --------------------------------------------------------------------------------
-// Storage types of this backend: no torch header may be compiled with a level's flags.
-FN_INLINE float widen_one(BFloat16 h) {
-  const uint32_t bits = static_cast<uint32_t>(h.bits) << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
-FN_INLINE BFloat16 narrow_bfloat16(float f) {  // to nearest even; NaN stays a quiet NaN
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  if (f != f) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
-  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
-}
-FN_INLINE float widen_one(Float16 h) {
-  const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000) << 16, rest = h.bits & 0x7fff;
-  uint32_t bits;
-  float f;
-  if (rest >= 0x7c00) {  // infinity, NaN (made quiet, as the instruction does)
-    bits = 0x7f800000 | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 0x400000 : 0);
-  } else {  // the exponent is rebased by a multiplication, which also takes care of denormals
-    bits = rest << 13;
-    memcpy(&f, &bits, 4);
-    f *= 0x1p112f;
-    memcpy(&bits, &f, 4);
-  }
-  bits |= sign;
-  memcpy(&f, &bits, 4);
-  return f;
-}
-FN_INLINE Float16 narrow_float16(float f) {  // to nearest even
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff))};
-  if (magnitude >= 0x47800000) return {static_cast<uint16_t>(sign | 0x7c00)};
-  if (magnitude < 0x38800000) {  // denormal result: let the addition of 0.5 * 2^-23 / 2^-24 round
-    float a;
-    memcpy(&a, &magnitude, 4);
-    a += 0.5f;
-    uint32_t r;
-    memcpy(&r, &a, 4);
-    return {static_cast<uint16_t>(sign | (r - 0x3f000000))};
-  }
-  const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
-  return {static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13))};
-}
-
-FN_INLINE void widen_block(const BFloat16* x, float* y) {
-#if FN_VECTOR_BYTES == 64
-  for (int i = 0; i < 32; i += 16) {
-    const __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(x + i)));
-    _mm512_storeu_si512(y + i, _mm512_slli_epi32(w, 16));
-  }
-#elif FN_VECTOR_BYTES == 32
-  for (int i = 0; i < 32; i += 8) {
-    const __m256i w = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(x + i)));
-    _mm256_storeu_si256((__m256i*)(y + i), _mm256_slli_epi32(w, 16));
-  }
-#elif defined(__SSE2__)
-  for (int i = 0; i < 32; i += 8) {
-    const __m128i h = _mm_loadu_si128((const __m128i*)(x + i)), zero = _mm_setzero_si128();
-    _mm_storeu_si128((__m128i*)(y + i), _mm_unpacklo_epi16(zero, h));
-    _mm_storeu_si128((__m128i*)(y + i + 4), _mm_unpackhi_epi16(zero, h));
-  }
-#else
-  for (int i = 0; i < 32; ++i) y[i] = widen_one(x[i]);
-#endif
-}
-FN_INLINE void narrow_block(const float* x, BFloat16* y) {
-#if FN_VECTOR_BYTES == 64
-  for (int i = 0; i < 32; i += 16) {
-    const __m512 f = _mm512_loadu_ps(x + i);
-    const __m512i b = _mm512_castps_si512(f), odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
-    const __m512i r = _mm512_srli_epi32(_mm512_add_epi32(b, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-    const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(0x40));
-    const __m512i w = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), r, quiet);
-    _mm256_storeu_si256((__m256i*)(y + i), _mm512_cvtepi32_epi16(w));
-  }
-#elif FN_VECTOR_BYTES == 32
-  for (int i = 0; i < 32; i += 16) {
-    __m256i half[2];
-    for (int j = 0; j < 2; ++j) {
-      const __m256 f = _mm256_loadu_ps(x + i + 8 * j);
-      const __m256i b = _mm256_castps_si256(f), odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
-      const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(b, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-      const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(0x40));
-      half[j] = _mm256_blendv_epi8(r, quiet, _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q)));
-    }
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0xD8);
-    _mm256_storeu_si256((__m256i*)(y + i), packed);
-  }
-#else
-  for (int i = 0; i < 32; ++i) y[i] = narrow_bfloat16(x[i]);
-#endif
-}
-FN_INLINE void widen_block(const Float16* x, float* y) {
-#if FN_VECTOR_BYTES == 64
-  for (int i = 0; i < 32; i += 16) _mm512_storeu_ps(y + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(x + i))));
-#elif FN_VECTOR_BYTES == 32
-  for (int i = 0; i < 32; i += 8) _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))));
-#else
-  for (int i = 0; i < 32; ++i) y[i] = widen_one(x[i]);
-#endif
-}
-FN_INLINE void narrow_block(const float* x, Float16* y) {
-#if FN_VECTOR_BYTES == 64
-  for (int i = 0; i < 32; i += 16) {
-    _mm256_storeu_si256((__m256i*)(y + i), _mm512_cvtps_ph(_mm512_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
-  }
-#elif FN_VECTOR_BYTES == 32
-  for (int i = 0; i < 32; i += 8) {
-    _mm_storeu_si128((__m128i*)(y + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
-  }
-#else
-  for (int i = 0; i < 32; ++i) y[i] = narrow_float16(x[i]);
-#endif
-}
