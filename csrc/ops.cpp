@@ -7,7 +7,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -169,11 +168,11 @@ std::vector<int64_t> mask_size(const Shape& s) {
   return {s.C, pieces.count * words(pieces.length)};
 }
 
-// At most a bit per element beside the input: rows too short for that are redrawn instead. (The fake kernel in
-// functional.py repeats this rule; opcheck compares them.)
+// At most a bit per element beside the input: where padding rows of bits to words would cost more, they are redrawn. (The
+// fake kernel in functional.py repeats this rule; opcheck compares them. It does not ask for R % 32 == 0: a compiled
+// graph would be pinned to batch sizes.)
 bool worth_saving(const Shape& s) {
-  const int64_t padded = 32 * c10::multiply_integers(mask_size(s));
-  return padded - padded / 17 <= s.rows() * s.C;
+  return s.channels_last ? s.C % 32 == 0 || s.C >= 512 : piece_layout(s).length >= 512;
 }
 
 }  // namespace
@@ -187,10 +186,10 @@ Forward check_forward(const Tensor& input, const OptionalTensor& weight, const O
   q.chain = make_chain(settings, residual);
   q.training = settings.training;
   q.eps = settings.eps;
+  q.running_mean = channel_vector("running_mean", running_mean, input);  // torch's order of complaints
+  q.running_var = channel_vector("running_var", running_var, input);
   q.weight = channel_vector("weight", weight, input);
   q.bias = channel_vector("bias", bias, input);
-  q.running_mean = channel_vector("running_mean", running_mean, input);
-  q.running_var = channel_vector("running_var", running_var, input);
   TORCH_CHECK(q.training || (q.running_mean.defined() && q.running_var.defined()),
               "running_mean and running_var: expected tensors when training=False, but got None");
   q.seed = check_seed(seed, input, q.chain.noise);

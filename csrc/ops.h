@@ -64,7 +64,7 @@ struct Forward {
   Tensor x;                                     // dense, in shape's layout
   Tensor y;                                     // the result: of the input's shape, and x's memory layout
   Tensor weight, bias;                          // (C,) in opmath type, or undefined
-  Tensor running_mean, running_var;             // (C,) in opmath type; undefined when training
+  Tensor running_mean, running_var;             // (C,) in opmath type, or undefined; used when not training
   Tensor mean, invstd, var;                     // (C,) results, in opmath type
   Tensor mask;                                  // result: int32 bits, or empty
   Tensor seed;                                  // int64 scalar, or undefined

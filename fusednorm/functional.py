@@ -36,6 +36,13 @@ def _is_channels_last(x):
     return ok
 
 
+def _check_devices(like, *tensors):
+    # With one meta tensor among its arguments an operator call comes here, whatever the others are.
+    for t in tensors:
+        if t is not None and t.device != like.device:
+            raise RuntimeError(f"expected all tensors on {like.device}, but got one on {t.device}")
+
+
 @torch.library.register_fake("fusednorm::draw_seed")
 def _(like):
     return like.new_empty((), dtype=torch.int64)
@@ -62,17 +69,19 @@ def _(
     save_mask,
 ):
     # Twin of check_forward in csrc/ops.cpp, which says why.
+    _check_devices(input, weight, bias, running_mean, running_var, residual, seed)
     output = torch.empty_like(input)
     N, C, S = input.size(0), input.size(1), math.prod(input.shape[2:])
     vector = input.new_empty(C, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
     size = (0,)
     if save_mask and 0 < p < 1 and granularity == "element":
-        last = C != 1 and (S == 1 or (not output.is_contiguous() and _is_channels_last(output)))
-        pieces, length = (N, S) if S >= 512 and N > 1 and C > 1 else (1, N * S)
-        full = (N, S, (C + 31) // 32) if last else (C, pieces * ((length + 31) // 32))
-        padded = 32 * math.prod(full)
-        if padded - padded // 17 <= N * C * S:
-            size = full
+        if C != 1 and (S == 1 or (not output.is_contiguous() and _is_channels_last(output))):
+            if C % 32 == 0 or C >= 512:
+                size = (N, S, (C + 31) // 32)
+        else:
+            pieces, length = (N, S) if S >= 512 and N > 1 and C > 1 else (1, N * S)
+            if length >= 512:
+                size = (C, pieces * ((length + 31) // 32))
     mask = input.new_empty(size, dtype=torch.int32)
     return output, vector, torch.empty_like(vector), torch.empty_like(vector), mask
 
@@ -99,6 +108,8 @@ def _(
     groups,
     output_mask,
 ):
+    _check_devices(input, grad_output, weight, bias, residual, save_mean, save_invstd, mask, seed)
+
     def gradient(of, wanted):
         return torch.empty_like(of) if wanted and of is not None else input.new_empty(0)
 
@@ -109,7 +120,7 @@ def _(
 
 @torch.library.register_fake("fusednorm::update_stats_")
 def _(running_mean, running_var, num_batches_tracked, mean, var, count, momentum):
-    return None
+    _check_devices(mean, running_mean, running_var, num_batches_tracked, var)
 
 
 @torch.library.register_fake("fusednorm::noise")
@@ -293,7 +304,7 @@ def apply(input, running_mean, running_var, num_batches_tracked, weight, bias, t
             raise RuntimeError("vmap over live noise needs a seed: pass seed=, one for all examples or one for each")
         seed = _draw_seed(input)
     settings = (training, *chain)
-    tensors = (input, weight, bias, None if training else running_mean, None if training else running_var, None, seed)
+    tensors = (input, weight, bias, running_mean, running_var, None, seed)
     if _in_forward_mode():
         output, mean, var = _forward_mode(tensors, settings)
     elif torch.is_grad_enabled() and (

@@ -82,10 +82,24 @@ def _make_drop(drop):
 class _FusedBatchNorm:
     """What the three classes add to their torch base class."""
 
-    def __init__(self, *args, act=None, drop=None, order=_DEFAULT_ORDER, **kwargs):
+    def __init__(
+        self,
+        num_features,
+        eps=1e-5,
+        momentum=0.1,
+        affine=True,
+        track_running_stats=True,
+        device=None,
+        dtype=None,
+        *,
+        act=None,
+        drop=None,
+        order=_DEFAULT_ORDER,
+        **newer,  # keywords that only a newer torch has (bias=, since 2.13)
+    ):
         act, drop = _make_act(act), _make_drop(drop)
         functional._check_order(order)
-        super().__init__(*args, **kwargs)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
         self.act = act
         self.drop = drop
         self.order = order

@@ -38,7 +38,9 @@ def resolve_activation(act):
     if act is None:
         return "identity", ()
     name, *given = act if isinstance(act, (tuple, list)) and act else (act,)
-    if name == "gelu" and len(given) == 1 and isinstance(given[0], str) and given[0] in _APPROXIMATIONS:
+    if name == "gelu" and len(given) == 1 and isinstance(given[0], str):
+        if given[0] not in _APPROXIMATIONS:
+            raise ValueError(f"act: expected 'none' or 'tanh' as the approximation of gelu, but got {given[0]!r}")
         return _APPROXIMATIONS[given[0]], ()
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, but got {name!r}")

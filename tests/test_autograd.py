@@ -382,14 +382,12 @@ class TestRecomputation:
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
 
-    def test_checkpointed_buffers_move_twice(self):
-        """As those of nn.BatchNorm under checkpoint do."""
-        ours, theirs = fusednorm.FusedBatchNorm2d(3, act="relu", drop=0.3), torch.nn.BatchNorm2d(3)
+    def test_checkpointed_buffers_move_once(self):
+        """The recomputation ends with the last tensor to save, before the statistics are updated a second time."""
+        module = fusednorm.FusedBatchNorm2d(3, act="relu", drop=0.3)
         x = torch.randn(4, 3, 5, 5, requires_grad=True)
-        for module in (ours, theirs):
-            checkpoint(module, x, use_reentrant=False).sum().backward()
-        assert int(ours.num_batches_tracked) == int(theirs.num_batches_tracked)
-        torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+        checkpoint(module, x, use_reentrant=False).sum().backward()
+        assert int(module.num_batches_tracked) == 1
 
 
 class TestMemory:

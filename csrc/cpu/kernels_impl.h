@@ -142,6 +142,8 @@ struct LocalGradient {
   }
 };
 
+// Sums of one block's lanes in opmath type, moved to double before they have grown long: the sums cancel.
+constexpr int kShortSum = 16;
 template <class A>
 struct Sums {
   Vec<A> dz[kVectors<A>], dz_xmu[kVectors<A>];
@@ -169,63 +171,70 @@ FN_INLINE void add_lanes(double* to, Vec<float> a) {
   add_lanes(to + Vec<double>::width, d.high);
 }
 
-// Sum of the 32 lanes of a block, always in the same tree.
-template <class A>
-FN_INLINE double sum_block(const Vec<A>* v) {
-  alignas(64) A lanes[kBlock];
-  for (int i = 0; i < kVectors<A>; ++i) v[i].store(lanes + i * Vec<A>::width);
+// Sum of 32 lanes, always in the same tree.
+FN_INLINE double sum_lanes(double* lanes) {
   for (int half = kBlock / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
 }
 
+template <class A>
+FN_INLINE void add_sums(const Sums<A>& sums, double* dz, double* dz_xmu) {
+  for (int v = 0; v < kVectors<A>; ++v) {
+    add_lanes(dz + v * Vec<A>::width, sums.dz[v]);
+    add_lanes(dz_xmu + v * Vec<A>::width, sums.dz_xmu[v]);
+  }
+}
+
 template <class T, class Activation, bool keep_is_saved>
 FN_INLINE void sums_run(const Backward<T>& q) {
-  using A = opmath_t<T>;
   const LocalGradient<T, Activation, kRun, keep_is_saved> local(q);
-  Sums<A> sums{};
-  for (int64_t i = 0; i < q.cols; i += kBlock) {
-    const int64_t rest = q.cols - i;
-    const T *x = q.x + i, *g = q.g + i;
-    uint32_t keep = q.keep ? q.keep[i / kBlock] : ~0u;
-    alignas(64) T xs[kBlock], gs[kBlock];
-    if (rest < kBlock) {
-      copy_padded(x, xs, rest);
-      copy_padded(g, gs, rest);
-      x = xs;
-      g = gs;
-      keep &= first_bits(rest);
+  alignas(64) double dz[kBlock] = {}, dz_xmu[kBlock] = {};
+  for (int64_t first = 0; first < q.cols; first += kShortSum * kBlock) {
+    Sums<opmath_t<T>> sums{};
+    const int64_t last = q.cols - first < kShortSum * kBlock ? q.cols : first + kShortSum * kBlock;
+    for (int64_t i = first; i < last; i += kBlock) {
+      const int64_t rest = q.cols - i;
+      const T *x = q.x + i, *g = q.g + i;
+      uint32_t keep = q.keep ? q.keep[i / kBlock] : ~0u;
+      alignas(64) T xs[kBlock], gs[kBlock];
+      if (rest < kBlock) {
+        copy_padded(x, xs, rest);
+        copy_padded(g, gs, rest);
+        x = xs;
+        g = gs;
+        keep &= first_bits(rest);
+      }
+      sums_block(local, 0, x, g, keep, sums);
     }
-    sums_block(local, 0, x, g, keep, sums);
+    add_sums(sums, dz, dz_xmu);
   }
-  *q.sum_dz += sum_block(sums.dz);
-  *q.sum_dz_xmu += sum_block(sums.dz_xmu);
+  *q.sum_dz += sum_lanes(dz);
+  *q.sum_dz_xmu += sum_lanes(dz_xmu);
 }
 
 template <class T, class Activation, bool keep_is_saved>
 FN_INLINE void sums_columns(const Backward<T>& q) {
-  using A = opmath_t<T>;
   const LocalGradient<T, Activation, kColumns, keep_is_saved> local(q);
   for (int64_t i = 0; i < q.cols; i += kBlock) {
     const int64_t n = q.cols - i < kBlock ? q.cols - i : kBlock;
-    Sums<A> sums{};
-    for (int64_t row = 0; row < q.rows; ++row) {
-      const T *x = q.x + row * q.ldx + i, *g = q.g + row * q.ldg + i;
-      uint32_t keep = q.keep ? q.keep[row * q.ldkeep + i / kBlock] : ~0u;
-      alignas(64) T xs[kBlock], gs[kBlock];
-      if (n < kBlock) {
-        copy_padded(x, xs, n);
-        copy_padded(g, gs, n);
-        x = xs;
-        g = gs;
-        keep &= first_bits(n);
+    for (int64_t first = 0; first < q.rows; first += kShortSum) {
+      Sums<opmath_t<T>> sums{};
+      for (int64_t row = first; row < q.rows && row < first + kShortSum; ++row) {
+        const T *x = q.x + row * q.ldx + i, *g = q.g + row * q.ldg + i;
+        uint32_t keep = q.keep ? q.keep[row * q.ldkeep + i / kBlock] : ~0u;
+        alignas(64) T xs[kBlock], gs[kBlock];
+        if (n < kBlock) {
+          copy_padded(x, xs, n);
+          copy_padded(g, gs, n);
+          x = xs;
+          g = gs;
+          keep &= first_bits(n);
+        }
+        sums_block(local, i, x, g, keep, sums);
       }
-      sums_block(local, i, x, g, keep, sums);
-    }
-    for (int v = 0; v < kVectors<A>; ++v) {  // the sums are padded to 32, like every per-channel vector
-      add_lanes(q.sum_dz + i + v * Vec<A>::width, sums.dz[v]);
-      add_lanes(q.sum_dz_xmu + i + v * Vec<A>::width, sums.dz_xmu[v]);
+      add_sums(sums, q.sum_dz + i, q.sum_dz_xmu + i);  // padded to 32, like every per-channel vector
     }
   }
 }
@@ -299,9 +308,10 @@ FN_INLINE void for_run(const T* x, int64_t n, F f) {
 }
 
 template <class A>
-FN_INLINE double sum_run(Vec<A>* sums) {
-  for (int v = 0; v < kVectors<A>; ++v) sums[v] = sums[v] + sums[v + kVectors<A>];
-  return sum_block(sums);
+FN_INLINE double sum_run(const Vec<A>* sums) {
+  alignas(64) double lanes[kBlock] = {};
+  for (int v = 0; v < 2 * kVectors<A>; ++v) add_lanes(lanes + v % kVectors<A> * Vec<A>::width, sums[v]);
+  return sum_lanes(lanes);
 }
 
 template <class T>

@@ -97,22 +97,26 @@ struct Gelu {
   }
 };
 
-struct GeluTanh {  // approximate="tanh"
+// approximate="tanh": (1 + tanh(u)) / 2 is sigmoid(2u), which does not cancel on the left.
+struct GeluTanh {
   static constexpr const char* name = "gelu_tanh";
   static constexpr int parameters = 0;
   static constexpr bool one_bit = false;
-  static constexpr double kBeta = 0.79788456080286535588;  // sqrt(2/pi)
+  static constexpr double kTwoBeta = 1.59576912160573071176;  // 2 sqrt(2/pi)
   static constexpr double kKappa = 0.044715;
   template <class V>
+  static FN_INLINE V gate(V z) {
+    return sigmoid(V(kTwoBeta) * fma(V(kKappa) * z * z, z, z));
+  }
+  template <class V>
   static FN_INLINE V value(V z, parameters_t<V>) {
-    const V t = tanh(V(kBeta) * fma(V(kKappa) * z * z, z, z));
-    return V(0.5f) * z * (V(1.0f) + t);
+    return z * gate(z);
   }
   template <class V>
   static FN_INLINE V gradient(V z, V g, parameters_t<V>) {
-    const V t = tanh(V(kBeta) * fma(V(kKappa) * z * z, z, z));
-    const V inner = V(kBeta) * fma(V(3.0 * kKappa) * z, z, V(1.0f));
-    return g * fma(V(0.5f) * z * (V(1.0f) - t * t), inner, V(0.5f) * (V(1.0f) + t));
+    const V s = gate(z);
+    const V inner = V(kTwoBeta) * fma(V(3.0 * kKappa) * z, z, V(1.0f));
+    return g * s * fma(z * inner, V(1.0f) - s, V(1.0f));
   }
 };
 

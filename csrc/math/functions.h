@@ -112,7 +112,7 @@ FN_INLINE V normal_cdf(V z) {
     p = fma(p, s, V(0x1.ce2b58p-4f));
     p = fma(p, s, V(-0x1.812730p-2f));
     p = fma(p, s, V(0x1.20dd74p+0f));
-    const V t = select(less(V(6.0f), a), V(6.0f), a);  // erfc(6) = 2e-17
+    const V t = select(less(V(6.0f), a), V(6.0f), a);
     V w(0x1.24ddecp-16f);  // -log(erfc(t)) on 1 <= t <= 6, fit error 5e-9
     w = fma(w, t, V(-0x1.93bcd6p-12f));
     w = fma(w, t, V(0x1.fe1860p-9f));
@@ -121,7 +121,7 @@ FN_INLINE V normal_cdf(V z) {
     w = fma(w, t, V(0x1.4513fap-1f));
     w = fma(w, t, V(0x1.20ee20p+0f));
     w = fma(w, t, V(0x1.0acc14p-15f));
-    const V tail = V(0.5f) * exp(V(0.0f) - w);
+    const V tail = select(less(V(6.0f), a), V(0.0f), V(0.5f) * exp(V(0.0f) - w));  // erfc(6) = 2e-17
     const V outer = select(less(x, V(0.0f)), tail, V(1.0f) - tail);
     return select(less(a, V(1.0f)), fma(V(0.5f) * x, p, V(0.5f)), outer);
   }
