@@ -290,7 +290,7 @@ def apply(input, running_mean, running_var, num_batches_tracked, weight, bias, t
     updated if `training`; with `num_batches_tracked` that is incremented and `momentum` may be None.
     """
     eps, p = chain[0], chain[5]
-    if training and math.prod(input.shape[2:], start=input.shape[0]) == 1 or eps <= 0:
+    if (training and math.prod(input.shape[2:], start=input.shape[0]) == 1) or eps <= 0 or input.size(1) == 0:
         # torch's own checks, with its words: F.batch_norm raises, or has no objection.
         F.batch_norm(input, running_mean, running_var, weight, bias, training, 0.0, eps)
     if not training and (running_mean is None or running_var is None):

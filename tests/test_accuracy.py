@@ -105,7 +105,9 @@ def test_against_torch(shape, data, act, layout, dtype, training):
     ):
         error, torch_error = ((result.double() - answer).abs().max().item() for result in results)
         ulp = answer.abs().max().item() * torch.finfo(results[0].dtype).eps
-        assert error <= 2 * torch_error + 4 * ulp, (
+        # In float64 the reference itself has rounding errors of this size.
+        times, ulps = (4, 64) if dtype == torch.float64 else (2, 4)
+        assert error <= times * torch_error + ulps * ulp, (
             f"{name}: error {error:.3g}, torch's {torch_error:.3g}, ulp {ulp:.3g}"
         )
 

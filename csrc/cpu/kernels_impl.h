@@ -285,7 +285,11 @@ void input_gradient(const Backward<T>& q) {
   q.keep_is_saved ? input_gradient_rows<T, Activation, span, true>(q) : input_gradient_rows<T, Activation, span, false>(q);
 }
 
-// ---- statistics: two passes over a tile that sits in the first-level cache, shifted by its first value ------------------
+// ---- statistics: two passes over a tile that sits in the first-level cache ------------------------------------------------
+// The first gives a centre near the mean, the second the deviations d from it. With them
+//   mean = centre + sum(d)/n,  m2 = sum(d^2) - sum(d)^2/n
+// (the corrected two-pass algorithm: Chan, Golub & LeVeque 1983), so the rounding of the first pass does no harm, neither
+// a large mean nor an outlier anywhere.
 FN_INLINE double widen_one(double x) { return x; }
 FN_INLINE float widen_one(float x) { return x; }
 
@@ -321,35 +325,35 @@ void moments_run(const T* x, int64_t n, double* mean, double* m2) {
   const auto only = [](V u, int v, const uint32_t* present) FN_LAMBDA_INLINE {
     return present ? select(from_bits<A>(*present, v % kVectors<A>), u, V(0.0f)) : u;
   };
-  const V shift(widen_one(x[0]));
-  V sums[2 * kVectors<A>]{}, squares[2 * kVectors<A>]{};
-  for_run(x, n, [&](int v, V u, const uint32_t* present) FN_LAMBDA_INLINE { sums[v] = sums[v] + only(u - shift, v, present); });
-  const A offset = static_cast<A>(sum_run(sums) / n);
+  V sums[2 * kVectors<A>]{}, deviations[2 * kVectors<A>]{}, squares[2 * kVectors<A>]{};
+  for_run(x, n, [&](int v, V u, const uint32_t* present) FN_LAMBDA_INLINE { sums[v] = sums[v] + only(u, v, present); });
+  const A centre = static_cast<A>(sum_run(sums) / n);
   for_run(x, n, [&](int v, V u, const uint32_t* present) FN_LAMBDA_INLINE {
-    const V d = only((u - shift) - V(offset), v, present);
+    const V d = only(u - V(centre), v, present);
+    deviations[v] = deviations[v] + d;
     squares[v] = fma(d, d, squares[v]);
   });
-  *mean = static_cast<double>(widen_one(x[0])) + offset;
-  *m2 = sum_run(squares);
+  const double offset = sum_run(deviations) / n;
+  *mean = centre + offset;
+  *m2 = sum_run(squares) - n * offset * offset;
 }
 
-FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<double> tile_mean, Vec<double> tile_m2) {
+FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<double> centre,
+                           Vec<double> deviations, Vec<double> squares) {
   using V = Vec<double>;
-  const math::Moments<V> merged = math::merge<V>({V(count), V::load(mean), V::load(m2)}, {V(rows), tile_mean, tile_m2},
-                                                 V(rows / (count + rows)));
+  const V offset = deviations * V(1.0 / rows);
+  const math::Moments<V> merged =
+      math::merge<V>({V(count), V::load(mean), V::load(m2)},
+                     {V(rows), centre + offset, squares - V(rows) * offset * offset}, V(rows / (count + rows)));
   merged.mean.store(mean);
   merged.m2.store(m2);
 }
-FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<double> shift, Vec<double> offset,
-                           Vec<double> squares) {
-  merge_lanes(mean, m2, count, rows, shift + offset, squares);
-}
-FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<float> shift, Vec<float> offset,
+FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<float> centre, Vec<float> deviations,
                            Vec<float> squares) {
-  const DoublePair k = widen(shift), d = widen(offset), s = widen(squares);
-  merge_lanes(mean, m2, count, rows, k.low, d.low, s.low);
+  const DoublePair c = widen(centre), d = widen(deviations), s = widen(squares);
+  merge_lanes(mean, m2, count, rows, c.low, d.low, s.low);
   constexpr int half = Vec<double>::width;
-  merge_lanes(mean + half, m2 + half, count, rows, k.high, d.high, s.high);
+  merge_lanes(mean + half, m2 + half, count, rows, c.high, d.high, s.high);
 }
 
 // `width` columns at a time: two blocks read whole cache lines' worth of neighbours from each row.
@@ -357,22 +361,21 @@ template <int width, class T>
 FN_INLINE void moments_of_columns(const T* x, int64_t rows, int64_t ld, double count, double* mean, double* m2) {
   using V = Vec<opmath_t<T>>;
   constexpr int n = width / V::width;
-  V sums[n]{}, squares[n]{};
-  for (int64_t row = 1; row < rows; ++row) {
-    FN_UNROLL for (int v = 0; v < n; ++v) {
-      sums[v] = sums[v] + (V::load(x + row * ld + v * V::width) - V::load(x + v * V::width));
-    }
+  V centre[n]{}, deviations[n]{}, squares[n]{};
+  for (int64_t row = 0; row < rows; ++row) {
+    FN_UNROLL for (int v = 0; v < n; ++v) centre[v] = centre[v] + V::load(x + row * ld + v * V::width);
   }
-  FN_UNROLL for (int v = 0; v < n; ++v) sums[v] = sums[v] * V(1.0 / rows);
+  FN_UNROLL for (int v = 0; v < n; ++v) centre[v] = centre[v] * V(1.0 / rows);
   for (int64_t row = 0; row < rows; ++row) {
     FN_UNROLL for (int v = 0; v < n; ++v) {
-      const V d = (V::load(x + row * ld + v * V::width) - V::load(x + v * V::width)) - sums[v];
+      const V d = V::load(x + row * ld + v * V::width) - centre[v];
+      deviations[v] = deviations[v] + d;
       squares[v] = fma(d, d, squares[v]);
     }
   }
   for (int v = 0; v < n; ++v) {
     const int64_t j = v * V::width;
-    merge_lanes(mean + j, m2 + j, count, static_cast<double>(rows), V::load(x + j), sums[v], squares[v]);
+    merge_lanes(mean + j, m2 + j, count, static_cast<double>(rows), centre[v], deviations[v], squares[v]);
   }
 }
 
