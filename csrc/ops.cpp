@@ -36,6 +36,12 @@ const std::vector<ActivationInfo>& activations() {
   return list;
 }
 
+std::string activation_names() {
+  std::string names;
+  for (const ActivationInfo& info : activations()) names += (names.empty() ? "" : ", ") + std::string(info.name);
+  return names;
+}
+
 void set_noise(Chain& chain, std::string_view kind, double p, std::string_view granularity) {
   TORCH_CHECK_VALUE(kind == "bernoulli", "noise: expected 'bernoulli', but got '", kind, "'");
   TORCH_CHECK_VALUE(granularity == "element" || granularity == "channel",
@@ -60,12 +66,10 @@ Chain make_chain(const Settings& s, const OptionalTensor& residual) {
   TORCH_CHECK_VALUE(!residual.has_value(), "residual: expected None for order '", kOrder, "'");
   TORCH_CHECK_VALUE(s.groups == 1, "groups: expected 1, but got ", s.groups);
   chain.activation = -1;
-  std::string names;
   for (size_t i = 0; i < activations().size(); ++i) {
     if (activations()[i].name == s.act) chain.activation = static_cast<int>(i);
-    names += (i ? ", " : "") + std::string(activations()[i].name);
   }
-  TORCH_CHECK_VALUE(chain.activation >= 0, "act: expected one of ", names, ", but got '", s.act, "'");
+  TORCH_CHECK_VALUE(chain.activation >= 0, "act: expected one of ", activation_names(), ", but got '", s.act, "'");
   const ActivationInfo& info = activations()[chain.activation];
   TORCH_CHECK_VALUE(s.act_params.size() == info.parameters, "act_params: expected ", info.parameters, " for '",
                     info.name, "', but got ", s.act_params.size());
@@ -147,6 +151,7 @@ Tensor channel_vector(const char* name, const OptionalTensor& v, const Tensor& x
   TORCH_CHECK(is_supported(v->scalar_type()), name, ": expected float32, float64, bfloat16 or float16, but got ",
               v->scalar_type());
   TORCH_CHECK(v->numel() == x.size(1), name, " should contain ", x.size(1), " elements not ", v->numel());
+  if (v->scalar_type() == opmath(x) && v->dim() == 1 && v->is_contiguous()) return *v;  // spares small layers three calls
   return v->to(opmath(x)).reshape({x.size(1)}).contiguous();
 }
 

@@ -155,7 +155,8 @@ class _BatchNormActDrop(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 8
         input, weight, bias, residual, mean, invstd, mask, seed = ctx.saved_tensors
-        needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5)]
+        inputs = ctx.needs_input_grad
+        needed = [inputs[0], inputs[1], inputs[2], inputs[5]]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _differentiable_backward(grad_output, input, weight, bias, mean, invstd, seed, ctx.settings, needed)
         else:
@@ -185,6 +186,14 @@ def _differentiable_backward(grad_output, input, weight, bias, mean, invstd, see
     wanted = [t for t, w in zip(parts, needed[:3], strict=True) if w]
     grads = iter(torch.autograd.grad(y, wanted, grad_output, create_graph=True))
     return [next(grads) if w else None for w in needed]
+
+
+def _differentiable(*args):
+    # Function.apply binds its arguments through inspect.signature, which costs more than a small layer's kernels, and
+    # only the transforms need it.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _BatchNormActDrop.apply(*args)
+    return super(torch.autograd.Function, _BatchNormActDrop).apply(*args)
 
 
 # ---- arguments --------------------------------------------------------------------------------------------------------
@@ -312,7 +321,7 @@ def apply(input, running_mean, running_var, num_batches_tracked, weight, bias, t
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        output, mean, _, var, _ = _BatchNormActDrop.apply(*tensors, settings)
+        output, mean, _, var, _ = _differentiable(*tensors, settings)
     else:
         output, mean, _, var, _ = _forward(*tensors, *settings, False)
     if training and running_mean is not None:

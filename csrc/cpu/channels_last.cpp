@@ -90,13 +90,12 @@ struct Partials {
       : ld(padded(channels)), first(chunks * ld), second(chunks * ld) {}
 };
 
-// f(c) for every channel; a channel costs `work` steps.
+// f(first, last) for ranges of channels (multiples of 32); a channel costs `work` steps.
 template <class F>
 void for_channels(int64_t channels, int64_t work, const F& f) {
   constexpr int64_t step = 256;
-  for_tasks((channels + step - 1) / step, channels * work < kSerial, false, [&](int64_t i) {
-    for (int64_t c = i * step; c < std::min(channels, (i + 1) * step); ++c) f(c);
-  });
+  for_tasks((channels + step - 1) / step, channels * work < kSerial, false,
+            [&](int64_t i) { f(i * step, std::min(channels, (i + 1) * step)); });
 }
 
 }  // namespace
@@ -119,13 +118,18 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
       });
     });
   }
-  for_channels(C, partials.first.size() / std::max<int64_t>(C, 1), [&](int64_t c) {
-    math::Moments<double> m{0, 0, 0};
-    for (int64_t chunk = 0; call.training && chunk < matrix.chunks(); ++chunk) {
-      const int64_t i = chunk * partials.ld + c;
-      m = math::merge(m, {static_cast<double>(matrix.chunk_rows(chunk)), partials.first[i], partials.second[i]});
+  for_channels(C, matrix.chunks(), [&](int64_t begin, int64_t end) {
+    double *mean = partials.first.data(), *m2 = partials.second.data();  // of the first chunk, and then of all
+    double count = matrix.chunk_rows(0);
+    for (int64_t chunk = 1; call.training && chunk < matrix.chunks(); ++chunk) {
+      const double rows = matrix.chunk_rows(chunk);
+      const int64_t at = chunk * partials.ld + begin;
+      kernels().merge_moments(count, mean + begin, m2 + begin, rows, mean + at, m2 + at, end - begin);
+      count += rows;
     }
-    finish_statistics(call, p, c, m.mean, m.m2, vectors);
+    for (int64_t c = begin; c < end; ++c) {
+      finish_statistics(call, p, c, call.training ? mean[c] : 0, call.training ? m2[c] : 0, vectors);
+    }
   });
   for_tasks(matrix.panels(), serial, true, [&](int64_t panel) {
     std::vector<uint32_t> bits(matrix.bits_size());
@@ -189,16 +193,21 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
     });
   }
   std::vector<A> a(padded(C)), b(padded(C)), c_(padded(C));
-  for_channels(C, partials.first.size() / std::max<int64_t>(C, 1), [&](int64_t c) {
-    double dz = 0, dz_xmu = 0;
-    for (int64_t chunk = 0; gathers && chunk < matrix.chunks(); ++chunk) {
-      dz += partials.first[chunk * partials.ld + c];
-      dz_xmu += partials.second[chunk * partials.ld + c];
+  for_channels(C, matrix.chunks(), [&](int64_t begin, int64_t end) {
+    double *dz = partials.first.data(), *dz_xmu = partials.second.data();
+    for (int64_t chunk = 1; gathers && chunk < matrix.chunks(); ++chunk) {
+      for (int64_t c = begin; c < end; ++c) {
+        dz[c] += dz[chunk * partials.ld + c];
+        dz_xmu[c] += dz_xmu[chunk * partials.ld + c];
+      }
     }
-    const math::InputGradient k = finish_gradient(call, p, c, dz, dz_xmu, vectors.scale[c]);
-    a[c] = static_cast<A>(k.a);
-    b[c] = static_cast<A>(k.b);
-    c_[c] = static_cast<A>(k.c);
+    for (int64_t c = begin; c < end; ++c) {
+      const math::InputGradient k =
+          finish_gradient(call, p, c, gathers ? dz[c] : 0, gathers ? dz_xmu[c] : 0, vectors.scale[c]);
+      a[c] = static_cast<A>(k.a);
+      b[c] = static_cast<A>(k.b);
+      c_[c] = static_cast<A>(k.c);
+    }
   });
   if (!p.dx) return;
   for_tasks(matrix.panels(), serial, true, [&](int64_t panel) {

@@ -91,6 +91,9 @@ struct KernelsFor {
 
 struct Kernels {
   const char* level;
+  // merges the moments of `rows` rows into those of `count` rows, for `cols` channels (padded to 32)
+  void (*merge_moments)(double count, double* mean, double* m2, double rows, const double* row_mean, const double* row_m2,
+                        int64_t cols);
   KernelsFor<float> f32;
   KernelsFor<double> f64;
   KernelsFor<BFloat16> bf16;

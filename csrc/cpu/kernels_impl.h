@@ -217,9 +217,9 @@ FN_INLINE void sums_run(const Backward<T>& q) {
 template <class T, class Activation, bool keep_is_saved>
 FN_INLINE void sums_columns(const Backward<T>& q) {
   const LocalGradient<T, Activation, kColumns, keep_is_saved> local(q);
-  for (int64_t i = 0; i < q.cols; i += kBlock) {
-    const int64_t n = q.cols - i < kBlock ? q.cols - i : kBlock;
-    for (int64_t first = 0; first < q.rows; first += kShortSum) {
+  for (int64_t first = 0; first < q.rows; first += kShortSum) {
+    for (int64_t i = 0; i < q.cols; i += kBlock) {
+      const int64_t n = q.cols - i < kBlock ? q.cols - i : kBlock;
       Sums<opmath_t<T>> sums{};
       for (int64_t row = first; row < q.rows && row < first + kShortSum; ++row) {
         const T *x = q.x + row * q.ldx + i, *g = q.g + row * q.ldg + i;
@@ -338,15 +338,25 @@ void moments_run(const T* x, int64_t n, double* mean, double* m2) {
   *m2 = sum_run(squares) - n * offset * offset;
 }
 
-FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<double> centre,
-                           Vec<double> deviations, Vec<double> squares) {
+FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<double> row_mean, Vec<double> row_m2) {
   using V = Vec<double>;
-  const V offset = deviations * V(1.0 / rows);
   const math::Moments<V> merged =
-      math::merge<V>({V(count), V::load(mean), V::load(m2)},
-                     {V(rows), centre + offset, squares - V(rows) * offset * offset}, V(rows / (count + rows)));
+      math::merge<V>({V(count), V::load(mean), V::load(m2)}, {V(rows), row_mean, row_m2}, V(rows / (count + rows)));
   merged.mean.store(mean);
   merged.m2.store(m2);
+}
+void merge_moments(double count, double* mean, double* m2, double rows, const double* row_mean, const double* row_m2,
+                   int64_t cols) {
+  using V = Vec<double>;
+  for (int64_t i = 0; i < cols; i += V::width) {
+    merge_lanes(mean + i, m2 + i, count, rows, V::load(row_mean + i), V::load(row_m2 + i));
+  }
+}
+
+FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<double> centre,
+                           Vec<double> deviations, Vec<double> squares) {
+  const Vec<double> offset = deviations * Vec<double>(1.0 / rows);
+  merge_lanes(mean, m2, count, rows, centre + offset, squares - Vec<double>(rows) * offset * offset);
 }
 FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<float> centre, Vec<float> deviations,
                            Vec<float> squares) {
@@ -595,6 +605,7 @@ constexpr KernelsFor<T> kernels_for() {
 namespace fusednorm::cpu {
 extern constexpr Kernels FN_LEVEL_TABLE = {
     FN_LEVEL_NAME,
+    &FN_LEVEL::merge_moments,
     FN_LEVEL::kernels_for<float>(),
     FN_LEVEL::kernels_for<double>(),
     FN_LEVEL::kernels_for<BFloat16>(),

@@ -23,7 +23,7 @@ FN_INLINE Moments<V> merge(const Moments<V>& a, const Moments<V>& b, V b_share) 
   return {a.count + b.count, fma(delta, b_share, a.mean), a.m2 + fma(delta * delta, a.count * b_share, b.m2)};
 }
 FN_INLINE Moments<double> merge(const Moments<double>& a, const Moments<double>& b) {
-  return b.count == 0 ? a : merge(a, b, b.count / (a.count + b.count));
+  return a.count == 0 ? b : b.count == 0 ? a : merge(a, b, b.count / (a.count + b.count));
 }
 
 // The subtraction comes first: folding it into the shift would cancel when |mean| >> std.
