@@ -151,7 +151,8 @@ Tensor channel_vector(const char* name, const OptionalTensor& v, const Tensor& x
   TORCH_CHECK(is_supported(v->scalar_type()), name, ": expected float32, float64, bfloat16 or float16, but got ",
               v->scalar_type());
   TORCH_CHECK(v->numel() == x.size(1), name, " should contain ", x.size(1), " elements not ", v->numel());
-  if (v->scalar_type() == opmath(x) && v->dim() == 1 && v->is_contiguous()) return *v;  // spares small layers three calls
+  if (v->scalar_type() == opmath(x) && v->dim() == 1 && v->is_contiguous())
+    return *v;  // spares small layers three calls
   return v->to(opmath(x)).reshape({x.size(1)}).contiguous();
 }
 
@@ -159,7 +160,8 @@ Tensor check_seed(const OptionalTensor& seed, const Tensor& x, Noise noise) {
   if (!is_live(noise)) return Tensor();
   TORCH_CHECK_VALUE(seed.has_value() && seed->defined(), "seed: expected an int64 scalar tensor, but got None");
   TORCH_CHECK_VALUE(seed->scalar_type() == at::kLong && seed->numel() == 1,
-                    "seed: expected an int64 scalar tensor, but got shape ", seed->sizes(), " of ", seed->scalar_type());
+                    "seed: expected an int64 scalar tensor, but got shape ", seed->sizes(), " of ",
+                    seed->scalar_type());
   TORCH_CHECK_VALUE(seed->device() == x.device(), "seed: expected a tensor on ", x.device(), ", but got one on ",
                     seed->device());
   return *seed;
@@ -173,9 +175,9 @@ std::vector<int64_t> mask_size(const Shape& s) {
   return {s.C, pieces.count * words(pieces.length)};
 }
 
-// At most a bit per element beside the input: where padding rows of bits to words would cost more, they are redrawn. (The
-// fake kernel in functional.py repeats this rule; opcheck compares them. It does not ask for R % 32 == 0: a compiled
-// graph would be pinned to batch sizes.)
+// At most a bit per element beside the input: where padding rows of bits to words would cost more, they are redrawn.
+// (The fake kernel in functional.py repeats this rule; opcheck compares them. It does not ask for R % 32 == 0: a
+// compiled graph would be pinned to batch sizes.)
 bool worth_saving(const Shape& s) {
   return s.channels_last ? s.C % 32 == 0 || s.C >= 512 : piece_layout(s).length >= 512;
 }
@@ -287,8 +289,9 @@ NoiseRequest check_noise(const Tensor& seed, at::IntArrayRef size, double p, std
   return q;
 }
 
-void check_update_stats(const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& num_batches_tracked,
-                        const Tensor& mean, const Tensor& var, std::optional<double> momentum) {
+void check_update_stats(const Tensor& running_mean, const Tensor& running_var,
+                        const OptionalTensor& num_batches_tracked, const Tensor& mean, const Tensor& var,
+                        std::optional<double> momentum) {
   const auto check = [&](const char* name, const Tensor& t) {
     TORCH_CHECK(is_supported(t.scalar_type()), name, ": expected float32, float64, bfloat16 or float16, but got ",
                 t.scalar_type());
@@ -311,7 +314,8 @@ void check_update_stats(const Tensor& running_mean, const Tensor& running_var, c
   }
 }
 
-// ---- registration ----------------------------------------------------------------------------------------------------
+// ---- registration
+// ----------------------------------------------------------------------------------------------------
 namespace {
 
 // Autograd lives in functional.py, around these operators. A call that reaches one directly with something to
@@ -337,7 +341,8 @@ template <class Name, class Result, class... Args>
 struct NoDerivative<Name, Result(Args...)> {
   static Result call(c10::DispatchKeySet keys, Args... args) {
     (refuse(args), ...);
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(Name::value, "").template typed<Result(Args...)>();
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow(Name::value, "").template typed<Result(Args...)>();
     at::AutoDispatchBelowADInplaceOrView below;
     return op.redispatch(keys & c10::after_autograd_keyset, std::forward<Args>(args)...);
   }
@@ -354,13 +359,15 @@ struct BackwardName {
 TORCH_LIBRARY(fusednorm, m) {
   m.def("draw_seed(Tensor like) -> Tensor", {at::Tag::nondeterministic_seeded});
   m.def(
-      "forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? residual, "
+      "forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? "
+      "residual, "
       "Tensor? seed, bool training, float eps, str order, str act, float[] act_params, str noise, float p, "
       "str granularity, int groups, bool save_mask) "
       "-> (Tensor output, Tensor save_mean, Tensor save_invstd, Tensor save_var, Tensor mask)");
   m.def(
       "backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor save_mean, "
-      "Tensor save_invstd, Tensor mask, Tensor? seed, bool training, float eps, str order, str act, float[] act_params, "
+      "Tensor save_invstd, Tensor mask, Tensor? seed, bool training, float eps, str order, str act, float[] "
+      "act_params, "
       "str noise, float p, str granularity, int groups, bool[4] output_mask) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
   m.def(

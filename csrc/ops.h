@@ -61,25 +61,25 @@ struct Forward {
   Chain chain;
   bool training;
   double eps;
-  Tensor x;                                     // dense, in shape's layout
-  Tensor y;                                     // the result: of the input's shape, and x's memory layout
-  Tensor weight, bias;                          // (C,) in opmath type, or undefined
-  Tensor running_mean, running_var;             // (C,) in opmath type, or undefined; used when not training
-  Tensor mean, invstd, var;                     // (C,) results, in opmath type
-  Tensor mask;                                  // result: int32 bits, or empty
-  Tensor seed;                                  // int64 scalar, or undefined
+  Tensor x;                          // dense, in shape's layout
+  Tensor y;                          // the result: of the input's shape, and x's memory layout
+  Tensor weight, bias;               // (C,) in opmath type, or undefined
+  Tensor running_mean, running_var;  // (C,) in opmath type, or undefined; used when not training
+  Tensor mean, invstd, var;          // (C,) results, in opmath type
+  Tensor mask;                       // result: int32 bits, or empty
+  Tensor seed;                       // int64 scalar, or undefined
 };
 
 struct Backward {
   Shape shape;
   Chain chain;
   bool training;
-  Tensor x, grad_output, grad_input;            // dense, all in the same layout
-  Tensor weight, bias;                          // as above
+  Tensor x, grad_output, grad_input;  // dense, all in the same layout
+  Tensor weight, bias;                // as above
   Tensor mean, invstd;
-  Tensor mask;                                  // int32 bits, or undefined: redraw
+  Tensor mask;  // int32 bits, or undefined: redraw
   Tensor seed;
-  Tensor grad_weight, grad_bias;                // (C,) results in opmath type, always computed when training
+  Tensor grad_weight, grad_bias;  // (C,) results in opmath type, always computed when training
   bool need_grad_input;
 };
 
@@ -122,7 +122,8 @@ struct NoiseRequest {
 NoiseRequest check_noise(const Tensor& seed, at::IntArrayRef size, double p, std::string_view kind,
                          std::string_view granularity, at::ScalarType dtype);
 
-void check_update_stats(const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& num_batches_tracked,
-                        const Tensor& mean, const Tensor& var, std::optional<double> momentum);
+void check_update_stats(const Tensor& running_mean, const Tensor& running_var,
+                        const OptionalTensor& num_batches_tracked, const Tensor& mean, const Tensor& var,
+                        std::optional<double> momentum);
 
 }  // namespace fusednorm

@@ -113,8 +113,11 @@ def _(
     def gradient(of, wanted):
         return torch.empty_like(of) if wanted and of is not None else input.new_empty(0)
 
-    return gradient(input, output_mask[0]), gradient(weight, output_mask[1]), gradient(bias, output_mask[2]), gradient(
-        residual, output_mask[3]
+    return (
+        gradient(input, output_mask[0]),
+        gradient(weight, output_mask[1]),
+        gradient(bias, output_mask[2]),
+        gradient(residual, output_mask[3]),
     )
 
 
@@ -215,7 +218,9 @@ def _seed_tensor(seed, device):
     """An int64 scalar tensor on `device` from an int in [-2^63, 2^64) or such a tensor."""
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise ValueError(f"seed: expected an int64 scalar tensor, but got shape {tuple(seed.shape)} of {seed.dtype}")
+            raise ValueError(
+                f"seed: expected an int64 scalar tensor, but got shape {tuple(seed.shape)} of {seed.dtype}"
+            )
         if seed.device != device:
             raise ValueError(f"seed: expected a tensor on {device}, but got one on {seed.device}")
         return seed

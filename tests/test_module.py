@@ -1,11 +1,11 @@
 """The modules stand in for nn.BatchNorm + activation + dropout: same arguments, state, errors and idioms."""
 
 import copy
-import re
 import inspect
 import io
 import itertools
 import pickle
+import re
 import warnings
 
 import pytest

@@ -1,10 +1,10 @@
-// Channels-first: the values of a channel are N pieces of S contiguous ones. Tiles are cut so that they stand in one piece
-// of memory; only where pieces are short does a tile span several (in rows r = n*S + s) and go through a buffer. Noise is
-// drawn for consecutive rows, so it costs the same either way.
+// Channels-first: the values of a channel are N pieces of S contiguous ones. Tiles are cut so that they stand in one
+// piece of memory; only where pieces are short does a tile span several (in rows r = n*S + s) and go through a buffer.
+// Noise is drawn for consecutive rows, so it costs the same either way.
 //
-// One thread takes a channel (or a few adjacent ones, when S is small, to read longer stretches) through both passes, the
-// second one backwards: what the first pass read last is still in cache. With fewer channels than keep all threads busy,
-// the tiles are shared instead, pass by pass.
+// One thread takes a channel (or a few adjacent ones, when S is small, to read longer stretches) through both passes,
+// the second one backwards: what the first pass read last is still in cache. With fewer channels than keep all threads
+// busy, the tiles are shared instead, pass by pass.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -14,7 +14,7 @@
 namespace fusednorm::cpu {
 namespace {
 
-constexpr int64_t kTile = 4096;  // values, at most: they stay in the first-level cache
+constexpr int64_t kTile = 4096;         // values, at most: they stay in the first-level cache
 constexpr int64_t kStretch = 26000;     // bytes: adjacent channels are taken together until they are this long
 constexpr int64_t kResident = 2 << 20;  // bytes: or until the group holds this much
 
@@ -121,11 +121,13 @@ struct Step {
 };
 
 // Two passes over every channel: gather(step) makes the partial result of a tile, finish(c, partials) merges them,
-// emit(step) is the second pass. It goes back from piece to piece, but forward within one, where the processor prefetches.
+// emit(step) is the second pass. It goes back from piece to piece, but forward within one, where the processor
+// prefetches.
 template <class Partial, class Gather, class Finish, class Emit>
 void two_passes(const Shape& shape, int64_t pieces, int64_t tiles_per_piece, int64_t group, bool gathers,
                 const Gather& gather, const Finish& finish, const Emit& emit) {
-  const int64_t groups = (shape.C + group - 1) / group, threads = at::get_num_threads(), tiles = pieces * tiles_per_piece;
+  const int64_t groups = (shape.C + group - 1) / group, threads = at::get_num_threads(),
+                tiles = pieces * tiles_per_piece;
   const bool serial = shape.C * shape.rows() < kSerial;
   if (serial || groups % threads == 0 || groups >= 8 * threads) {
     for_tasks(groups, serial, false, [&](int64_t i) {
@@ -173,8 +175,7 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
   const auto gather = [&](Step at) {
     alignas(64) T buffer[kTile];
     math::Moments<double> m{static_cast<double>(channels.rows(at.tile)), 0, 0};
-    kernels_for<T>().moments_run(channels.load(p.x, at.c, at.tile, buffer), channels.rows(at.tile),
-                                 &m.mean, &m.m2);
+    kernels_for<T>().moments_run(channels.load(p.x, at.c, at.tile, buffer), channels.rows(at.tile), &m.mean, &m.m2);
     return m;
   };
   const auto finish = [&](int64_t c, const math::Moments<double>* partials) {
@@ -198,7 +199,8 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
     kernels_for<T>().apply[kRun][call.chain.activation](q);
     channels.store(p.y, at.c, at.tile, q.y);
   };
-  two_passes<math::Moments<double>>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(), call.training, gather, finish, emit);
+  two_passes<math::Moments<double>>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(),
+                                    call.training, gather, finish, emit);
 }
 
 template <class T>
@@ -256,7 +258,8 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
     kernels_for<T>().input_gradient[kRun][call.chain.activation](q);
     channels.store(p.dx, at.c, at.tile, q.dx);
   };
-  two_passes<GradientSums>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(), gathers, gather, finish, emit);
+  two_passes<GradientSums>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(), gathers, gather,
+                           finish, emit);
 }
 
 template <class T>

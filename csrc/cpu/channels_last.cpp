@@ -1,7 +1,7 @@
-// Channels-last: a matrix of R = N*S rows and C columns, a column per channel (a 2-D input is one). It is cut into panels:
-// chunks of rows times blocks of columns, a panel into tiles of a few rows. The first pass leaves each panel's partial
-// sums, which are merged chunk by chunk; the second pass visits the panels backwards, so that those read last are still
-// in cache. Noise comes in groups of 8 rows, hence tiles of whole groups.
+// Channels-last: a matrix of R = N*S rows and C columns, a column per channel (a 2-D input is one). It is cut into
+// panels: chunks of rows times blocks of columns, a panel into tiles of a few rows. The first pass leaves each panel's
+// partial sums, which are merged chunk by chunk; the second pass visits the panels backwards, so that those read last
+// are still in cache. Noise comes in groups of 8 rows, hence tiles of whole groups.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -11,9 +11,9 @@
 namespace fusednorm::cpu {
 namespace {
 
-constexpr int64_t kBlockColumns = 1024;            // of a block, at most
-constexpr int64_t kPanelElements = 1 << 18;    // of a panel, roughly
-constexpr int64_t kTileElements = 8192;        // of a tile, roughly
+constexpr int64_t kBlockColumns = 1024;      // of a block, at most
+constexpr int64_t kPanelElements = 1 << 18;  // of a panel, roughly
+constexpr int64_t kTileElements = 8192;      // of a tile, roughly
 
 class Matrix {
  public:
@@ -54,10 +54,12 @@ class Matrix {
   const uint32_t* draw(const Tile& t, uint32_t* buffer, int64_t& ld) const {
     ld = words_of(t.columns);
     const auto groups = [&](int64_t group, uint32_t* to) {
-      kernels().keep_columns(seed_.low, seed_.high, static_cast<uint32_t>(t.column), group, chain_.threshold, to, ld, ld);
+      kernels().keep_columns(seed_.low, seed_.high, static_cast<uint32_t>(t.column), group, chain_.threshold, to, ld,
+                             ld);
     };
     if (chain_.noise == Noise::element) {
-      for (int64_t i = 0; i < t.rows; i += math::kRowsPerCall) groups((t.row + i) / math::kRowsPerCall, buffer + i * ld);
+      for (int64_t i = 0; i < t.rows; i += math::kRowsPerCall)
+        groups((t.row + i) / math::kRowsPerCall, buffer + i * ld);
       return buffer;
     }
     if (chain_.noise != Noise::channel) return nullptr;
@@ -86,8 +88,7 @@ class Matrix {
 struct Partials {
   int64_t ld;
   std::vector<double> first, second;
-  Partials(int64_t chunks, int64_t channels)
-      : ld(padded(channels)), first(chunks * ld), second(chunks * ld) {}
+  Partials(int64_t chunks, int64_t channels) : ld(padded(channels)), first(chunks * ld), second(chunks * ld) {}
 };
 
 // f(first, last) for ranges of channels (multiples of 32); a channel costs `work` steps.

@@ -49,7 +49,8 @@ math::Seed read_seed(const Tensor& seed) {
 }
 
 Tensor draw_seed(const Tensor& like) {
-  auto generator = at::get_generator_or_default<at::CPUGeneratorImpl>(std::nullopt, at::detail::getDefaultCPUGenerator());
+  auto generator =
+      at::get_generator_or_default<at::CPUGeneratorImpl>(std::nullopt, at::detail::getDefaultCPUGenerator());
   const std::lock_guard<std::mutex> lock(generator->mutex_);
   Tensor seed = at::empty({}, like.options().dtype(at::kLong).memory_format(std::nullopt));
   *static_cast<int64_t*>(seed.data_ptr()) = static_cast<int64_t>(generator->random64());
@@ -74,10 +75,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   for_dtype(q.x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = opmath_t<T>;
-    const ForwardPointers<T> p{data<T>(q.x),           data<T>(q.y),           data<A>(q.weight),
-                               data<A>(q.bias),        data<A>(q.running_mean), data<A>(q.running_var),
-                               data<A>(q.mean),        data<A>(q.invstd),      data<A>(q.var),
-                               data<uint32_t>(q.mask)};
+    const ForwardPointers<T> p{
+        data<T>(q.x),           data<T>(q.y),    data<A>(q.weight), data<A>(q.bias), data<A>(q.running_mean),
+        data<A>(q.running_var), data<A>(q.mean), data<A>(q.invstd), data<A>(q.var),  data<uint32_t>(q.mask)};
     q.shape.channels_last ? forward_channels_last<T>(call, p) : forward_channels_first<T>(call, p);
   });
   return {forward_result(q, input), q.mean, q.invstd, q.var, q.mask};
@@ -139,7 +139,8 @@ void update_stats_(Tensor& running_mean, Tensor& running_var, const std::optiona
       for (int64_t i = 0; i < n; ++i) r[i] = static_cast<float>((1 - factor) * r[i] + factor * (scale * b[i]));
       running.unsafeGetTensorImpl()->bump_version();  // written behind autograd's back
     } else {
-      running.copy_(running.to(at::kDouble).mul_(1 - factor).add_(batch.to(at::kDouble).view_as(running), factor * scale));
+      running.copy_(
+          running.to(at::kDouble).mul_(1 - factor).add_(batch.to(at::kDouble).view_as(running), factor * scale));
     }
   };
   blend(running_mean, mean, 1.0);

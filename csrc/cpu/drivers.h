@@ -1,7 +1,7 @@
 // The two drivers, one per layout: they cut a tensor into tiles, share the tiles among threads, and call the kernels.
 //
-// Whatever the number of threads, the tiles are the same and their partial sums are merged in the same order, so results
-// do not depend on it.
+// Whatever the number of threads, the tiles are the same and their partial sums are merged in the same order, so
+// results do not depend on it.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -21,23 +21,23 @@ namespace fusednorm::cpu {
 template <class T>
 struct ForwardPointers {
   using A = opmath_t<T>;
-  const T* x;                        // (N, C, S) in the shape's layout
-  T* y;                              // same
-  const A *weight, *bias;            // (C,) or null
+  const T* x;                           // (N, C, S) in the shape's layout
+  T* y;                                 // same
+  const A *weight, *bias;               // (C,) or null
   const A *running_mean, *running_var;  // (C,) or null when training
-  A *mean, *invstd, *var;            // (C,) out
-  uint32_t* mask;                    // out, or null
+  A *mean, *invstd, *var;               // (C,) out
+  uint32_t* mask;                       // out, or null
 };
 
 template <class T>
 struct BackwardPointers {
   using A = opmath_t<T>;
-  const T *x, *g;                    // (N, C, S) in the shape's layout
-  T* dx;                             // same, or null
-  const A *weight, *bias;            // (C,) or null
-  const A *mean, *invstd;            // (C,)
-  A *grad_weight, *grad_bias;        // (C,) out, or null: not needed
-  const uint32_t* mask;              // or null: redraw
+  const T *x, *g;              // (N, C, S) in the shape's layout
+  T* dx;                       // same, or null
+  const A *weight, *bias;      // (C,) or null
+  const A *mean, *invstd;      // (C,)
+  A *grad_weight, *grad_bias;  // (C,) out, or null: not needed
+  const uint32_t* mask;        // or null: redraw
 };
 
 struct Call {  // what both directions need beside the pointers
@@ -84,7 +84,8 @@ constexpr int64_t words_of(int64_t bits) { return (bits + 31) / 32; }
 template <class A>
 struct ChannelVectors {
   std::vector<A> mean, scale, shift;
-  explicit ChannelVectors(int64_t channels) : mean(padded(channels)), scale(padded(channels)), shift(padded(channels)) {}
+  explicit ChannelVectors(int64_t channels)
+      : mean(padded(channels)), scale(padded(channels)), shift(padded(channels)) {}
   Affine<A> at(int64_t c) const { return {mean.data() + c, scale.data() + c, shift.data() + c}; }
 };
 

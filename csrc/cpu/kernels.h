@@ -1,10 +1,10 @@
 // The interface between the drivers of the CPU backend (ordinary C++, compiled once) and the kernels (compiled once per
 // instruction set, see level_*.cpp): plain structs of arguments and one table of function pointers per level.
 //
-// A kernel works on a tile: `rows` x `cols` values of storage type T, `cols` contiguous, and computes in opmath type A. Two kinds of tile cover both
-// layouts: a run (channels-first: one channel, rows = 1, per-channel vectors of one entry) and columns (channels-last:
-// a column per channel, vectors of `cols` entries, padded so that 32 can be read from any multiple of 32).
-// Bits come in words of 32 per row, bit i of word j for column 32*j + i.
+// A kernel works on a tile: `rows` x `cols` values of storage type T, `cols` contiguous, and computes in opmath type A.
+// Two kinds of tile cover both layouts: a run (channels-first: one channel, rows = 1, per-channel vectors of one entry)
+// and columns (channels-last: a column per channel, vectors of `cols` entries, padded so that 32 can be read from any
+// multiple of 32). Bits come in words of 32 per row, bit i of word j for column 32*j + i.
 #pragma once
 
 #include <cstdint>
@@ -42,15 +42,15 @@ template <class T>
 struct Apply {
   using A = opmath_t<T>;
   int64_t rows, cols;
-  const T* x;        // [rows, ldx]
-  T* y;              // [rows, ldy]
+  const T* x;  // [rows, ldx]
+  T* y;        // [rows, ldy]
   int64_t ldx, ldy;
   Affine<A> affine;
-  A activation[2];   // parameters
-  A multiplier;      // of what is kept
+  A activation[2];       // parameters
+  A multiplier;          // of what is kept
   const uint32_t* keep;  // [rows, ldkeep] bits, or null: everything is kept
   int64_t ldkeep;
-  uint32_t* save;    // [rows, ldsave] bits out: keep, and the activation's derivative where one bit holds it; or null
+  uint32_t* save;  // [rows, ldsave] bits out: keep, and the activation's derivative where one bit holds it; or null
   int64_t ldsave;
 };
 
@@ -58,20 +58,20 @@ template <class T>
 struct Backward {
   using A = opmath_t<T>;
   int64_t rows, cols;
-  const T* x;        // [rows, ldx]
-  const T* g;        // [rows, ldg]
+  const T* x;  // [rows, ldx]
+  const T* g;  // [rows, ldg]
   int64_t ldx, ldg;
   Affine<A> affine;
   A activation[2];
   A multiplier;
   const uint32_t* keep;  // as in Apply
   int64_t ldkeep;
-  bool keep_is_saved;    // the bits are what Apply saved
-  double* sum_dz;        // [1 or cols] += sum of dz
-  double* sum_dz_xmu;    // [1 or cols] += sum of dz * (x - mean)
-  T* dx;                 // [rows, lddx]
+  bool keep_is_saved;  // the bits are what Apply saved
+  double* sum_dz;      // [1 or cols] += sum of dz
+  double* sum_dz_xmu;  // [1 or cols] += sum of dz * (x - mean)
+  T* dx;               // [rows, lddx]
   int64_t lddx;
-  const A* a;            // per-channel: dx = a*dz + b*(x - mean) + c
+  const A* a;  // per-channel: dx = a*dz + b*(x - mean) + c
   const A* b;
   const A* c;
 };
@@ -92,8 +92,8 @@ struct KernelsFor {
 struct Kernels {
   const char* level;
   // merges the moments of `rows` rows into those of `count` rows, for `cols` channels (padded to 32)
-  void (*merge_moments)(double count, double* mean, double* m2, double rows, const double* row_mean, const double* row_m2,
-                        int64_t cols);
+  void (*merge_moments)(double count, double* mean, double* m2, double rows, const double* row_mean,
+                        const double* row_m2, int64_t cols);
   KernelsFor<float> f32;
   KernelsFor<double> f64;
   KernelsFor<BFloat16> bf16;
@@ -102,8 +102,8 @@ struct Kernels {
   void (*keep_run)(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, uint32_t threshold, uint32_t* out,
                    int64_t words);
   // keep bits of the 8 rows of `group`, channels [c, c + 32*words): row i at out + i*ld
-  void (*keep_columns)(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, uint32_t threshold, uint32_t* out,
-                       int64_t words, int64_t ld);
+  void (*keep_columns)(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, uint32_t threshold,
+                       uint32_t* out, int64_t words, int64_t ld);
   // test hook: the vector Philox at `rounds` 7 or 10, lane i with counter[0] + i; returns the number of lanes
   int (*philox_lanes)(int rounds, const uint32_t* counter, const uint32_t* key, uint32_t* out);
 };

@@ -34,8 +34,8 @@ constexpr int kVectors = kBlock / Vec<A>::width;  // of a block
 
 #define FN_UNROLL _Pragma("GCC unroll 16")
 
-// Runs f(v) for every vector of a block: unrolled, v a constant, where the body is a few instructions; a loop where it is
-// an exponential, whose code would only grow.
+// Runs f(v) for every vector of a block: unrolled, v a constant, where the body is a few instructions; a loop where it
+// is an exponential, whose code would only grow.
 template <class F, int... v>
 FN_INLINE void for_each_of(std::integer_sequence<int, v...>, F f) {
   (f(Constant<v>{}), ...);
@@ -71,7 +71,6 @@ struct Channel {
   }
 };
 
-
 template <class T>
 FN_INLINE void copy_padded(const T* from, T* to, int64_t n, T fill = T{}) {
   for (int64_t i = 0; i < kBlock; ++i) to[i] = i < n ? from[i] : fill;
@@ -83,7 +82,8 @@ FN_INLINE void copy_out(const T* from, T* to, int64_t n) {
 
 FN_INLINE uint32_t first_bits(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
 
-// ---- forward: y = activation((x - mean) * scale + shift) * multiplier where kept ----------------------------------------
+// ---- forward: y = activation((x - mean) * scale + shift) * multiplier where kept
+// ----------------------------------------
 template <class T, class Activation, Span span>
 void apply(const Apply<T>& q) {
   using A = opmath_t<T>;
@@ -121,8 +121,9 @@ void apply(const Apply<T>& q) {
   }
 }
 
-// ---- backward ------------------------------------------------------------------------------------------------------------
-// dz = g * multiplier * activation'(z) where kept. A gradient that is not finite gives 0 where its element was dropped.
+// ---- backward
+// ------------------------------------------------------------------------------------------------------------ dz = g *
+// multiplier * activation'(z) where kept. A gradient that is not finite gives 0 where its element was dropped.
 template <class T, class Activation, Span span, bool keep_is_saved>
 struct LocalGradient {
   using A = opmath_t<T>;
@@ -282,14 +283,16 @@ FN_INLINE void input_gradient_rows(const Backward<T>& q) {
 
 template <class T, class Activation, Span span>
 void input_gradient(const Backward<T>& q) {
-  q.keep_is_saved ? input_gradient_rows<T, Activation, span, true>(q) : input_gradient_rows<T, Activation, span, false>(q);
+  q.keep_is_saved ? input_gradient_rows<T, Activation, span, true>(q)
+                  : input_gradient_rows<T, Activation, span, false>(q);
 }
 
-// ---- statistics: two passes over a tile that sits in the first-level cache ------------------------------------------------
-// The first gives a centre near the mean, the second the deviations d from it. With them
+// ---- statistics: two passes over a tile that sits in the first-level cache
+// ------------------------------------------------ The first gives a centre near the mean, the second the deviations d
+// from it. With them
 //   mean = centre + sum(d)/n,  m2 = sum(d^2) - sum(d)^2/n
-// (the corrected two-pass algorithm: Chan, Golub & LeVeque 1983), so the rounding of the first pass does no harm, neither
-// a large mean nor an outlier anywhere.
+// (the corrected two-pass algorithm: Chan, Golub & LeVeque 1983), so the rounding of the first pass does no harm,
+// neither a large mean nor an outlier anywhere.
 FN_INLINE double widen_one(double x) { return x; }
 FN_INLINE float widen_one(float x) { return x; }
 
@@ -338,7 +341,8 @@ void moments_run(const T* x, int64_t n, double* mean, double* m2) {
   *m2 = sum_run(squares) - n * offset * offset;
 }
 
-FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<double> row_mean, Vec<double> row_m2) {
+FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<double> row_mean,
+                           Vec<double> row_m2) {
   using V = Vec<double>;
   const math::Moments<V> merged =
       math::merge<V>({V(count), V::load(mean), V::load(m2)}, {V(rows), row_mean, row_m2}, V(rows / (count + rows)));
@@ -358,8 +362,8 @@ FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, 
   const Vec<double> offset = deviations * Vec<double>(1.0 / rows);
   merge_lanes(mean, m2, count, rows, centre + offset, squares - Vec<double>(rows) * offset * offset);
 }
-FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<float> centre, Vec<float> deviations,
-                           Vec<float> squares) {
+FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, Vec<float> centre,
+                           Vec<float> deviations, Vec<float> squares) {
   const DoublePair c = widen(centre), d = widen(deviations), s = widen(squares);
   merge_lanes(mean, m2, count, rows, c.low, d.low, s.low);
   constexpr int half = Vec<double>::width;
@@ -406,7 +410,8 @@ void moments_columns(const T* x, int64_t rows, int64_t cols, int64_t ldx, double
   }
 }
 
-// ---- noise -----------------------------------------------------------------------------------------------------------
+// ---- noise
+// -----------------------------------------------------------------------------------------------------------
 #if defined(__SSE2__)
 // Lane order of the counters of one vector, such that the words come out of the unpacking below in natural order.
 FN_INLINE Word lane_counters() {
@@ -579,7 +584,8 @@ int philox_lanes(int rounds, const uint32_t* counter, const uint32_t* key, uint3
   return rounds == 10 ? philox_lanes_of<10>(counter, key, out) : philox_lanes_of<7>(counter, key, out);
 }
 
-// ---- the table --------------------------------------------------------------------------------------------------------
+// ---- the table
+// --------------------------------------------------------------------------------------------------------
 template <class T, Span span, class List>
 struct Table;
 template <class T, Span span, class... Activations>

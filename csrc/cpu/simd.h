@@ -6,8 +6,9 @@
 template <int v>
 using Constant = std::integral_constant<int, v>;
 
-// ---- bfloat16 and float16: one vector of floats from and to memory -----------------------------------------------------
-// Own storage types: no torch header may be compiled with a level's flags.
+// ---- bfloat16 and float16: one vector of floats from and to memory
+// ----------------------------------------------------- Own storage types: no torch header may be compiled with a
+// level's flags.
 FN_INLINE float widen_one(BFloat16 h) {
   const uint32_t bits = static_cast<uint32_t>(h.bits) << 16;
   float f;
@@ -85,7 +86,8 @@ FN_INLINE void narrow(__m256 f, BFloat16* p) {
   const __m256i b = (__m256i)f, odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(b, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(b, _mm256_set1_epi32(0x400000));
-  const __m256i w = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, (__m256i)_mm256_cmp_ps(f, f, _CMP_UNORD_Q)), 16);
+  const __m256i w =
+      _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, (__m256i)_mm256_cmp_ps(f, f, _CMP_UNORD_Q)), 16);
   _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
 }
 template <class Raw>
@@ -250,14 +252,19 @@ FN_INLINE Mask<A> from_bits(uint32_t word, Constant<i>) {  // one broadcast of t
 }
 #endif
 
-// ---- arithmetic ------------------------------------------------------------------------------------------------------
+// ---- arithmetic
+// ------------------------------------------------------------------------------------------------------
 #if FN_VECTOR_BYTES == 64
-FN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return Vec<float>(_mm512_fmadd_ps(a.raw, b.raw, c.raw)); }
+FN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return Vec<float>(_mm512_fmadd_ps(a.raw, b.raw, c.raw));
+}
 FN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return Vec<double>(_mm512_fmadd_pd(a.raw, b.raw, c.raw));
 }
 #elif FN_VECTOR_BYTES == 32
-FN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return Vec<float>(_mm256_fmadd_ps(a.raw, b.raw, c.raw)); }
+FN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return Vec<float>(_mm256_fmadd_ps(a.raw, b.raw, c.raw));
+}
 FN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return Vec<double>(_mm256_fmadd_pd(a.raw, b.raw, c.raw));
 }
@@ -300,7 +307,8 @@ FN_INLINE DoublePair widen(Vec<float> a) {
           Vec<double>(__builtin_convertvector(h[1], Vec<double>::Raw))};
 }
 
-// ---- 32-bit words for Philox, one per 64-bit lane; what stands above the low 32 bits is garbage ------------------------
+// ---- 32-bit words for Philox, one per 64-bit lane; what stands above the low 32 bits is garbage
+// ------------------------
 #if defined(__SSE2__)
 struct Word {
   static constexpr int width = FN_VECTOR_BYTES / 8;
@@ -338,4 +346,3 @@ FN_INLINE Word::Raw interleave(Word a, Word b) {
 #endif
 }
 #endif
-

@@ -258,8 +258,8 @@ struct Softplus {  // a: beta, b: threshold
 
 template <class...>
 struct List {};
-using Activations = List<Identity, Relu, LeakyRelu, Elu, Gelu, GeluTanh, Silu, Tanh, Sigmoid, Hardtanh, Relu6, Hardswish,
-                         Mish, Softplus>;
+using Activations = List<Identity, Relu, LeakyRelu, Elu, Gelu, GeluTanh, Silu, Tanh, Sigmoid, Hardtanh, Relu6,
+                         Hardswish, Mish, Softplus>;
 
 }  // namespace
 }  // namespace fusednorm::math

@@ -64,7 +64,8 @@ FN_INLINE float power_of_two(float t) {
   return result;
 }
 
-// Applies a scalar function to every lane: how double reaches libm, whose accuracy it needs and whose speed it can afford.
+// Applies a scalar function to every lane: how double reaches libm, whose accuracy it needs and whose speed it can
+// afford.
 template <class F>
 FN_INLINE double map(double a, F f) {
   return f(a);

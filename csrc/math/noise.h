@@ -1,8 +1,8 @@
 // The noise: a pure function of a 64-bit seed and the logical position (channel c, row r = n*S + s), so that every
 // device, layout, vector width and thread count draws the same bits.
 //
-// Philox4x32-R (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC'11) keyed by the seed; one call gives the
-// 16-bit draws of 8 consecutive rows of one channel. Seven rounds are the fewest that pass BigCrush; the published
+// Philox4x32-R (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC'11) keyed by the seed; one call gives
+// the 16-bit draws of 8 consecutive rows of one channel. Seven rounds are the fewest that pass BigCrush; the published
 // known answers are for ten, hence the template parameter.
 #pragma once
 
