@@ -94,22 +94,30 @@ def measure(args, console) -> tuple[list[dict], int]:
     return watch.rows, code
 
 
-def measure_avx2(args, console) -> tuple[list[dict], int]:
-    """The same row with torch, and with it this library, held to AVX2."""
-    console.print(f"\n{AVX2_ROW} again under ATEN_CPU_CAPABILITY=avx2, in a process of its own")
+def measure_in_child(args, name: str, *more: str, **environment: str) -> tuple[list[dict], int]:
+    """One workload in a process of its own: the allocator keeps what it once had, and all at once would not fit."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
-        command = [sys.executable, __file__, f"--only={AVX2_ROW}", "--mode=both", "--own-p", "--force", "--no-avx2"]
-        command += ["--quick"] * args.quick + [f"--json={path}"]
-        environment = os.environ | {
-            "ATEN_CPU_CAPABILITY": "avx2",
-            # torch.compile's cache does not tell the levels apart: it would run AVX-512 code here, and abort.
-            "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_avx2_{os.getuid()}"),
-            "FUSEDNORM_BENCH_CHILD": "1",
-        }
+        command = [sys.executable, __file__, f"--only={name}", "--force", "--no-avx2", f"--json={path}", *more]
+        command += ["--quick"] * args.quick + ["--own-p"] * args.own_p + [f"--mode={mode}" for mode in args.mode]
+        environment = os.environ | environment | {"FUSEDNORM_BENCH_CHILD": "1"}
         code = subprocess.run(command, env=environment, check=False).returncode
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
     return rows, code
+
+
+def measure_avx2(args, console) -> tuple[list[dict], int]:
+    """The same row with torch, and with it this library, held to AVX2."""
+    console.print(f"\n{AVX2_ROW} again under ATEN_CPU_CAPABILITY=avx2")
+    return measure_in_child(
+        args,
+        AVX2_ROW,
+        "--mode=both",
+        "--own-p",
+        ATEN_CPU_CAPABILITY="avx2",
+        # torch.compile's cache does not tell the levels apart: it would run AVX-512 code here, and abort.
+        TORCHINDUCTOR_CACHE_DIR=str(Path(tempfile.gettempdir()) / f"torchinductor_avx2_{os.getuid()}"),
+    )
 
 
 def main() -> int:
@@ -133,13 +141,20 @@ def main() -> int:
     from benchmarks import plot, table, workloads
 
     try:
-        workloads.rows(args.only)
+        names = list(dict.fromkeys(row[0].name for row in workloads.rows(args.only, quick=args.quick)))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     console = table.console()
     facts = machine.facts()
-    rows, code = measure(args, console)
+    if len(names) == 1 or args.benchmark_json:
+        rows, code = measure(args, console)
+    else:
+        rows, code = [], 0
+        for i, name in enumerate(names):
+            console.print(f"[bold]{name}[/] ({i + 1} of {len(names)})")
+            more, second = measure_in_child(args, name)
+            rows, code = rows + more, code or second
     wanted = not args.no_avx2 and (not args.only or AVX2_ROW in args.only) and (not args.mode or "both" in args.mode)
     if wanted and facts["level"] == "avx512" and code in (0, 1):
         more, second = measure_avx2(args, console)

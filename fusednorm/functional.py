@@ -72,7 +72,7 @@ def _(
     _check_devices(input, weight, bias, running_mean, running_var, residual, seed)
     output = torch.empty_like(input)
     N, C, S = input.size(0), input.size(1), math.prod(input.shape[2:])
-    vector = input.new_empty(C, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
+    vector = input.new_empty(C, dtype=_opmath(input))
     size = (0,)
     if save_mask and 0 < p < 1 and granularity == "element":
         if C != 1 and (S == 1 or (not output.is_contiguous() and _is_channels_last(output))):
@@ -131,7 +131,7 @@ def _(seed, size, p, kind, granularity, dtype):
     return seed.new_empty([*size[:2], *([1] * len(size[2:]) if granularity == "channel" else size[2:])], dtype=dtype)
 
 
-# ---- gradients --------------------------------------------------------------------------------------------------------
+# ---- gradients ------
 class _BatchNormActDrop(torch.autograd.Function):
     """(output, save_mean, save_invstd, save_var, mask); only the output is differentiable.
 
@@ -170,6 +170,17 @@ class _BatchNormActDrop(torch.autograd.Function):
         return gx, gw, gb, None, None, gr, None, None
 
 
+def _opmath(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _multiplier(input, seed, p, kind, granularity):
+    """The noise as a tensor, for the plain-torch paths; None where nothing is dropped."""
+    if p == 0:
+        return None
+    return input.new_zeros(()) if p == 1 else _noise(seed, input.shape, p, kind, granularity, _opmath(input))
+
+
 def _differentiable_backward(grad_output, input, weight, bias, mean, invstd, seed, settings, needed):
     """The gradients as a graph (create_graph=True).
 
@@ -177,10 +188,7 @@ def _differentiable_backward(grad_output, input, weight, bias, mean, invstd, see
     derivative would be right and the second one wrong.
     """
     training, eps, order, act, act_params, kind, p, granularity, _ = settings
-    m = None
-    if p > 0:
-        size, dtype = input.shape, mean.dtype
-        m = _noise(seed, size, p, kind, granularity, dtype) if seed is not None else mean.new_zeros(())
+    m = _multiplier(input, seed, p, kind, granularity)
     # Aliases: a weight that was itself computed from the input must not lead back to it.
     parts = [t.view_as(t) if wanted else t for t, wanted in zip((input, weight, bias), needed[:3], strict=True)]
     y = reference.batch_norm_act_drop(
@@ -199,7 +207,7 @@ def _differentiable(*args):
     return super(torch.autograd.Function, _BatchNormActDrop).apply(*args)
 
 
-# ---- arguments --------------------------------------------------------------------------------------------------------
+# ---- arguments ------
 def _check_drop(p, noise="bernoulli", granularity="element"):
     if not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
@@ -339,10 +347,7 @@ def _forward_mode(tensors, settings):
     """Output, batch mean and batch variance through plain torch, which carries tangents. Same noise."""
     input, weight, bias, running_mean, running_var, _, seed = tensors
     training, eps, order, act, act_params, kind, p, granularity, _ = settings
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    m = None
-    if p > 0:
-        m = _noise(seed, input.shape, p, kind, granularity, dtype) if seed is not None else input.new_zeros(())
+    m = _multiplier(input, seed, p, kind, granularity)
     output = reference.batch_norm_act_drop(
         input,
         running_mean,
@@ -355,7 +360,7 @@ def _forward_mode(tensors, settings):
         order=order,
         noise=m,
     )
-    var, mean = torch.var_mean(input.detach().to(dtype), [0, *range(2, input.dim())], correction=0)
+    var, mean = torch.var_mean(input.detach().to(_opmath(input)), [0, *range(2, input.dim())], correction=0)
     return output, mean, var
 
 

@@ -209,4 +209,4 @@ class FusedBatchNorm2d(_FusedBatchNorm, nn.BatchNorm2d):
 
 
 class FusedBatchNorm3d(_FusedBatchNorm, nn.BatchNorm3d):
-    """:class:`torch.nn.BatchNorm3d` over (N, C, D, H, W), then activation and dropout. See :class:`FusedBatchNorm1d`."""
+    """:class:`torch.nn.BatchNorm3d` over (N, C, D, H, W), activation and dropout. See :class:`FusedBatchNorm1d`."""
