@@ -18,6 +18,14 @@ constexpr int64_t kTile = 4096;         // values, at most: they stay in the fir
 constexpr int64_t kStretch = 26000;     // bytes: adjacent channels are taken together until they are this long
 constexpr int64_t kResident = 2 << 20;  // bytes: or until the group holds this much
 
+void set_bits(uint32_t* words, int64_t begin, int64_t end) {
+  while (begin < end) {
+    const int64_t first = begin % 32, n = std::min<int64_t>(32 - first, end - begin);
+    words[begin / 32] |= (n == 32 ? ~0u : (1u << n) - 1) << first;
+    begin += n;
+  }
+}
+
 template <class T>
 class Channels {
  public:
@@ -73,9 +81,7 @@ class Channels {
     for (int64_t i = 0; i < n;) {
       const int64_t sample = (first + i) / shape_.S, end = std::min(n, (sample + 1) * shape_.S - first);
       if (sample / 32 != drawn) keep_run(c, (drawn = sample / 32) * 32 / math::kRowsPerCall, &bits, 1);
-      if (bits >> (sample % 32) & 1) {
-        for (int64_t j = i; j < end; ++j) buffer[j / 32] |= 1u << (j % 32);
-      }
+      if (bits >> (sample % 32) & 1) set_bits(buffer, i, end);
       i = end;
     }
     return buffer;
