@@ -30,7 +30,7 @@ void set_bits(uint32_t* words, int64_t begin, int64_t end) {
 template <class T>
 class Channels {
  public:
-  explicit Channels(const Call& call) : shape_(call.shape), chain_(call.chain), seed_(call.seed) {
+  explicit Channels(const Call& call) : shape_(call.shape), chain_(call.chain), seed_(math::split_seed(call.seed)) {
     const PieceLayout pieces = piece_layout(shape_);
     length_ = pieces.length;
     tiles_per_piece_ = (length_ + kTile - 1) / kTile;

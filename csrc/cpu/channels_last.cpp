@@ -22,7 +22,11 @@ class Matrix {
   };
 
   explicit Matrix(const Call& call)
-      : shape_(call.shape), chain_(call.chain), seed_(call.seed), rows_(shape_.rows()), columns_(shape_.C) {
+      : shape_(call.shape),
+        chain_(call.chain),
+        seed_(math::split_seed(call.seed)),
+        rows_(shape_.rows()),
+        columns_(shape_.C) {
     blocks_ = (columns_ + kBlockColumns - 1) / kBlockColumns;
     block_ = padded((columns_ + blocks_ - 1) / blocks_);
     blocks_ = (columns_ + block_ - 1) / block_;

@@ -44,9 +44,7 @@ void for_dtype(at::ScalarType dtype, const F& f) {
   }
 }
 
-math::Seed read_seed(const Tensor& seed) {
-  return seed.defined() ? math::split_seed(*static_cast<const int64_t*>(seed.data_ptr())) : math::Seed{0, 0};
-}
+int64_t read_seed(const Tensor& seed) { return seed.defined() ? *static_cast<const int64_t*>(seed.data_ptr()) : 0; }
 
 Tensor draw_seed(const Tensor& like) {
   auto generator =

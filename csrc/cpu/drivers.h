@@ -43,7 +43,7 @@ struct BackwardPointers {
 struct Call {  // what both directions need beside the pointers
   Shape shape;
   Chain chain;
-  math::Seed seed;
+  int64_t seed;
   bool training;
   double eps;
 };
