@@ -58,6 +58,13 @@ py::dict build_info() {
 #endif
   info["cxx_standard"] = __cplusplus / 100 % 100;
   info["openmp"] = _OPENMP;
+#ifdef FUSEDNORM_CUDA_VERSION
+  info["cuda"] = FUSEDNORM_CUDA_VERSION;  // of nvcc
+  info["cuda_architectures"] = py::str(FUSEDNORM_CUDA_ARCHITECTURES).attr("split")(",");
+#else
+  info["cuda"] = py::none();
+  info["cuda_architectures"] = py::list();
+#endif
   info["levels"] = py::str(HOOK(fusednorm_cpu_levels_compiled)()).attr("split")(",");
   return info;
 }
@@ -80,7 +87,8 @@ std::vector<Counter> philox4x32_lanes(int rounds, const Counter& counter, const 
 
 PYBIND11_MODULE(_build, module) {
   module.doc() = "Build facts of fusednorm and hooks for its tests.";
-  module.def("build_info", &build_info, "torch version, compiler, C++ standard, OpenMP version, levels compiled.");
+  module.def("build_info", &build_info,
+             "torch version, compiler, C++ standard, OpenMP version, levels compiled, CUDA version and architectures.");
   module.def("level", [] { return HOOK(fusednorm_cpu_level)(); }, "The CPU level in use: default, avx2 or avx512.");
   module.def("philox4x32", &philox4x32, py::arg("rounds"), py::arg("counter"), py::arg("key"),
              "One draw of the scalar Philox template; rounds is 7 or 10.");

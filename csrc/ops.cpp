@@ -144,16 +144,23 @@ void check_input(const char* name, const Tensor& x) {
   TORCH_CHECK(x.size(1) > 0, name, ": expected at least one channel, but got shape ", x.sizes());
 }
 
-// A per-channel vector of any floating dtype, in opmath type; undefined if absent.
+// A per-channel vector of any floating dtype, as a dense (C,); undefined if absent.
 Tensor channel_vector(const char* name, const OptionalTensor& v, const Tensor& x) {
   if (!v.has_value() || !v->defined()) return Tensor();
   TORCH_CHECK(v->device() == x.device(), name, ": expected a tensor on ", x.device(), ", but got one on ", v->device());
   TORCH_CHECK(is_supported(v->scalar_type()), name, ": expected float32, float64, bfloat16 or float16, but got ",
               v->scalar_type());
   TORCH_CHECK(v->numel() == x.size(1), name, " should contain ", x.size(1), " elements not ", v->numel());
-  if (v->scalar_type() == opmath(x) && v->dim() == 1 && v->is_contiguous())
-    return *v;  // spares small layers three calls
-  return v->to(opmath(x)).reshape({x.size(1)}).contiguous();
+  if (v->dim() == 1 && v->is_contiguous()) return *v;  // spares small layers two calls
+  return v->reshape({x.size(1)}).contiguous();
+}
+Tensor in_opmath(const Tensor& v, const Tensor& x) {
+  return !v.defined() || v.scalar_type() == opmath(x) ? v : v.to(opmath(x));
+}
+// CPU kernels read vectors in opmath type; CUDA kernels in any, which spares a launch for each.
+Tensor parameter(const char* name, const OptionalTensor& v, const Tensor& x) {
+  const Tensor vector = channel_vector(name, v, x);
+  return x.is_cuda() ? vector : in_opmath(vector, x);
 }
 
 Tensor check_seed(const OptionalTensor& seed, const Tensor& x, Noise noise) {
@@ -167,18 +174,25 @@ Tensor check_seed(const OptionalTensor& seed, const Tensor& x, Noise noise) {
   return *seed;
 }
 
-int64_t words(int64_t bits) { return (bits + 31) / 32; }
-
-std::vector<int64_t> mask_size(const Shape& s) {
+// A saved mask has a layout of its own for each backend: on the CPU words of 32 adjacent bits, on CUDA the 8 bits of a
+// Philox call in a byte. The number of dimensions says of which memory layout it is.
+std::vector<int64_t> mask_size(const Shape& s, const Tensor& x) {
+  const auto words = [](int64_t bits) { return (bits + 31) / 32; };
+  if (x.is_cuda()) {
+    const int64_t calls = (s.rows() + math::kRowsPerCall - 1) / math::kRowsPerCall;
+    return s.channels_last ? std::vector<int64_t>{calls, s.C, 1} : std::vector<int64_t>{s.C, calls};
+  }
   if (s.channels_last) return {s.N, s.S, words(s.C)};
   const PieceLayout pieces = piece_layout(s);
   return {s.C, pieces.count * words(pieces.length)};
 }
+at::ScalarType mask_dtype(const Tensor& x) { return x.is_cuda() ? at::kByte : at::kInt; }
 
-// At most a bit per element beside the input: where padding rows of bits to words would cost more, they are redrawn.
+// At most a bit per element beside the input: where padding the bits would cost more, they are redrawn.
 // (The fake kernel in functional.py repeats this rule; opcheck compares them. It does not ask for R % 32 == 0: a
 // compiled graph would be pinned to batch sizes.)
-bool worth_saving(const Shape& s) {
+bool worth_saving(const Shape& s, const Tensor& x) {
+  if (x.is_cuda()) return s.rows() >= 512;
   return s.channels_last ? s.C % 32 == 0 || s.C >= 512 : piece_layout(s).length >= 512;
 }
 
@@ -193,10 +207,10 @@ Forward check_forward(const Tensor& input, const OptionalTensor& weight, const O
   q.chain = make_chain(settings, residual);
   q.training = settings.training;
   q.eps = settings.eps;
-  q.running_mean = channel_vector("running_mean", running_mean, input);  // torch's order of complaints
-  q.running_var = channel_vector("running_var", running_var, input);
-  q.weight = channel_vector("weight", weight, input);
-  q.bias = channel_vector("bias", bias, input);
+  q.running_mean = parameter("running_mean", running_mean, input);  // torch's order of complaints
+  q.running_var = parameter("running_var", running_var, input);
+  q.weight = parameter("weight", weight, input);
+  q.bias = parameter("bias", bias, input);
   TORCH_CHECK(q.training || (q.running_mean.defined() && q.running_var.defined()),
               "running_mean and running_var: expected tensors when training=False, but got None");
   q.seed = check_seed(seed, input, q.chain.noise);
@@ -208,8 +222,8 @@ Forward check_forward(const Tensor& input, const OptionalTensor& weight, const O
   q.mean = at::empty({q.shape.C}, vector);
   q.invstd = at::empty({q.shape.C}, vector);
   q.var = at::empty({q.shape.C}, vector);
-  const bool saves = save_mask && q.chain.noise == Noise::element && worth_saving(q.shape);
-  q.mask = at::empty(saves ? mask_size(q.shape) : std::vector<int64_t>{0}, q.x.options().dtype(at::kInt));
+  const bool saves = save_mask && q.chain.noise == Noise::element && worth_saving(q.shape, q.x);
+  q.mask = at::empty(saves ? mask_size(q.shape, q.x) : std::vector<int64_t>{0}, q.x.options().dtype(mask_dtype(q.x)));
   return q;
 }
 
@@ -227,10 +241,10 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
   Backward q{};
   q.chain = make_chain(settings, residual);
   q.training = settings.training;
-  q.weight = channel_vector("weight", weight, input);
-  q.bias = channel_vector("bias", bias, input);
-  q.mean = channel_vector("save_mean", save_mean, input);
-  q.invstd = channel_vector("save_invstd", save_invstd, input);
+  q.weight = parameter("weight", weight, input);
+  q.bias = parameter("bias", bias, input);
+  q.mean = in_opmath(channel_vector("save_mean", save_mean, input), input);
+  q.invstd = in_opmath(channel_vector("save_invstd", save_invstd, input), input);
   q.seed = check_seed(seed, input, q.chain.noise);
 
   // A saved mask carries its own layout; x may come back in another one (save_on_cpu makes it contiguous).
@@ -238,8 +252,8 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
   q.x = masked ? to_layout(input, mask.dim() == 3) : dense(input);
   q.shape = shape_of(q.x, masked ? mask.dim() == 3 : prefers_channels_last(q.x));
   if (masked) {
-    TORCH_CHECK(q.chain.noise == Noise::element && mask.scalar_type() == at::kInt && mask.device() == input.device() &&
-                    mask.sizes() == at::IntArrayRef(mask_size(q.shape)),
+    TORCH_CHECK(q.chain.noise == Noise::element && mask.scalar_type() == mask_dtype(input) &&
+                    mask.device() == input.device() && mask.sizes() == at::IntArrayRef(mask_size(q.shape, input)),
                 "mask: expected what forward returned for this input, but got shape ", mask.sizes(), " of ",
                 mask.scalar_type(), " on ", mask.device());
     q.mask = mask.contiguous();
@@ -247,10 +261,13 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
   q.grad_output = to_layout(grad_output, q.shape.channels_last);
   q.need_grad_input = output_mask[0];
   if (q.need_grad_input) q.grad_input = at::empty_like(q.x);
-  const auto vector = q.x.options().dtype(opmath(q.x));
   if (q.training || output_mask[1] || output_mask[2]) {
-    q.grad_weight = at::zeros({q.shape.C}, vector);
-    q.grad_bias = at::zeros({q.shape.C}, vector);
+    const auto gradient = [&](const Tensor& of) {
+      const auto options = q.x.options().dtype(of.defined() ? of.scalar_type() : opmath(q.x));
+      return q.x.numel() == 0 ? at::zeros({q.shape.C}, options) : at::empty({q.shape.C}, options);
+    };
+    q.grad_weight = gradient(q.weight);
+    q.grad_bias = gradient(q.bias);
   }
   return q;
 }

@@ -10,17 +10,12 @@
 #include <string_view>
 #include <tuple>
 
+#include "call.h"
+
 namespace fusednorm {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// Any input as (N, C, S), in one of two dense layouts. A 2-D input is channels-last with S = 1.
-struct Shape {
-  int64_t N, C, S;
-  bool channels_last;  // a matrix of N*S rows and C columns; otherwise N*C rows of S
-  int64_t rows() const { return N * S; }
-};
 
 // How the rows of a channel are cut where a tile of a channels-first tensor, and its words of a saved mask, begin anew:
 // at every sample if samples are long, else nowhere.
@@ -31,18 +26,6 @@ inline PieceLayout piece_layout(const Shape& s) {
   const bool cut = s.S >= 512 && s.N > 1 && s.C > 1;
   return cut ? PieceLayout{s.N, s.S} : PieceLayout{1, s.rows()};
 }
-
-enum class Noise { none, element, channel, all_dropped };
-
-// The elementwise stages around the norm, decoded from the schema's strings.
-struct Chain {
-  int activation;  // index into math::Activations
-  std::array<double, 2> parameters;
-  bool one_bit;  // the activation's derivative is 0 or 1
-  Noise noise;
-  uint32_t threshold;  // keep iff draw16 < threshold
-  double multiplier;   // of what is kept
-};
 
 // The trailing arguments of the schemas, in their order.
 struct Settings {
@@ -63,10 +46,10 @@ struct Forward {
   double eps;
   Tensor x;                          // dense, in shape's layout
   Tensor y;                          // the result: of the input's shape, and x's memory layout
-  Tensor weight, bias;               // (C,) in opmath type, or undefined
-  Tensor running_mean, running_var;  // (C,) in opmath type, or undefined; used when not training
+  Tensor weight, bias;               // (C,) or undefined; in opmath type on the CPU, of any type on CUDA
+  Tensor running_mean, running_var;  // likewise; used when not training
   Tensor mean, invstd, var;          // (C,) results, in opmath type
-  Tensor mask;                       // result: int32 bits, or empty
+  Tensor mask;                       // result: bits in the backend's layout, or empty
   Tensor seed;                       // int64 scalar, or undefined
 };
 
@@ -77,9 +60,9 @@ struct Backward {
   Tensor x, grad_output, grad_input;  // dense, all in the same layout
   Tensor weight, bias;                // as above
   Tensor mean, invstd;
-  Tensor mask;  // int32 bits, or undefined: redraw
+  Tensor mask;  // bits in the backend's layout, or undefined: redraw
   Tensor seed;
-  Tensor grad_weight, grad_bias;  // (C,) results in opmath type, always computed when training
+  Tensor grad_weight, grad_bias;  // (C,) results of the same types, always computed when training
   bool need_grad_input;
 };
 

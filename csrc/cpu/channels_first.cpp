@@ -203,7 +203,7 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
     q.x = channels.load(p.x, at.c, at.tile, in);
     q.y = channels.target(p.y, at.c, at.tile, out);
     q.affine = vectors.at(at.c);
-    std::copy_n(call.chain.parameters.begin(), 2, q.activation);
+    std::copy_n(call.chain.parameters, 2, q.activation);
     q.multiplier = static_cast<A>(call.chain.multiplier);
     q.keep = channels.draw(at.c, at.tile, bits);
     q.save = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : nullptr;
@@ -229,7 +229,7 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
     q.x = channels.load(p.x, at.c, at.tile, x);
     q.g = channels.load(p.g, at.c, at.tile, g);
     q.affine = vectors.at(at.c);
-    std::copy_n(call.chain.parameters.begin(), 2, q.activation);
+    std::copy_n(call.chain.parameters, 2, q.activation);
     q.multiplier = static_cast<A>(call.chain.multiplier);
     q.keep = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : channels.draw(at.c, at.tile, bits);
     q.keep_is_saved = p.mask != nullptr;
@@ -252,7 +252,7 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
       sums.dz += partials[tile].dz;
       sums.dz_xmu += partials[tile].dz_xmu;
     }
-    const math::InputGradient k = finish_gradient(call, p, c, sums.dz, sums.dz_xmu, vectors.scale[c]);
+    const math::InputGradient<double> k = finish_gradient(call, p, c, sums.dz, sums.dz_xmu, vectors.scale[c]);
     coefficients.a[c] = static_cast<A>(k.a);
     coefficients.b[c] = static_cast<A>(k.b);
     coefficients.c[c] = static_cast<A>(k.c);

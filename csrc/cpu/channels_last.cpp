@@ -146,7 +146,7 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
       q.y = p.y + matrix.offset(t);
       q.ldx = q.ldy = matrix.ld();
       q.affine = vectors.at(t.column);
-      std::copy_n(call.chain.parameters.begin(), 2, q.activation);
+      std::copy_n(call.chain.parameters, 2, q.activation);
       q.multiplier = static_cast<A>(call.chain.multiplier);
       q.keep = matrix.draw(t, bits.data(), q.ldkeep);
       q.save = p.mask ? p.mask + matrix.mask_offset(t) : nullptr;
@@ -173,7 +173,7 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
     q.g = p.g + matrix.offset(t);
     q.ldx = q.ldg = matrix.ld();
     q.affine = vectors.at(t.column);
-    std::copy_n(call.chain.parameters.begin(), 2, q.activation);
+    std::copy_n(call.chain.parameters, 2, q.activation);
     q.multiplier = static_cast<A>(call.chain.multiplier);
     if (p.mask) {
       q.keep = p.mask + matrix.mask_offset(t);
@@ -207,7 +207,7 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
       }
     }
     for (int64_t c = begin; c < end; ++c) {
-      const math::InputGradient k =
+      const math::InputGradient<double> k =
           finish_gradient(call, p, c, gathers ? dz[c] : 0, gathers ? dz_xmu[c] : 0, vectors.scale[c]);
       a[c] = static_cast<A>(k.a);
       b[c] = static_cast<A>(k.b);

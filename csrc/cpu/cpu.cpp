@@ -2,10 +2,9 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <mutex>
 
+#include "../backend.h"
 #include "drivers.h"
 
 namespace fusednorm::cpu {
@@ -55,20 +54,7 @@ Tensor draw_seed(const Tensor& like) {
   return seed;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, const OptionalTensor& residual, const OptionalTensor& seed, bool training,
-    double eps, std::string_view order, std::string_view act, at::ArrayRef<double> act_params, std::string_view noise,
-    double p, std::string_view granularity, int64_t groups, bool save_mask) {
-  const fusednorm::Forward q =
-      check_forward(input, weight, bias, running_mean, running_var, residual, seed,
-                    {training, eps, order, act, act_params, noise, p, granularity, groups}, save_mask);
-  if (q.x.numel() == 0) {
-    q.mean.zero_();
-    q.invstd.zero_();
-    q.var.zero_();
-    return {forward_result(q, input), q.mean, q.invstd, q.var, q.mask};
-  }
+void run_forward(const fusednorm::Forward& q) {
   const Call call{q.shape, q.chain, read_seed(q.seed), q.training, q.eps};
   for_dtype(q.x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -78,43 +64,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
         data<A>(q.running_var), data<A>(q.mean), data<A>(q.invstd), data<A>(q.var),  data<uint32_t>(q.mask)};
     q.shape.channels_last ? forward_channels_last<T>(call, p) : forward_channels_first<T>(call, p);
   });
-  return {forward_result(q, input), q.mean, q.invstd, q.var, q.mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, const Tensor& save_mean, const Tensor& save_invstd, const Tensor& mask,
-    const OptionalTensor& seed, bool training, double eps, std::string_view order, std::string_view act,
-    at::ArrayRef<double> act_params, std::string_view noise, double p, std::string_view granularity, int64_t groups,
-    std::array<bool, 4> output_mask) {
-  const fusednorm::Backward q =
-      check_backward(grad_output, input, weight, bias, residual, save_mean, save_invstd, mask, seed,
-                     {training, eps, order, act, act_params, noise, p, granularity, groups}, output_mask);
-  if (q.x.numel() != 0) {
-    const Call call{q.shape, q.chain, read_seed(q.seed), q.training, eps};
-    for_dtype(q.x.scalar_type(), [&](auto zero) {
-      using T = decltype(zero);
-      using A = opmath_t<T>;
-      const BackwardPointers<T> p{data<T>(q.x),          data<T>(q.grad_output), data<T>(q.grad_input),
-                                  data<A>(q.weight),     data<A>(q.bias),        data<A>(q.mean),
-                                  data<A>(q.invstd),     data<A>(q.grad_weight), data<A>(q.grad_bias),
-                                  data<uint32_t>(q.mask)};
-      q.shape.channels_last ? backward_channels_last<T>(call, p) : backward_channels_first<T>(call, p);
-    });
-  }
-  return backward_result(q, input, weight, bias, output_mask);
+void run_backward(const fusednorm::Backward& q) {
+  const Call call{q.shape, q.chain, read_seed(q.seed), q.training, 0};
+  for_dtype(q.x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = opmath_t<T>;
+    const BackwardPointers<T> p{
+        data<T>(q.x),    data<T>(q.grad_output), data<T>(q.grad_input),  data<A>(q.weight),    data<A>(q.bias),
+        data<A>(q.mean), data<A>(q.invstd),      data<A>(q.grad_weight), data<A>(q.grad_bias), data<uint32_t>(q.mask)};
+    q.shape.channels_last ? backward_channels_last<T>(call, p) : backward_channels_first<T>(call, p);
+  });
 }
 
-Tensor noise_(const Tensor& seed, at::IntArrayRef size, double p, std::string_view kind, std::string_view granularity,
-              at::ScalarType dtype) {
-  const NoiseRequest q = check_noise(seed, size, p, kind, granularity, dtype);
-  if (q.m.numel() == 0) return q.m;
+void run_noise(const NoiseRequest& q, const Tensor& seed) {
   const Call call{q.shape, q.chain, read_seed(seed), true, 0};
-  for_dtype(dtype, [&](auto zero) {
+  for_dtype(q.m.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     noise<T>(call, data<T>(q.m));
   });
-  return q.m;
 }
 
 // torch's running statistics: an exponential average (or the plain one, momentum = None) with the unbiased variance.
@@ -149,9 +118,9 @@ void update_stats_(Tensor& running_mean, Tensor& running_var, const std::optiona
 
 TORCH_LIBRARY_IMPL(fusednorm, CPU, m) {
   m.impl("draw_seed", &draw_seed);
-  m.impl("forward", &forward);
-  m.impl("backward", &backward);
-  m.impl("noise", &noise_);
+  m.impl("forward", &fusednorm::forward<run_forward>);
+  m.impl("backward", &fusednorm::backward<run_backward>);
+  m.impl("noise", &fusednorm::noise<run_noise>);
   m.impl("update_stats_", &update_stats_);
 }
 

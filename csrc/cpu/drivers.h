@@ -97,7 +97,7 @@ void finish_statistics(const Call& call, const ForwardPointers<T>& p, int64_t c,
   const double var = call.training ? m2 / call.shape.rows() : p.running_var[c];
   p.mean[c] = call.training ? static_cast<A>(mean) : p.running_mean[c];
   p.var[c] = static_cast<A>(var);
-  p.invstd[c] = static_cast<A>(1.0 / std::sqrt(var + call.eps));
+  p.invstd[c] = static_cast<A>(math::inverse_std(var, call.eps));
   channel.mean[c] = p.mean[c];
   channel.scale[c] = (p.weight ? p.weight[c] : A(1)) * p.invstd[c];
   channel.shift[c] = p.bias ? p.bias[c] : A(0);
@@ -113,13 +113,13 @@ void load_statistics(const BackwardPointers<T>& p, int64_t c, ChannelVectors<opm
 
 // The parameters' gradients of one channel, and the coefficients of its input gradient.
 template <class T>
-math::InputGradient finish_gradient(const Call& call, const BackwardPointers<T>& p, int64_t c, double sum_dz,
-                                    double sum_dz_xmu, double scale) {
+math::InputGradient<double> finish_gradient(const Call& call, const BackwardPointers<T>& p, int64_t c, double sum_dz,
+                                            double sum_dz_xmu, double scale) {
   using A = opmath_t<T>;
   if (p.grad_bias) p.grad_bias[c] = static_cast<A>(sum_dz);
   if (p.grad_weight) p.grad_weight[c] = static_cast<A>(sum_dz_xmu * p.invstd[c]);
   if (!call.training) return {scale, 0, 0};
-  return math::input_gradient(scale, p.invstd[c], sum_dz, sum_dz_xmu, static_cast<double>(call.shape.rows()));
+  return math::input_gradient<double>(scale, p.invstd[c], sum_dz, sum_dz_xmu, static_cast<double>(call.shape.rows()));
 }
 
 template <class T>

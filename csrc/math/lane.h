@@ -51,6 +51,8 @@ FN_INLINE bool less_equal(double a, double b) { return a <= b; }
 
 FN_INLINE float abs(float a) { return ::fabsf(a); }
 FN_INLINE double abs(double a) { return ::fabs(a); }
+FN_INLINE float sqrt(float a) { return ::sqrtf(a); }
+FN_INLINE double sqrt(double a) { return ::sqrt(a); }
 FN_INLINE float copy_sign(float magnitude, float sign) { return ::copysignf(magnitude, sign); }
 FN_INLINE double copy_sign(double magnitude, double sign) { return ::copysign(magnitude, sign); }
 

@@ -66,5 +66,17 @@ FN_INLINE uint32_t keep_threshold(double p) {
 }
 FN_INLINE double keep_scale(uint32_t threshold) { return 65536.0 / threshold; }
 
+// The decisions of one call: bit i for row 8*group + i of channel c.
+FN_INLINE uint32_t keep8(Seed seed, uint64_t group, uint32_t c, uint32_t threshold) {
+  Counter x = counter(group, c);
+  philox4x32<kPhiloxRounds>(x.word, seed);
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; ++i) {
+    bits |= static_cast<uint32_t>((x.word[i] & 0xffffu) < threshold) << (2 * i);
+    bits |= static_cast<uint32_t>((x.word[i] >> 16) < threshold) << (2 * i + 1);
+  }
+  return bits;
+}
+
 }  // namespace
 }  // namespace fusednorm::math

@@ -26,6 +26,11 @@ FN_INLINE Moments<double> merge(const Moments<double>& a, const Moments<double>&
   return a.count == 0 ? b : b.count == 0 ? a : merge(a, b, b.count / (a.count + b.count));
 }
 
+template <class A>
+FN_INLINE A inverse_std(A var, A eps) {
+  return A(1) / sqrt(var + eps);
+}
+
 // The subtraction comes first: folding it into the shift would cancel when |mean| >> std.
 template <class V>
 FN_INLINE V normalize(V u, V mean, V scale, V shift) {
@@ -33,10 +38,12 @@ FN_INLINE V normalize(V u, V mean, V scale, V shift) {
 }
 
 // dx = a*dz + b*(u - mean) + c, from the channel's sums of dz and of dz*(u - mean) over `count` values.
+template <class A>
 struct InputGradient {
-  double a, b, c;
+  A a, b, c;
 };
-FN_INLINE InputGradient input_gradient(double scale, double invstd, double sum_dz, double sum_dz_xmu, double count) {
+template <class A>
+FN_INLINE InputGradient<A> input_gradient(A scale, A invstd, A sum_dz, A sum_dz_xmu, A count) {
   return {scale, -scale * invstd * invstd * (sum_dz_xmu / count), -scale * (sum_dz / count)};
 }
 template <class V>

@@ -1,0 +1,104 @@
+// What the CUDA backend offers to cuda.cpp, which knows tensors, and to the tests, which have no GPU: calls on plain
+// pointers. No torch and no CUDA header here. Instantiated for the four storage types, one file each.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#include "../call.h"
+
+namespace fusednorm::cuda {
+
+enum class DType : int { float32, float64, bfloat16, float16 };
+
+// Which kernels a channels-first call gets: residency.h has the rule behind `automatic`.
+enum class Residency : int { automatic, never, always_if_it_fits };
+
+struct Machine {
+  int multiprocessors;
+  int shared_per_block;  // bytes that a block may ask for
+  int max_cluster;       // blocks; 1: no clusters
+  int threads;           // of a block, at most: a multiple of 32 up to 256
+  Residency residency;
+};
+
+// Where and with what a call's kernels run. `workspace(bytes)` gives device memory that outlives the call's kernels,
+// aligned to 16 bytes.
+struct Context {
+  Machine machine;
+  void* stream;
+  std::function<void*(size_t)> workspace;
+};
+
+struct Call {
+  Shape shape;
+  Chain chain;
+  bool training;
+  double eps;
+  const int64_t* seed;  // one value in device memory, or null: no live noise
+};
+
+struct Vector {  // (C,) of any storage type, or null
+  const void* data;
+  DType type;
+};
+struct MutableVector {
+  void* data;
+  DType type;
+};
+
+// A = float, double for T = double. The mask holds the 8 draws of each Philox call as bits of a byte:
+// (C, ceil(N*S / 8)) channels-first, (ceil(N*S / 8), C) channels-last; null: not saved, redraw.
+template <class T>
+struct Forward {
+  const T* x;                        // (N, C, S) in the shape's layout
+  T* y;                              // same
+  Vector weight, bias;               // (C,) or null
+  Vector running_mean, running_var;  // (C,), used when not training
+  void *mean, *invstd, *var;         // (C,) of A, out
+  uint8_t* mask;                     // out, or null
+};
+
+template <class T>
+struct Backward {
+  const T *x, *g;                        // (N, C, S) in the shape's layout
+  T* dx;                                 // same, or null: not needed
+  Vector weight, bias;                   // (C,) or null
+  const void *mean, *invstd;             // (C,) of A
+  MutableVector grad_weight, grad_bias;  // (C,) out, or null
+  const uint8_t* mask;
+};
+
+// The numel of the shape is not 0. Launch failures throw std::runtime_error.
+template <class T>
+void forward(const Context& context, const Call& call, const Forward<T>& p);
+template <class T>
+void backward(const Context& context, const Call& call, const Backward<T>& p);
+
+// m itself, (N, C, S) channels-first.
+template <class T>
+void noise(const Context& context, const Call& call, T* m);
+
+// The running statistics of torch's batch_norm; count = values per channel, which may be 0.
+struct UpdateStatistics {
+  MutableVector running_mean, running_var;  // (C,)
+  int64_t* num_batches_tracked;             // one value, or null
+  Vector mean, var;                         // (C,)
+  int64_t C, count;
+  bool cumulative;  // momentum=None: the plain average, from num_batches_tracked
+  double momentum;
+};
+void update_statistics(const Context& context, const UpdateStatistics& p);
+
+// One seed from the state of torch's generator: (seed, offset) are values, or under graph capture addresses.
+struct DrawSeed {
+  uint64_t seed, offset;                           // when not captured
+  const int64_t *captured_seed, *captured_offset;  // else
+  uint64_t offset_in_graph;                        // added to *captured_offset
+  bool captured;
+  int64_t* out;
+};
+void draw_seed(const Context& context, const DrawSeed& p);
+
+}  // namespace fusednorm::cuda

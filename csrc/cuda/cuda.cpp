@@ -1,0 +1,180 @@
+// The CUDA backend's operators: from checked tensors to plain pointers, on the tensors' device and current stream.
+// Ordinary C++: the kernels and their launches are in the .cu files, behind backend.h.
+#include <ATen/cuda/CUDAContext.h>
+#include <ATen/cuda/CUDAGeneratorImpl.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <atomic>
+#include <mutex>
+#include <vector>
+
+#include "../backend.h"
+#include "backend.h"
+#include "hooks.h"
+
+namespace fusednorm::cuda {
+namespace {
+
+std::atomic<int> residency{static_cast<int>(Residency::automatic)};
+
+// The device of a tensor made current, its current stream, and memory for what passes between kernels.
+class On {
+ public:
+  explicit On(const Tensor& t) : guard_(t.device()), bytes_(t.options().dtype(at::kByte)) {
+    const cudaDeviceProp& device = *at::cuda::getCurrentDeviceProperties();
+    context_.machine = {device.multiProcessorCount, static_cast<int>(device.sharedMemPerBlockOptin),
+                        device.major >= 9 ? kPortableCluster : 1, kThreads, static_cast<Residency>(residency.load())};
+    context_.stream = at::cuda::getCurrentCUDAStream().stream();
+    context_.workspace = [this](size_t bytes) {
+      // Freed when the operator returns and handed out again only behind its kernels, on the same stream.
+      memory_.push_back(at::empty({static_cast<int64_t>(bytes)}, bytes_));
+      return memory_.back().data_ptr();
+    };
+  }
+  On(const On&) = delete;
+  const Context& context() const { return context_; }
+
+ private:
+  static constexpr int kThreads = 256, kPortableCluster = 8;
+  c10::cuda::CUDAGuard guard_;
+  at::TensorOptions bytes_;
+  std::vector<Tensor> memory_;
+  Context context_;
+};
+
+DType dtype(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    default:
+      return DType::float16;
+  }
+}
+
+// f(T{}) for the storage type of t.
+template <class F>
+void for_dtype(const Tensor& t, const F& f) {
+  switch (dtype(t)) {
+    case DType::float32:
+      return f(float{});
+    case DType::float64:
+      return f(double{});
+    case DType::bfloat16:
+      return f(__nv_bfloat16{});
+    case DType::float16:
+      return f(__half{});
+  }
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return t.defined() && t.numel() ? static_cast<T*>(t.data_ptr()) : nullptr;
+}
+Vector vector(const Tensor& t) { return t.defined() ? Vector{t.data_ptr(), dtype(t)} : Vector{}; }
+MutableVector mutable_vector(const Tensor& t) {
+  return t.defined() ? MutableVector{t.data_ptr(), dtype(t)} : MutableVector{};
+}
+
+void run_forward(const fusednorm::Forward& q) {
+  const On on(q.x);
+  const Call call{q.shape, q.chain, q.training, q.eps, data<int64_t>(q.seed)};
+  for_dtype(q.x, [&](auto zero) {
+    using T = decltype(zero);
+    forward<T>(
+        on.context(), call,
+        {data<T>(q.x), data<T>(q.y), vector(q.weight), vector(q.bias), vector(q.running_mean), vector(q.running_var),
+         data<void>(q.mean), data<void>(q.invstd), data<void>(q.var), data<uint8_t>(q.mask)});
+  });
+}
+
+void run_backward(const fusednorm::Backward& q) {
+  if (!q.need_grad_input && !q.grad_weight.defined()) return;
+  const On on(q.x);
+  const Call call{q.shape, q.chain, q.training, 0, data<int64_t>(q.seed)};
+  for_dtype(q.x, [&](auto zero) {
+    using T = decltype(zero);
+    backward<T>(on.context(), call,
+                {data<T>(q.x), data<T>(q.grad_output), data<T>(q.grad_input), vector(q.weight), vector(q.bias),
+                 data<void>(q.mean), data<void>(q.invstd), mutable_vector(q.grad_weight), mutable_vector(q.grad_bias),
+                 data<uint8_t>(q.mask)});
+  });
+}
+
+void run_noise(const NoiseRequest& q, const Tensor& seed) {
+  const On on(q.m);
+  const Call call{q.shape, q.chain, true, 0, data<int64_t>(seed)};
+  for_dtype(q.m, [&](auto zero) { noise(on.context(), call, data<decltype(zero)>(q.m)); });
+}
+
+// From torch's generator in the way that its own kernels use it: a captured graph reads the state at each replay.
+Tensor run_draw_seed(const Tensor& like) {
+  const On on(like);
+  Tensor seed = at::empty({}, like.options().dtype(at::kLong).memory_format(std::nullopt));
+  auto generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
+      std::nullopt, at::cuda::detail::getDefaultCUDAGenerator(like.device().index()));
+  at::PhiloxCudaState state;
+  {
+    const std::lock_guard<std::mutex> lock(generator->mutex_);
+    state = generator->philox_cuda_state(4);  // the offset advances in steps of 4, in torch
+  }
+  DrawSeed p{};
+  p.captured = state.captured_;
+  if (state.captured_) {
+    p.captured_seed = static_cast<const int64_t*>(state.seed_.ptr);
+    p.captured_offset = static_cast<const int64_t*>(state.offset_.ptr);
+    p.offset_in_graph = state.offset_intragraph_;
+  } else {
+    p.seed = state.seed_.val;
+    p.offset = state.offset_.val;
+  }
+  p.out = data<int64_t>(seed);
+  draw_seed(on.context(), p);
+  return seed;
+}
+
+void run_update_stats(Tensor& running_mean, Tensor& running_var, const std::optional<Tensor>& num_batches_tracked,
+                      const Tensor& mean, const Tensor& var, int64_t count, std::optional<double> momentum) {
+  check_update_stats(running_mean, running_var, num_batches_tracked, mean, var, momentum);
+  const On on(mean);
+  const Tensor dense_mean = running_mean.contiguous(), dense_var = running_var.contiguous();
+  const Tensor batch_mean = mean.contiguous(), batch_var = var.contiguous();
+  UpdateStatistics p{};
+  p.running_mean = mutable_vector(dense_mean);
+  p.running_var = mutable_vector(dense_var);
+  p.num_batches_tracked = num_batches_tracked.has_value() ? data<int64_t>(*num_batches_tracked) : nullptr;
+  p.mean = vector(batch_mean);
+  p.var = vector(batch_var);
+  p.C = mean.numel();
+  p.count = count;
+  p.cumulative = !momentum.has_value();
+  p.momentum = momentum.value_or(0);
+  update_statistics(on.context(), p);
+  const auto written = [](const Tensor& to, const Tensor& from) {
+    if (!to.is_same(from)) to.copy_(from);
+    to.unsafeGetTensorImpl()->bump_version();  // written behind autograd's back
+  };
+  written(running_mean, dense_mean);
+  written(running_var, dense_var);
+  if (num_batches_tracked.has_value()) num_batches_tracked->unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fusednorm, CUDA, m) {
+  m.impl("draw_seed", &run_draw_seed);
+  m.impl("forward", &fusednorm::forward<run_forward>);
+  m.impl("backward", &fusednorm::backward<run_backward>);
+  m.impl("noise", &fusednorm::noise<run_noise>);
+  m.impl("update_stats_", &run_update_stats);
+}
+
+}  // namespace fusednorm::cuda
+
+int fusednorm_cuda_set_residency(int residency) { return fusednorm::cuda::residency.exchange(residency); }

@@ -1,0 +1,206 @@
+// All that the kernels ask of the hardware: storage types, packs, warps, shared memory, clusters, launches. The only
+// file here with anything of CUDA's own in it beside `threadIdx`, `blockIdx`, `blockDim` and `gridDim`: the tests
+// replace it by one of theirs and run the same kernels without a GPU (tests/cuda_host).
+//
+// What that asks of a kernel: shared memory only through shared_memory(); a shuffle or a barrier where every thread
+// arrives; no return before a barrier; one writer per location.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#define FN_DEVICE __device__ __forceinline__
+#define FN_HOST_DEVICE __host__ __device__ __forceinline__
+// A kernel for at most `threads` threads, of which `blocks` blocks should fit on a multiprocessor.
+#define FN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+
+namespace fusednorm::cuda {
+
+// ---- types ---------------------------------------------------------------------------------------------------------
+using BFloat16 = __nv_bfloat16;
+using Float16 = __half;
+
+template <class T>
+struct OpMath {
+  using type = float;
+};
+template <>
+struct OpMath<double> {
+  using type = double;
+};
+template <class T>
+using opmath_t = typename OpMath<T>::type;
+
+FN_DEVICE float widen(float v) { return v; }
+FN_DEVICE double widen(double v) { return v; }
+FN_DEVICE float widen(BFloat16 v) { return __bfloat162float(v); }
+FN_DEVICE float widen(Float16 v) { return __half2float(v); }
+
+// Rounds to nearest even.
+template <class T>
+FN_DEVICE T narrow(opmath_t<T> v) {
+  return T(v);
+}
+template <>
+FN_DEVICE BFloat16 narrow<BFloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+template <>
+FN_DEVICE Float16 narrow<Float16>(float v) {
+  return __float2half_rn(v);
+}
+
+// V values that move in one access of V*sizeof(T) <= 16 bytes, from and to addresses that are multiples of that. Two
+// 16-bit values share a register until they are used; as an array of T each would take one of its own.
+template <class T, int V>
+struct alignas(V * sizeof(T)) Pack {
+  static constexpr bool paired = sizeof(T) == 2 && V > 1;
+  using Word = std::conditional_t<paired, uint32_t, T>;
+  Word word[V * sizeof(T) / sizeof(Word)];
+};
+template <int V, class T>
+FN_DEVICE Pack<T, V> load(const T* p) {
+  return *reinterpret_cast<const Pack<T, V>*>(p);
+}
+template <int V, class T>
+FN_DEVICE void store(T* p, const Pack<T, V>& pack) {
+  *reinterpret_cast<Pack<T, V>*>(p) = pack;
+}
+
+FN_DEVICE float half_of(uint32_t word, int half, BFloat16) {
+  return __uint_as_float(half ? word & 0xffff0000u : word << 16);
+}
+FN_DEVICE float half_of(uint32_t word, int half, Float16) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(half ? word >> 16 : word & 0xffffu)));
+}
+FN_DEVICE uint32_t halves(float low, float high, BFloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+FN_DEVICE uint32_t halves(float low, float high, Float16) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+template <class T, int V>
+FN_DEVICE opmath_t<T> widen(const Pack<T, V>& pack, int v) {
+  if constexpr (Pack<T, V>::paired) {
+    return half_of(pack.word[v / 2], v % 2, T());
+  } else {
+    return widen(pack.word[v]);
+  }
+}
+// From V values at v.
+template <class T, int V>
+FN_DEVICE Pack<T, V> narrow(const opmath_t<T>* v) {
+  Pack<T, V> pack;
+  if constexpr (Pack<T, V>::paired) {
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) pack.word[i] = halves(v[2 * i], v[2 * i + 1], T());
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) pack.word[i] = narrow<T>(v[i]);
+  }
+  return pack;
+}
+
+// ---- a block -------------------------------------------------------------------------------------------------------
+constexpr int kWarp = 32;
+
+FN_DEVICE void barrier() { __syncthreads(); }
+
+// Lane `source` of the calling warp gives its value; all 32 lanes must arrive.
+template <class V>
+FN_DEVICE V shuffle(V value, int source) {
+  return __shfl_sync(0xffffffffu, value, source);
+}
+template <class V>
+FN_DEVICE V shuffle_xor(V value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// The block's dynamic shared memory from `offset` bytes on; it starts at a multiple of 16.
+template <class T>
+FN_DEVICE T* shared_memory(int offset = 0) {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes + offset);
+}
+
+FN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+// ---- a cluster of blocks (compute capability 9.0 and up; elsewhere a kernel is launched without)
+// -----------------------
+FN_DEVICE unsigned cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
+#endif
+}
+
+// All threads of the cluster arrive; what they wrote to shared memory before is visible after. For a cluster of one it
+// is the barrier of a block.
+FN_DEVICE void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// The address in block `rank` of the cluster that corresponds to p in this one's shared memory. That block must not
+// have ended: a cluster_barrier() stands between the last such read and the end of the kernel.
+template <class T>
+FN_DEVICE const T* cluster_peer(const T* p, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t peer;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(p), "r"(rank));
+  return reinterpret_cast<const T*>(peer);
+#else
+  return p;
+#endif
+}
+
+// ---- launches (host)
+// -------------------------------------------------------------------------------------------------
+struct Launch {
+  dim3 grid, block;
+  size_t shared;     // bytes of dynamic shared memory
+  unsigned cluster;  // blocks of a cluster along grid.y; 1: none
+  void* stream;      // cudaStream_t
+};
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next call would report it again
+  throw std::runtime_error(std::string("fusednorm: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// Every kernel takes one struct by value.
+template <class Arguments>
+void launch(const char* name, const Launch& at, void (*kernel)(Arguments), const Arguments& arguments) {
+  if (at.shared > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at.shared)), name);
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {1, at.cluster, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = at.grid;
+  config.blockDim = at.block;
+  config.dynamicSmemBytes = at.shared;
+  config.stream = static_cast<cudaStream_t>(at.stream);
+  config.attrs = &attribute;
+  config.numAttrs = at.cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, arguments), name);
+}
+
+}  // namespace fusednorm::cuda

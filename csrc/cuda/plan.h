@@ -1,0 +1,90 @@
+// How a call is cut into blocks and threads. The numbers depend on the shape and the machine only, so a run repeats
+// bit for bit on the same kind of GPU.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "backend.h"
+
+namespace fusednorm::cuda {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+struct Plan {
+  int threads_x, threads_y;  // of a block
+  int64_t blocks_x;
+  int64_t chunk_rows;
+  int chunks;  // blocks_y
+};
+
+// Blocks that a multiprocessor has in flight; one wave of them covers the GPU.
+constexpr int kBlocksPerMultiprocessor = 4;
+constexpr int kMaxChunks = 65535;
+constexpr int64_t kMaxChunkRows = 1 << 30;
+
+// The rows of a channel over `chunks` blocks or fewer, in chunks of a multiple of `unit` rows.
+inline void cut(Plan& plan, int64_t rows, int64_t chunks, int64_t unit) {
+  chunks = std::clamp<int64_t>(std::max(chunks, ceil_div(rows, kMaxChunkRows)), 1, kMaxChunks);
+  plan.chunk_rows = round_up(ceil_div(rows, chunks), unit);
+  plan.chunks = static_cast<int>(ceil_div(rows, plan.chunk_rows));
+}
+
+// Channels-first: blockDim.x threads to a channel, 8 rows to a thread at a time. Where a channel has few rows, or a
+// sample is shorter than some sectors of memory, a block takes several adjacent channels.
+inline Plan plan_teams(const Shape& shape, int bytes, const Machine& machine) {
+  constexpr int kRowsPerThread = 8, kRun = 256;
+  Plan plan{machine.threads, 1, 0, 0, 0};
+  while (plan.threads_x > 32 &&
+         (plan.threads_x / 2 * kRowsPerThread >= shape.rows() || plan.threads_y * shape.S * bytes < kRun) &&
+         plan.threads_y < shape.C) {
+    plan.threads_x /= 2;
+    plan.threads_y *= 2;
+  }
+  plan.blocks_x = ceil_div(shape.C, plan.threads_y);
+  return plan;
+}
+
+inline Plan plan_channels_first(const Shape& shape, int bytes, const Machine& machine) {
+  Plan plan = plan_teams(shape, bytes, machine);
+  const int64_t wanted = ceil_div(int64_t{machine.multiprocessors} * kBlocksPerMultiprocessor, plan.blocks_x);
+  cut(plan, shape.rows(), wanted, plan.threads_x * 8);
+  return plan;
+}
+
+// Channels-last: as many threads side by side as a row has vectors, up to a warp, and the columns shared out evenly.
+inline Plan plan_channels_last(const Shape& shape, int vector, const Machine& machine) {
+  const int64_t vectors = ceil_div(shape.C, vector);
+  Plan plan{};
+  plan.blocks_x = ceil_div(vectors, 32);
+  plan.threads_x = static_cast<int>(ceil_div(vectors, plan.blocks_x));
+  plan.threads_y =
+      static_cast<int>(std::clamp<int64_t>(ceil_div(shape.rows(), 8), 1, machine.threads / plan.threads_x));
+  const int64_t wanted = ceil_div(int64_t{machine.multiprocessors} * kBlocksPerMultiprocessor, plan.blocks_x);
+  cut(plan, shape.rows(), wanted, plan.threads_y * 8);
+  return plan;
+}
+
+// Residency, channels-first: the smallest cluster whose blocks each hold their share of a channel in half of what a
+// block may have of shared memory (so that two share a multiprocessor, and one loads while the other stores) and
+// which gives every multiprocessor a block; failing that, the largest cluster, if its blocks hold the channel at all
+// and give half of the multiprocessors one. `bytes_per_row` and `overhead` are what a block stores.
+// Returns whether it fits; the plan's chunks are the blocks of the cluster.
+inline bool plan_resident(const Shape& shape, int bytes, double bytes_per_row, int overhead, const Machine& machine,
+                          Plan& plan) {
+  if (machine.residency == Residency::never) return false;
+  const bool always = machine.residency == Residency::always_if_it_fits;
+  plan = plan_teams(shape, bytes, machine);
+  for (int cluster = 1; cluster <= machine.max_cluster; cluster *= 2) {
+    cut(plan, shape.rows(), cluster, plan.threads_x * 8);  // perhaps into fewer
+    const double needed = overhead + bytes_per_row * static_cast<double>(plan.chunk_rows) * plan.threads_y;
+    const int64_t blocks = plan.blocks_x * plan.chunks;
+    const bool last = cluster * 2 > machine.max_cluster;
+    if (needed <= machine.shared_per_block / 2 && (always || blocks >= machine.multiprocessors)) return true;
+    if (needed <= machine.shared_per_block && last && (always || 2 * blocks >= machine.multiprocessors)) return true;
+  }
+  return false;
+}
+
+}  // namespace fusednorm::cuda

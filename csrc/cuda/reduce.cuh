@@ -1,0 +1,163 @@
+// Sums over the threads of a block, always in the same order, and the merge of partial statistics on top of them:
+// the only place where threads meet.
+//
+// A block is two-dimensional. Channels-first, a row of threads (one threadIdx.y, a multiple of 32 threads) is a team
+// that works on one channel. Channels-last, a column of threads (one threadIdx.x) works on the same channels.
+#pragma once
+
+#include "../math/norm.h"
+#include "backend.h"
+#include "device.cuh"
+
+namespace fusednorm::cuda {
+
+using math::Moments;
+
+template <class A>
+struct Pair {
+  A first, second;
+};
+
+FN_DEVICE int lane() { return threadIdx.x % kWarp; }
+
+// ---- teams
+// ----------------------------------------------------------------------------------------------------------- Every
+// function of a team is called by all threads of the block and gives all threads of a team the same result.
+constexpr int kTeamScratch = 256;  // bytes, at the start of shared memory: a Pair for each warp
+static_assert(kTeamScratch >= 8 * sizeof(Pair<double>));
+
+template <class A>
+FN_DEVICE Pair<A> team_sum(Pair<A> v) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    v.first += shuffle_xor(v.first, mask);
+    v.second += shuffle_xor(v.second, mask);
+  }
+  const int warps = blockDim.x / kWarp;
+  if (warps == 1) return v;
+  Pair<A>* scratch = shared_memory<Pair<A>>() + threadIdx.y * warps;
+  barrier();  // of an earlier call, all have read
+  if (lane() == 0) scratch[threadIdx.x / kWarp] = v;
+  barrier();
+  v = scratch[0];
+  for (int i = 1; i < warps; ++i) {
+    v.first += scratch[i].first;
+    v.second += scratch[i].second;
+  }
+  return v;
+}
+
+template <class A>
+FN_DEVICE A team_sum(A v) {
+  return team_sum(Pair<A>{v, A(0)}).first;
+}
+
+// ---- columns
+// ----------------------------------------------------------------------------------------------------------- Likewise
+// for the N values of each column of threads. Scratch: N values for each thread of the block.
+template <int N, class A>
+FN_DEVICE void column_sum(A (&v)[N]) {
+  const int threads = blockDim.x * blockDim.y;
+  A* scratch = shared_memory<A>() + threadIdx.x;
+  A* own = scratch + threadIdx.y * blockDim.x;
+  barrier();
+#pragma unroll
+  for (int i = 0; i < N; ++i) own[i * threads] = v[i];
+  barrier();
+  int half = 1;
+  while (half < static_cast<int>(blockDim.y)) half *= 2;
+  for (half /= 2; half > 0; half /= 2) {
+    if (threadIdx.y < half && threadIdx.y + half < blockDim.y) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) own[i * threads] += own[i * threads + half * static_cast<int>(blockDim.x)];
+    }
+    barrier();
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = scratch[i * threads];
+}
+
+// The values of the column's first thread, for all of it.
+template <int N, class A>
+FN_DEVICE void column_first(A (&v)[N]) {
+  A* scratch = shared_memory<A>() + threadIdx.x;
+  barrier();
+  if (threadIdx.y == 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) scratch[i * blockDim.x] = v[i];
+  }
+  barrier();
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = scratch[i * blockDim.x];
+}
+
+// ---- moments
+// ----------------------------------------------------------------------------------------------------------- Merges 8
+// values into m. Their own mean and squares are formed first: one division, and no cancellation.
+template <class A>
+FN_DEVICE void merge_fragment(Moments<A>& m, const A (&v)[8]) {
+  const A mean = (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))) * A(0.125);
+  A m2 = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) m2 = math::fma(v[i] - mean, v[i] - mean, m2);
+  m = math::merge(m, Moments<A>{A(8), mean, m2}, A(8) / (m.count + A(8)));
+}
+template <class A>
+FN_DEVICE void merge_value(Moments<A>& m, A v) {
+  m = math::merge(m, Moments<A>{A(1), v, A(0)}, A(1) / (m.count + A(1)));
+}
+
+// What a part of a set adds to the two sums from which the moments of the set follow:
+//   mean = pivot + sum(from_pivot) / count,   m2 = sum(squares)
+// for any pivot near the mean. No division per part, and no order in which parts must be merged.
+template <class A>
+FN_DEVICE A from_pivot(const Moments<A>& part, A pivot) {
+  return part.count * (part.mean - pivot);
+}
+template <class A>
+FN_DEVICE A squares(const Moments<A>& part, A mean) {
+  const A delta = part.mean - mean;
+  return math::fma(part.count * delta, delta, part.m2);
+}
+
+// ---- per-channel vectors
+// -------------------------------------------------------------------------------------------------
+template <class A>
+FN_DEVICE A read(const void* data, DType type, int64_t i) {
+  switch (type) {
+    case DType::float32:
+      return static_cast<A>(static_cast<const float*>(data)[i]);
+    case DType::float64:
+      return static_cast<A>(static_cast<const double*>(data)[i]);
+    case DType::bfloat16:
+      return static_cast<A>(widen(static_cast<const BFloat16*>(data)[i]));
+    default:
+      return static_cast<A>(widen(static_cast<const Float16*>(data)[i]));
+  }
+}
+template <class A>
+FN_DEVICE A read(const Vector& v, int64_t i, A otherwise) {
+  return v.data ? read<A>(v.data, v.type, i) : otherwise;
+}
+template <class A>
+FN_DEVICE A read(const MutableVector& v, int64_t i) {
+  return read<A>(v.data, v.type, i);
+}
+template <class A>
+FN_DEVICE void write(const MutableVector& v, int64_t i, A value) {
+  switch (v.type) {
+    case DType::float32:
+      static_cast<float*>(v.data)[i] = static_cast<float>(value);
+      break;
+    case DType::float64:
+      static_cast<double*>(v.data)[i] = static_cast<double>(value);
+      break;
+    case DType::bfloat16:
+      static_cast<BFloat16*>(v.data)[i] = narrow<BFloat16>(static_cast<float>(value));
+      break;
+    default:
+      static_cast<Float16*>(v.data)[i] = narrow<Float16>(static_cast<float>(value));
+  }
+}
+
+}  // namespace fusednorm::cuda
