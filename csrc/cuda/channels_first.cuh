@@ -168,7 +168,7 @@ FN_DEVICE Pair<A> sum_chunks(const Chunks& chunks, Part part) {
 // ---- the kernels
 // -------------------------------------------------------------------------------------------------------
 template <class T>
-constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;  // of a multiprocessor: 80 registers a thread, 128 for float64
+constexpr int kBlocks = sizeof(T) == 8 ? kTeamBlocks - 1 : kTeamBlocks;
 
 template <class T, int V>
 FN_KERNEL(256, kBlocks<T>)

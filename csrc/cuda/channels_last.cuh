@@ -6,6 +6,7 @@
 #pragma once
 
 #include "channel.cuh"
+#include "plan.h"
 
 namespace fusednorm::cuda {
 
@@ -181,7 +182,7 @@ FN_DEVICE void write_partials(Pair<A>* partials, const Columns<T, V>& columns, c
 // ---- forward
 // -----------------------------------------------------------------------------------------------------------
 template <class T, int V>
-FN_KERNEL(256, 2)
+FN_KERNEL(256, kColumnBlocks)
 channels_last_statistics(ForwardArguments<T> q) {
   using A = opmath_t<T>;
   const Columns<T, V> columns(q.shape);
@@ -213,7 +214,7 @@ channels_last_statistics(ForwardArguments<T> q) {
 }
 
 template <class T, int V>
-FN_KERNEL(256, 2)
+FN_KERNEL(256, kColumnBlocks)
 channels_last_apply(ForwardArguments<T> q) {
   using A = opmath_t<T>;
   const Columns<T, V> columns(q.shape);
@@ -277,7 +278,7 @@ FN_DEVICE void each_row(const BackwardArguments<T>& q, const Columns<T, V>& colu
 }
 
 template <class T, int V>
-FN_KERNEL(256, 2)
+FN_KERNEL(256, kColumnBlocks)
 channels_last_gradient_sums(BackwardArguments<T> q) {
   using A = opmath_t<T>;
   const Columns<T, V> columns(q.shape);
@@ -301,7 +302,7 @@ channels_last_gradient_sums(BackwardArguments<T> q) {
 }
 
 template <class T, int V>
-FN_KERNEL(256, 2)
+FN_KERNEL(256, kColumnBlocks)
 channels_last_input_gradient(BackwardArguments<T> q) {
   using A = opmath_t<T>;
   const Columns<T, V> columns(q.shape);

@@ -19,10 +19,19 @@ struct Plan {
   int chunks;  // blocks_y
 };
 
-// Blocks that a multiprocessor has in flight; one wave of them covers the GPU.
-constexpr int kBlocksPerMultiprocessor = 4;
+// Blocks of 256 threads that a multiprocessor holds at once, which is what the kernels are compiled for: 80 and 128
+// registers a thread.
+constexpr int kTeamBlocks = 3, kColumnBlocks = 2;
 constexpr int kMaxChunks = 65535;
 constexpr int64_t kMaxChunkRows = 1 << 30;
+
+// Chunks of a channel: as many as make one wave of blocks over the GPU, if that nearly fills it; else so many that the
+// last of several waves matters little.
+inline int64_t wanted_chunks(int64_t blocks_x, int blocks, const Machine& machine) {
+  const int64_t wave = int64_t{machine.multiprocessors} * blocks;
+  const int64_t chunks = wave / blocks_x;
+  return 5 * chunks * blocks_x >= 4 * wave ? chunks : ceil_div(4 * wave, blocks_x);
+}
 
 // The rows of a channel over `chunks` blocks or fewer, in chunks of a multiple of `unit` rows.
 inline void cut(Plan& plan, int64_t rows, int64_t chunks, int64_t unit) {
@@ -48,8 +57,7 @@ inline Plan plan_teams(const Shape& shape, int bytes, const Machine& machine) {
 
 inline Plan plan_channels_first(const Shape& shape, int bytes, const Machine& machine) {
   Plan plan = plan_teams(shape, bytes, machine);
-  const int64_t wanted = ceil_div(int64_t{machine.multiprocessors} * kBlocksPerMultiprocessor, plan.blocks_x);
-  cut(plan, shape.rows(), wanted, plan.threads_x * 8);
+  cut(plan, shape.rows(), wanted_chunks(plan.blocks_x, kTeamBlocks, machine), plan.threads_x * 8);
   return plan;
 }
 
@@ -61,8 +69,7 @@ inline Plan plan_channels_last(const Shape& shape, int vector, const Machine& ma
   plan.threads_x = static_cast<int>(ceil_div(vectors, plan.blocks_x));
   plan.threads_y =
       static_cast<int>(std::clamp<int64_t>(ceil_div(shape.rows(), 8), 1, machine.threads / plan.threads_x));
-  const int64_t wanted = ceil_div(int64_t{machine.multiprocessors} * kBlocksPerMultiprocessor, plan.blocks_x);
-  cut(plan, shape.rows(), wanted, plan.threads_y * 8);
+  cut(plan, shape.rows(), wanted_chunks(plan.blocks_x, kColumnBlocks, machine), plan.threads_y * 8);
   return plan;
 }
 

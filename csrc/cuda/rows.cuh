@@ -5,6 +5,7 @@
 
 #include "chain.cuh"
 #include "channel.cuh"
+#include "plan.h"
 
 namespace fusednorm::cuda {
 
@@ -12,11 +13,12 @@ constexpr int kFragment = 8;
 constexpr int kTile = kFragment * kWarp;
 static_assert(kFragment == math::kRowsPerCall);
 
-// Tiles that a thread asks for before it uses any, in 16 registers: memory latency times bandwidth is about 26 kB a
-// multiprocessor, and a thread of 512 or more asks for 64 bytes at once.
+// Tiles that a thread asks for before it uses any: 16 registers of them. Memory latency times bandwidth is about 26 kB
+// on a multiprocessor; 768 threads then have 48 kB in flight.
 template <class T, int V>
-constexpr int kTilesInFlight =
-    sizeof(T) == 8 || (sizeof(T) == 4 && V > 1) || V == 1 ? 8 / (sizeof(T) < 4 ? 4 : sizeof(T)) : 4;
+constexpr int kRegisters = kFragment * (V > 1 || sizeof(T) > 4 ? sizeof(T) : 4) / 4;
+template <class T, int V>
+constexpr int kTilesInFlight = 16 / kRegisters<T, V>;
 
 // Element i of vector j of a thread's fragment is row (j*32 + lane)*V + i of the tile: accesses of a warp are
 // contiguous. With V > 1 a vector lies within one sample (V divides S).
