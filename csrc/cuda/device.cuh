@@ -150,7 +150,7 @@ FN_DEVICE unsigned cluster_rank() {
 // is the barrier of a block.
 FN_DEVICE void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 #else
   __syncthreads();
 #endif

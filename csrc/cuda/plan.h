@@ -73,22 +73,24 @@ inline Plan plan_channels_last(const Shape& shape, int vector, const Machine& ma
   return plan;
 }
 
-// Residency, channels-first: the smallest cluster whose blocks each hold their share of a channel in half of what a
-// block may have of shared memory (so that two share a multiprocessor, and one loads while the other stores) and
-// which gives every multiprocessor a block; failing that, the largest cluster, if its blocks hold the channel at all
-// and give half of the multiprocessors one. `bytes_per_row` and `overhead` are what a block stores.
+// Residency, channels-first: the smallest cluster whose blocks each hold their share of a channel in half of a
+// multiprocessor's shared memory (so that two blocks run there, and one loads while the other stores) and which gives
+// every multiprocessor a block; failing that, the largest cluster, if its blocks hold the channel at all and give half
+// of the multiprocessors one. `bytes_per_row` and `overhead` are what a block stores.
 // Returns whether it fits; the plan's chunks are the blocks of the cluster.
+constexpr int kReservedShared = 1024;  // bytes that the hardware keeps of each block's share
 inline bool plan_resident(const Shape& shape, int bytes, double bytes_per_row, int overhead, const Machine& machine,
                           Plan& plan) {
   if (machine.residency == Residency::never) return false;
   const bool always = machine.residency == Residency::always_if_it_fits;
+  const int half = (machine.shared_per_block - kReservedShared) / 2;
   plan = plan_teams(shape, bytes, machine);
   for (int cluster = 1; cluster <= machine.max_cluster; cluster *= 2) {
     cut(plan, shape.rows(), cluster, plan.threads_x * 8);  // perhaps into fewer
     const double needed = overhead + bytes_per_row * static_cast<double>(plan.chunk_rows) * plan.threads_y;
     const int64_t blocks = plan.blocks_x * plan.chunks;
     const bool last = cluster * 2 > machine.max_cluster;
-    if (needed <= machine.shared_per_block / 2 && (always || blocks >= machine.multiprocessors)) return true;
+    if (needed <= half && (always || blocks >= machine.multiprocessors)) return true;
     if (needed <= machine.shared_per_block && last && (always || 2 * blocks >= machine.multiprocessors)) return true;
   }
   return false;
