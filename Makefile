@@ -5,13 +5,20 @@ VENV   = .venv
 PYTHON = python3
 ARGS   =
 QUICK  =
+# `make cuda` has an environment and a library of its own, so that the ones above stay for the CPU.
+CUDA_TORCH = torch==2.11.0
+CUDA_VENV  = $(if $(VENV),.venv-cuda)
+CUDA_BUILD = build/cuda
+TORCH_CUDA_ARCH_LIST ?= 8.0 9.0+PTX
+REPORT =
 
 PY     := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 BIN    := $(if $(VENV),$(VENV)/bin/)
 TOOLS  := $(if $(VENV),$(VENV)/.tools-installed,interpreter)
 # Named after the request, so that another TORCH= installs another torch.
 TORCH_INSTALLED := $(VENV)/.torch-installed-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
-SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+CODE    := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+SOURCES := setup.py $(shell find csrc $(CODE))
 
 # Without these glibc returns every large block to the kernel, and page faults then dominate the times of all providers.
 TIMED := GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184
@@ -22,9 +29,9 @@ say  = @echo "==> $(1)"
 need = @$(PY) -c "import sys, importlib.util as u; no = [m for m in '$(1)'.split() if not u.find_spec(m)]; \
 	no and sys.exit('$(PY) lacks ' + ', '.join(no) + ': install that, or leave VENV at its default.')"
 
-.PHONY: help demo test bench build lint format clean interpreter
+.PHONY: help demo test bench gpu build cuda cuda-library lint format clean interpreter
 help:
-	@echo "make demo | test | bench [QUICK=1] | build | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
+	@echo "make demo | test | bench [QUICK=1] | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
 
 demo: build
 	$(call say,Running the demo)
@@ -39,10 +46,17 @@ bench: build
 	$(call say,Running the benchmarks)
 	@$(TIMED) $(PY) benchmarks/run.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
+# Needs a GPU, and no network with `PYTHON=python3 VENV=`; builds only if no library is here that runs on that GPU.
+gpu: $(TOOLS)
+	@[ -n "$(OUT)" ] || { echo "make gpu OUT=dir: name a folder for the results"; exit 1; }
+	$(call say,Testing and measuring on the GPU: minutes)
+	@$(PY) benchmarks/gpu.py --out '$(OUT)' $(ARGS)
+
 # The library is also stale when it was built for another torch or Python than the one at hand.
 build: $(TOOLS)
-	@$(PY) -c "import importlib.metadata as m, runpy, sys; built = runpy.run_path('fusednorm/_built_for.py'); \
-	sys.exit([built['TORCH'], built['PYTHON']] != [m.version('torch'), sys.implementation.cache_tag])" 2>/dev/null \
+	@$(PY) -c "import importlib.util as u, pathlib as p, runpy, sys; built = runpy.run_path('fusednorm/_built_for.py'); \
+	torch = runpy.run_path(str(p.Path(u.find_spec('torch').origin).with_name('version.py')))['__version__']; \
+	sys.exit([built['TORCH'], built['PYTHON']] != [torch, sys.implementation.cache_tag])" 2>/dev/null \
 	|| rm -f fusednorm/_ops.so
 	@$(MAKE) -s fusednorm/_ops.so
 
@@ -51,6 +65,21 @@ fusednorm/_ops.so: $(SOURCES)
 	$(call say,Compiling the operators (some minutes the first time))
 	@$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
+
+# Compiles the CUDA kernels and checks what can be checked without a GPU. The package in $(CUDA_BUILD) is complete.
+cuda:
+	@command -v nvcc >/dev/null || [ -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] \
+	|| { echo "nvcc is needed, of the CUDA that $(CUDA_TORCH) is built with: put it on the PATH or set CUDA_HOME"; exit 1; }
+	@$(MAKE) -s VENV=$(CUDA_VENV) TORCH='$(CUDA_TORCH)' cuda-library
+
+cuda-library: $(TOOLS)
+	$(call say,Compiling the operators with their CUDA kernels for $(TORCH_CUDA_ARCH_LIST))
+	@start=$$(date +%s); \
+	FUSEDNORM_CUDA=1 TORCH_CUDA_ARCH_LIST='$(TORCH_CUDA_ARCH_LIST)' $(PY) setup.py --quiet build \
+		--build-lib $(CUDA_BUILD) --build-temp $(CUDA_BUILD)-objects && echo "==> $$(($$(date +%s) - start)) seconds"
+	$(call say,Checking that library)
+	@PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH $(PY) tests/check_cuda_build.py \
+		--architectures '$(TORCH_CUDA_ARCH_LIST)' $(if $(filter-out 0,$(REPORT)),--every)
 
 interpreter:
 	$(call need,torch setuptools)
@@ -78,13 +107,13 @@ lint: $(TOOLS)
 	$(call say,Checking style)
 	@$(BIN)ruff check .
 	@$(BIN)ruff format --check .
-	@find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)clang-format --dry-run -Werror
+	@find csrc tests $(CODE) | xargs $(BIN)clang-format --dry-run -Werror
 
 format: $(TOOLS)
 	$(call say,Formatting)
 	@$(BIN)ruff check --fix .
 	@$(BIN)ruff format .
-	@find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)clang-format -i
+	@find csrc tests $(CODE) | xargs $(BIN)clang-format -i
 
 clean:  # all that was built; the virtual environment stays
 	rm -rf build dist *.egg-info fusednorm/_ops.so fusednorm/_build*.so fusednorm/_built_for.py

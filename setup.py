@@ -5,6 +5,9 @@ with build facts and test hooks, which the package can do without.
 """
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 import sysconfig
 from glob import glob
@@ -19,6 +22,8 @@ INSTALL = "python -m pip install --no-build-isolation ."
 # where the source says so. errno and floating-point traps are not, and without giving them up the plain loops do not
 # vectorise. No -std: torch knows what its headers need.
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden"]
+# The kernels likewise. IEEE division, square roots and subnormals are nvcc's default: never --use_fast_math.
+NVCC_FLAGS = ["-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden"]
 BUILD_INFO = "csrc/build_info.cpp"
 
 
@@ -38,13 +43,79 @@ def load_torch():
     return torch, cpp_extension
 
 
-def decide_cuda():
-    wish = os.environ.get("FUSEDNORM_CUDA") or "0"
-    if wish == "1":
-        sys.exit("FUSEDNORM_CUDA=1 cannot be met: this version has no CUDA kernels; unset it to build for the CPU")
-    if wish != "0":
+def find_nvcc():
+    """The path of nvcc or None; where torch would look for it, and before torch does."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    path = f"{home}/bin" if home else os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
+    nvcc = shutil.which("nvcc", path=path)
+    if nvcc and not home:
+        # The nvcc on the PATH may be a wrapper or a link. torch takes the toolkit to be around it; nvcc knows better.
+        plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-E", os.devnull], capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", plan, re.M)
+        os.environ["CUDA_HOME"] = os.path.realpath(top[1] if top else Path(nvcc).parents[1])
+    return nvcc
+
+
+def decide_cuda(torch, nvcc):
+    """The version of nvcc if the CUDA kernels are to be built, else None. Whether a GPU is visible plays no part."""
+    wish = os.environ.get("FUSEDNORM_CUDA", "")
+    if wish not in ("", "0", "1"):
         sys.exit(f"FUSEDNORM_CUDA must be 0 or 1, got {wish!r}")
-    log("building for the CPU only (this version has no CUDA kernels)")
+    release = nvcc and re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
+    if wish == "0":
+        reason = "FUSEDNORM_CUDA=0"
+    elif torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is a build without CUDA"
+    elif not nvcc:
+        reason = "there is no nvcc in $CUDA_HOME/bin or, without that variable, on the PATH or in /usr/local/cuda/bin"
+    elif release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        reason = f"{nvcc} is of CUDA {release}, torch {torch.__version__} of CUDA {torch.version.cuda}"
+    else:
+        log(f"building for the CPU and CUDA: torch {torch.__version__} has it, {nvcc} is of CUDA {release}")
+        return release
+    if wish == "1":
+        sys.exit(f"FUSEDNORM_CUDA=1 cannot be met: {reason}")
+    log(f"building for the CPU only: {reason}")
+    return None
+
+
+def architectures(torch, nvcc):
+    """What TORCH_CUDA_ARCH_LIST asks for, else all that torch was built for and nvcc knows, the newest as PTX too."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if asked:
+        return asked
+    known = re.findall(r"compute_(\d+)\b", subprocess.check_output([nvcc, "--list-gpu-arch"], text=True))
+    # Not torch.cuda.get_arch_list(), which is empty where there is no GPU.
+    both = [int(arch) for arch in re.findall(r"sm_(\d+)\b", torch._C._cuda_getArchFlags()) if arch in known]
+    if not both:
+        sys.exit(f"{nvcc} knows no GPU that torch {torch.__version__} was built for: set TORCH_CUDA_ARCH_LIST")
+    return [f"{arch // 10}.{arch % 10}" for arch in sorted(both)[:-1]] + ["{}.{}+PTX".format(*divmod(max(both), 10))]
+
+
+def add_cuda(ops, build_info, torch, cpp_extension, nvcc, release):
+    archs = architectures(torch, nvcc)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = " ".join(archs)  # for torch; its own default needs a visible GPU
+    log(f"CUDA architectures: {', '.join(archs)}")
+    ops.sources += sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
+    ops.extra_compile_args = {"cxx": FLAGS, "nvcc": NVCC_FLAGS}
+    ops.libraries += ["c10_cuda", "torch_cuda"]
+    ops.include_dirs += cpp_extension.include_paths("cuda", torch_include_dirs=False)
+    ops.library_dirs += cpp_extension.library_paths("cuda", torch_include_dirs=False)
+    # torch from PyPI brings the libraries of CUDA in wheels of their own, and torch's headers include theirs; a toolkit
+    # that is only a compiler has neither. Behind the toolkit's: nvcc needs the headers of its own release.
+    wheels = Path(torch.__file__).parents[1] / "nvidia"
+    if not Path(cpp_extension.CUDA_HOME, "include", "cusparse.h").exists():
+        ops.include_dirs += sorted(map(str, wheels.glob("*/include")))
+    runtime = f"libcudart.so.{release.split('.')[0]}"
+    if any(Path(path, "libcudart.so").exists() for path in ops.library_dirs):
+        ops.libraries.append("cudart")
+    else:
+        ops.library_dirs += sorted({str(path.parent) for path in wheels.glob(f"*/lib/{runtime}")})
+        ops.libraries.append(f":{runtime}")
+    build_info.define_macros += [
+        ("FUSEDNORM_CUDA_VERSION", f'"{release}"'),
+        ("FUSEDNORM_CUDA_ARCHITECTURES", f'"{",".join(archs)}"'),
+    ]
 
 
 class BuildLibraries(build_ext):
@@ -55,8 +126,11 @@ class BuildLibraries(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def run(self):
-        decide_cuda()
+        nvcc = find_nvcc()
         torch, cpp_extension = load_torch()
+        cuda = decide_cuda(torch, nvcc)
+        if cuda:
+            add_cuda(*self.extensions, torch, cpp_extension, nvcc, cuda)
         if not Path(sysconfig.get_path("include"), "Python.h").exists():
             log("leaving out fusednorm._build, which needs Python.h (apt-get install python3-dev); all else works")
             self.extensions = [ext for ext in self.extensions if BUILD_INFO not in ext.sources]
@@ -83,7 +157,7 @@ def extension(name, sources, libraries=()):
     return Extension(
         name,
         sources,
-        depends=sorted(glob("csrc/**/*.h", recursive=True)),
+        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
         include_dirs=[os.path.abspath("csrc")],  # ninja runs elsewhere
         libraries=list(libraries),
         extra_compile_args=FLAGS,

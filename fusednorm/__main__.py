@@ -39,6 +39,26 @@ def level_line(flags: set[str]) -> str:
     )
 
 
+def has_cuda_kernels(torch) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("fusednorm::forward", "CUDA")
+
+
+def cuda_line(torch) -> str:
+    """Whether the loaded library has CUDA kernels, for what, and which GPU there is to run them."""
+    if not has_cuda_kernels(torch):
+        return "no: built for the CPU only" + ("" if torch.version.cuda else ", as this torch is")
+    try:
+        from ._build import build_info
+
+        facts = build_info()
+        build = f"yes, by nvcc {facts['cuda']} for {', '.join(facts['cuda_architectures'])}"
+    except ImportError:
+        build = "yes"
+    if not torch.cuda.is_available():
+        return f"{build}; no GPU is visible"
+    return "{}; GPU: {}, {}.{}".format(build, torch.cuda.get_device_name(), *torch.cuda.get_device_capability())
+
+
 def info() -> int:
     """Prints the report; returns 0 if the operators are usable and 1 otherwise."""
     missing = []
@@ -66,7 +86,7 @@ def info() -> int:
     if torch:
         line("threads", str(torch.get_num_threads()))
     line("backend CPU", "no, see below" if failure else "yes")
-    line("backend CUDA", "no: this version has no CUDA kernels")
+    line("backend CUDA", "no, see below" if failure else cuda_line(torch))
     if not failure:
         line("CPU level", level_line(flags))
         try:
@@ -76,6 +96,8 @@ def info() -> int:
         except ImportError as error:
             missing.append(f"the test hooks ({error}): apt-get install python3-dev, then `{_library.BUILD}`")
 
+    if not failure and torch.cuda.is_available() and not has_cuda_kernels(torch):
+        missing.append(f"the CUDA kernels: nvcc of CUDA {torch.version.cuda}, then `FUSEDNORM_CUDA=1 {_library.BUILD}`")
     # torch.compile compiles C++ that includes Python.h, whatever fusednorm was built with.
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
