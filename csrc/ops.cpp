@@ -123,6 +123,13 @@ Tensor dense(const Tensor& x) {
   return to_layout(copy, is_channels_last(copy));
 }
 
+// CUDA kernels count the rows of a sample in 32 bits (elements in 64), unless samples follow one another.
+void check_shape(const Shape& s, const Chain& chain, const Tensor& x) {
+  const bool joined = s.channels_last || s.N == 1 || (s.C == 1 && chain.noise != Noise::channel);
+  TORCH_CHECK(!x.is_cuda() || joined || s.S < (int64_t{1} << 31),
+              "input: expected samples of fewer than 2^31 values per channel, but got shape ", x.sizes());
+}
+
 // The output's strides are those of empty_like(input), which the fake kernels call too (functional.py).
 Tensor restore_strides(const Tensor& y, const Tensor& input) {
   Tensor result = at::empty_like(input);
@@ -218,6 +225,7 @@ Forward check_forward(const Tensor& input, const OptionalTensor& weight, const O
   q.x = dense(input);
   q.y = at::empty_like(q.x);
   q.shape = shape_of(q.x, prefers_channels_last(q.x));
+  check_shape(q.shape, q.chain, q.x);
   const auto vector = q.x.options().dtype(opmath(q.x));
   q.mean = at::empty({q.shape.C}, vector);
   q.invstd = at::empty({q.shape.C}, vector);
@@ -251,6 +259,7 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
   const bool masked = mask.numel() > 0;
   q.x = masked ? to_layout(input, mask.dim() == 3) : dense(input);
   q.shape = shape_of(q.x, masked ? mask.dim() == 3 : prefers_channels_last(q.x));
+  check_shape(q.shape, q.chain, q.x);
   if (masked) {
     TORCH_CHECK(q.chain.noise == Noise::element && mask.scalar_type() == mask_dtype(input) &&
                     mask.device() == input.device() && mask.sizes() == at::IntArrayRef(mask_size(q.shape, input)),

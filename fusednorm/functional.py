@@ -22,8 +22,15 @@ NOISES = ("bernoulli",)
 GRANULARITIES = ("element", "channel")
 
 # Whether backward reads the noise's bits, saved by forward, or draws them again. On the CPU drawing costs more than
-# memory; on CUDA memory costs more. Not part of the interface: for measuring.
-SAVE_MASK = {"cpu": True, "cuda": False}
+# memory. On CUDA (None) it is a matter of instructions: about 11 an element to draw, where a GPU has time for 30 while
+# it moves a 16-bit element in and its gradient, and for 60 with float32. So 16-bit types save, others draw again.
+# Not part of the interface: for measuring.
+SAVE_MASK = {"cpu": True, "cuda": None}
+
+
+def _saves_mask(input):
+    saves = SAVE_MASK.get(input.device.type, False)
+    return input.element_size() == 2 if saves is None else saves
 
 
 def activations():
@@ -150,8 +157,7 @@ class _BatchNormActDrop(torch.autograd.Function):
 
     @staticmethod
     def forward(input, weight, bias, running_mean, running_var, residual, seed, settings):
-        save_mask = SAVE_MASK.get(input.device.type, False)
-        return _forward(input, weight, bias, running_mean, running_var, residual, seed, *settings, save_mask)
+        return _forward(input, weight, bias, running_mean, running_var, residual, seed, *settings, _saves_mask(input))
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -384,6 +390,9 @@ def noise(shape, p, *, seed, kind="bernoulli", granularity="element", device=Non
         ValueError: p outside [0, 1], fewer than two dimensions, an unknown kind or granularity, a bad seed.
     """
     _check_drop(p, kind, granularity)
-    device = seed.device if device is None and isinstance(seed, torch.Tensor) else torch.device(device or "cpu")
+    if isinstance(seed, torch.Tensor) and device is None:
+        device = seed.device
+    else:  # through a tensor: "cuda" alone is the current one, and an int its index
+        device = torch.empty(0, device="cpu" if device is None else device).device
     m = _noise(_seed_tensor(seed, device), list(shape), float(p), kind, granularity, dtype)
     return m.expand(shape)

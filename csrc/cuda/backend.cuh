@@ -60,8 +60,7 @@ void forward(const Context& context, const Call& call, const Forward<T>& p) {
   using A = opmath_t<T>;
   ForwardArguments<T> q{};
   q.shape = simplified(call);
-  q.sample = q.shape.C * q.shape.S;
-  q.reciprocal = reciprocal_of(q.shape.S);
+  q.samples = samples_of(q.shape);
   q.stages = stages_of<A>(call);
   q.p = p;
   q.eps = static_cast<A>(call.eps);
@@ -88,7 +87,7 @@ void forward(const Context& context, const Call& call, const Forward<T>& p) {
         channels_first_resident_forward<T, V>, q);
     return;
   }
-  plan = plan_channels_first(q.shape, sizeof(T), context.machine);
+  plan = plan_channels_first(q.shape, sizeof(T), kForwardBlocks, context.machine);
   cut(plan);
   if (q.training) {
     q.partials = partials<A>(context, plan, q.shape.C);
@@ -102,8 +101,7 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
   using A = opmath_t<T>;
   BackwardArguments<T> q{};
   q.shape = simplified(call);
-  q.sample = q.shape.C * q.shape.S;
-  q.reciprocal = reciprocal_of(q.shape.S);
+  q.samples = samples_of(q.shape);
   q.stages = stages_of<A>(call);
   q.p = p;
   q.training = call.training;
@@ -133,7 +131,7 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
         channels_first_resident_backward<T, V>, q);
     return;
   }
-  plan = plan_channels_first(q.shape, sizeof(T), context.machine);
+  plan = plan_channels_first(q.shape, sizeof(T), kBackwardBlocks, context.machine);
   cut(plan);
   if (gathers) {
     q.partials = partials<A>(context, plan, q.shape.C);
@@ -160,11 +158,10 @@ template <class T>
 void noise(const Context& context, const Call& call, T* m) {
   ForwardArguments<T> q{};
   q.shape = simplified(call);
-  q.sample = q.shape.C * q.shape.S;
-  q.reciprocal = reciprocal_of(q.shape.S);
+  q.samples = samples_of(q.shape);
   q.stages = stages_of<opmath_t<T>>(call);
   q.p.y = m;
-  const Plan plan = plan_channels_first(q.shape, sizeof(T), context.machine);
+  const Plan plan = plan_channels_first(q.shape, sizeof(T), kForwardBlocks, context.machine);
   q.chunks = {q.shape.rows(), plan.chunk_rows, plan.chunks};
   run(context, "channels_first_noise", plan, plan.chunks, 0, 1, channels_first_noise<T>, q);
 }

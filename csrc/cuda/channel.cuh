@@ -15,14 +15,22 @@ struct Chunks {
   FN_HOST_DEVICE int64_t size(int i) const { return end(i) - begin(i); }
 };
 
+// How the rows of a channel lie in memory: samples of `length` rows, `stride` elements apart. A single sample is
+// counted from the chunk's first row on, so that places fit into 32 bits however long it is.
+struct Samples {
+  uint32_t length;
+  int64_t stride;
+  uint32_t reciprocal;  // ceil(2^32 / length) where a tile can hold several samples
+  bool one;
+};
+
 // The arguments of every forward kernel, and of every backward kernel.
 template <class T>
 struct ForwardArguments {
   using A = opmath_t<T>;
   Shape shape;
   Chunks chunks;
-  int64_t sample;       // elements of a sample: C*S
-  uint32_t reciprocal;  // of S (rows.cuh)
+  Samples samples;  // channels-first only
   Stages<A> stages;
   Forward<T> p;
   Pair<A>* partials;  // (chunks, C): mean and m2 of a chunk
@@ -34,8 +42,7 @@ struct BackwardArguments {
   using A = opmath_t<T>;
   Shape shape;
   Chunks chunks;
-  int64_t sample;
-  uint32_t reciprocal;
+  Samples samples;
   Stages<A> stages;
   Backward<T> p;
   Pair<A>* partials;  // (chunks, C): sums of dz and of dz*(x - mean) over a chunk; null: not gathered

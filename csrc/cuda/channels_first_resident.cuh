@@ -17,17 +17,16 @@ constexpr int kResidentScratch = kTeamScratch + kSlotBytes;
 // What threads put away: a fragment for each visit, and a byte of decisions.
 template <class T, int V>
 struct Shelf {
-  using Fragment = Pack<T, V>[kFragment / V];
   int base;  // bytes
   FN_DEVICE Pack<T, V>* at(int visit, int j) const {
     const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
     return shared_memory<Pack<T, V>>(base) + (visit * (kFragment / V) + j) * threads + thread;
   }
-  FN_DEVICE void put(int visit, const Fragment& from) const {
+  FN_DEVICE void put(int visit, const Fragment<T, V>& from) const {
 #pragma unroll
     for (int j = 0; j < kFragment / V; ++j) *at(visit, j) = from[j];
   }
-  FN_DEVICE void get(int visit, Fragment& to) const {
+  FN_DEVICE void get(int visit, Fragment<T, V>& to) const {
 #pragma unroll
     for (int j = 0; j < kFragment / V; ++j) to[j] = *at(visit, j);
   }
@@ -55,37 +54,33 @@ FN_DEVICE Pair<A> exchange(Pair<A> own, F f) {
 }
 
 template <class T, int V>
-FN_KERNEL(256, 2)
+FN_KERNEL(256, kBackwardBlocks)
 channels_first_resident_forward(ForwardArguments<T> q) {
   using A = opmath_t<T>;
-  const Team<T, V, ForwardArguments<T>> team(q);
   const int chunk = cluster_rank();
-  const Visits visits = team.visits(q.chunks, chunk, false);
+  const Team<T, V> team(q, chunk, false);
   const Shelf<T, V> shelf{kResidentScratch};
   Moments<A> m{0, 0, 0};
-  Pack<T, V> x[kTilesInFlight<T, V>][kFragment / V];
-  visits.template each<kTilesInFlight<T, V>>(
-      q.shape.S, [&](int u, const Tile& tile) { team.channel.read(q.p.x, tile, x[u]); },
-      [&](int u, const Tile& tile) {
-        merge_tile<V>(m, x[u], tile);
-        shelf.put(tile.visit, x[u]);
-      });
+  Fragment<T, V> x[kTilesInFlight<T, V>];
+  team.template each<kTilesInFlight<T, V>>([&](int u, const Tile& tile) { team.read(q.p.x, tile, x[u]); },
+                                           [&](int u, const Tile& tile) {
+                                             merge_tile<V>(m, x[u], tile);
+                                             shelf.put(tile.visit, x[u]);
+                                           });
   const Pair<A> moments =
       exchange(merge_team(m, q.chunks.size(chunk)), [&](auto part) { return merge_chunks<A>(q.chunks, part); });
   const Affine<A> affine = finish_statistics(q, team.c, moments.first, moments.second, team.leads() && chunk == 0);
   const Seed seed = seed_of(q.stages);
-  visits.template each<1>(
-      q.shape.S, [&](int, const Tile& tile) { shelf.get(tile.visit, x[0]); },
-      [&](int, const Tile& tile) { apply_tile(q, team, affine, seed, tile, x[0]); });
+  team.template each<1>([&](int, const Tile& tile) { shelf.get(tile.visit, x[0]); },
+                        [&](int, const Tile& tile) { apply_tile(q, team, affine, seed, tile, x[0]); });
 }
 
 template <class T, int V>
-FN_KERNEL(256, sizeof(T) == 8 ? 1 : 2)
+FN_KERNEL(256, sizeof(T) == 8 ? 1 : kBackwardBlocks)
 channels_first_resident_backward(BackwardArguments<T> q) {
   using A = opmath_t<T>;
-  const Team<T, V, BackwardArguments<T>> team(q);
   const int chunk = cluster_rank();
-  const Visits visits = team.visits(q.chunks, chunk, false);
+  const Team<T, V> team(q, chunk, false);
   const int threads = blockDim.x * blockDim.y;
   const int fragments = static_cast<int>(shelf_bytes<T>(most_visits(q.chunks.length, blockDim.x), threads, 1));
   const Shelf<T, V> shelf_x{kResidentScratch}, shelf_g{kResidentScratch + fragments};
@@ -95,26 +90,24 @@ channels_first_resident_backward(BackwardArguments<T> q) {
   const Affine<A> affine = saved_statistics(q, team.c);
   const Seed seed = seed_unless_saved(q);
   Pair<A> sums{0, 0};
-  Pack<T, V> x[kTilesBackward<T, V>][kFragment / V], g[kTilesBackward<T, V>][kFragment / V];
-  visits.template each<kTilesBackward<T, V>>(
-      q.shape.S,
+  Fragment<T, V> x[kTilesInFlight<T, V>], g[kTilesInFlight<T, V>];
+  team.template each<kTilesInFlight<T, V>>(
       [&](int u, const Tile& tile) {
-        team.channel.read(q.p.x, tile, x[u]);
-        team.channel.read(q.p.g, tile, g[u]);
+        team.read(q.p.x, tile, x[u]);
+        team.read(q.p.g, tile, g[u]);
       },
       [&](int u, const Tile& tile) {
         const uint32_t keep = decisions(q, team, seed, tile);
         A dz[kFragment];
         local_gradient<V>(q, affine, keep, x[u], g[u], dz);
-        add_tile<V>(sums, dz, x[u], affine.mean, tile);
+        add_tile<V>(sums, dz, x[u], affine.mean);
         shelf_x.put(tile.visit, x[u]);
         shelf_g.put(tile.visit, g[u]);
         shelf_keep[tile.visit * threads] = static_cast<uint8_t>(keep);
       });
   sums = exchange(team_sum(sums), [&](auto part) { return sum_chunks<A>(q.chunks, part); });
   const math::InputGradient<A> k = finish_gradient(q, team.c, affine.scale, sums, team.leads() && chunk == 0);
-  visits.template each<1>(
-      q.shape.S,
+  team.template each<1>(
       [&](int, const Tile& tile) {
         shelf_x.get(tile.visit, x[0]);
         shelf_g.get(tile.visit, g[0]);

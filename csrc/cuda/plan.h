@@ -19,9 +19,9 @@ struct Plan {
   int chunks;  // blocks_y
 };
 
-// Blocks of 256 threads that a multiprocessor holds at once, which is what the kernels are compiled for: 80 and 128
-// registers a thread.
-constexpr int kTeamBlocks = 3, kColumnBlocks = 2;
+// Blocks of 256 threads that a multiprocessor holds at once, which is what the kernels are compiled for: 80 registers a
+// thread forward, channels-first, and 128 elsewhere.
+constexpr int kForwardBlocks = 3, kBackwardBlocks = 2, kColumnBlocks = 2;
 constexpr int kMaxChunks = 65535;
 constexpr int64_t kMaxChunkRows = 1 << 30;
 
@@ -55,9 +55,9 @@ inline Plan plan_teams(const Shape& shape, int bytes, const Machine& machine) {
   return plan;
 }
 
-inline Plan plan_channels_first(const Shape& shape, int bytes, const Machine& machine) {
+inline Plan plan_channels_first(const Shape& shape, int bytes, int blocks, const Machine& machine) {
   Plan plan = plan_teams(shape, bytes, machine);
-  cut(plan, shape.rows(), wanted_chunks(plan.blocks_x, kTeamBlocks, machine), plan.threads_x * 8);
+  cut(plan, shape.rows(), wanted_chunks(plan.blocks_x, blocks, machine), plan.threads_x * 8);
   return plan;
 }
 

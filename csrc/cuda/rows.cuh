@@ -27,126 +27,121 @@ FN_DEVICE int row_in_tile(int j) {
   return (j * kWarp + lane()) * V;
 }
 
-struct Place {
-  int n;
-  int64_t s;
-  FN_DEVICE int64_t row(int64_t S) const { return n * S + s; }
-};
-
-// The places of the tiles that a warp visits, a constant number of rows apart (which may be negative).
-struct Walk {
-  Place at, step;
-  FN_DEVICE Walk(int64_t row, int64_t rows_apart, int64_t S) {
-    at.n = static_cast<int>(row / S);
-    at.s = row - at.n * S;
-    step.n = static_cast<int>(rows_apart / S);
-    step.s = rows_apart - step.n * S;
-    if (step.s < 0) {
-      step.s += S;
-      --step.n;
-    }
-  }
-  FN_DEVICE void advance(int64_t S) {
-    at.n += step.n;
-    at.s += step.s;
-    if (at.s >= S) {
-      at.s -= S;
-      ++at.n;
-    }
-  }
-};
+// The shape's N and S are below 2^31, or N is 1.
+inline Samples samples_of(const Shape& shape) {
+  const int64_t S = shape.S, stride = shape.C * S;
+  if (shape.N == 1) return {INT32_MAX, stride, 0, true};
+  const uint32_t reciprocal = S < kTile ? static_cast<uint32_t>(((int64_t{1} << 32) + S - 1) / S) : 0;
+  return {static_cast<uint32_t>(S), stride, reciprocal, false};
+}
 
 // A warp's visit to a tile.
 struct Tile {
-  int visit;  // the how manieth
-  Place at;   // of its first row
-  int left;   // rows that are there from this one on
+  int visit;      // the how manieth
+  int left;       // rows of the chunk from its first one on
+  uint32_t s;     // of its first row, in its sample
+  int64_t first;  // where that row is, in elements
+
+  // How many samples further than the first row the row i lies. Exact for up to 511 rows.
+  FN_DEVICE int samples_on(const Samples& samples, int i) const {
+    return samples.length >= kTile ? s + i >= samples.length : multiply_high(s + i, samples.reciprocal);
+  }
+  // All rows are there, and in one sample: no bounds, no samples to find.
+  FN_DEVICE bool plain(const Samples& samples) const { return left >= kTile && s + kTile <= samples.length; }
 };
 
-// Which tiles of its chunk a warp visits.
+// Which tiles of its chunk of channel c a warp visits.
 struct Visits {
-  int64_t row;  // of the first visit
-  int left;     // rows of the chunk from there on
-  int step;     // rows between visits
+  Tile start;
+  int step;  // rows between visits, perhaps negative
+  uint32_t step_s;
+  int64_t step_first, end;  // elements between visits; the chunk's last row + 1
   int count;
 
   // `descending` reads first what a pass before has read last, and finds it in the L2 cache.
-  FN_DEVICE Visits(const Chunks& chunks, int chunk, bool descending) {
+  FN_DEVICE Visits(const Chunks& chunks, int chunk, int64_t c, int64_t S, const Samples& samples, bool descending)
+      : end(chunks.end(chunk)) {
     const int rows = static_cast<int>(chunks.size(chunk)), tiles = (rows + kTile - 1) / kTile;
     const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     count = warp < tiles ? (tiles - warp + warps - 1) / warps : 0;
-    const int first = (descending ? tiles - 1 - warp : warp) * kTile;
-    row = chunks.begin(chunk) + first;
-    left = rows - first;
+    const int before = (descending ? tiles - 1 - warp : warp) * kTile;
     step = (descending ? -warps : warps) * kTile;
+    const int64_t length = samples.length, origin = samples.one ? chunks.begin(chunk) : 0;
+    const int64_t row = chunks.begin(chunk) - origin + before, n = row / length;
+    start = {0, rows - before, static_cast<uint32_t>(row - n * length),
+             c * S + origin + row + n * (samples.stride - length)};
+    const int64_t step_n = step < 0 ? -((length - 1 - step) / length) : step / length;  // rounded down
+    step_s = static_cast<uint32_t>(step - step_n * length);
+    step_first = step + step_n * (samples.stride - length);
   }
+
+  FN_DEVICE int64_t row(const Tile& tile) const { return end - tile.left; }
 
   // read(u, tile) for u < Ahead, then f(u, tile) for the same, until all are visited: so many loads are in flight at
   // once.
   template <int Ahead, class Read, class F>
-  FN_DEVICE void each(int64_t S, Read read, F f) const {
-    if (count == 0) return;
-    Walk ahead(row, step, S);
-    Walk walk = ahead;
-    const auto tile = [&](int visit, const Place& at) { return Tile{visit, at, left - visit * step}; };
-    for (int i = 0; i < count; i += Ahead) {
+  FN_DEVICE void each(const Samples& samples, Read read, F f) const {
+    Tile next = start;
+    while (next.visit < count) {
+      Tile tile[Ahead];
 #pragma unroll
       for (int u = 0; u < Ahead; ++u) {
-        if (i + u < count) read(u, tile(i + u, ahead.at));
-        ahead.advance(S);
+        tile[u] = next;
+        if (next.visit < count) read(u, tile[u]);
+        ++next.visit;
+        next.left -= step;
+        next.s += step_s;
+        next.first += step_first;
+        if (next.s >= samples.length) {
+          next.s -= samples.length;
+          next.first += samples.stride - samples.length;
+        }
       }
 #pragma unroll
       for (int u = 0; u < Ahead; ++u) {
-        if (i + u < count) f(u, tile(i + u, walk.at));
-        walk.advance(S);
+        if (tile[u].visit < count) f(u, tile[u]);
       }
     }
   }
 };
 
-// How many samples further than its tile's first row the row i of the tile lies. `reciprocal` is that of S.
-FN_DEVICE int samples_on(const Place& at, int i, int64_t S, uint32_t reciprocal) {
-  return S >= kTile ? at.s + i >= S : multiply_high(static_cast<uint32_t>(at.s) + i, reciprocal);
-}
-// ceil(2^32 / S), which divides numbers up to 511 exactly; a single row needs none.
-inline uint32_t reciprocal_of(int64_t S) {
-  return S < 2 || S >= kTile ? 0 : static_cast<uint32_t>(((int64_t{1} << 32) + S - 1) / S);
-}
-
-// One channel of a tensor.
 template <class T, int V>
-struct Channel {
-  using Fragment = Pack<T, V>[kFragment / V];
-  int64_t offset, stride, S;  // of its first element; between its samples; between channels
-  uint32_t reciprocal;
+using Fragment = Pack<T, V>[kFragment / V];
 
-  FN_DEVICE int64_t index(const Place& at, int i) const {
-    return offset + at.n * stride + at.s + i + samples_on(at, i, S, reciprocal) * (stride - S);
-  }
-  // A tile's rows, those that are there.
-  FN_DEVICE void read(const T* p, const Tile& tile, Fragment& to) const {
+// g(j, at, there) for the vectors of the thread's fragment: whether they are there, and at which element.
+template <int V, class G>
+FN_DEVICE void each_vector(const Tile& tile, const Samples& samples, G g) {
+  if (tile.plain(samples)) {
+#pragma unroll
+    for (int j = 0; j < kFragment / V; ++j) g(j, tile.first + row_in_tile<V>(j), true);
+  } else {
 #pragma unroll
     for (int j = 0; j < kFragment / V; ++j) {
       const int i = row_in_tile<V>(j);
-      to[j] = i < tile.left ? load<V>(p + index(tile.at, i)) : Pack<T, V>{};
+      g(j, tile.first + i + tile.samples_on(samples, i) * (samples.stride - samples.length), i < tile.left);
     }
   }
-  FN_DEVICE void write(T* p, const Tile& tile, const Fragment& from) const {
-#pragma unroll
-    for (int j = 0; j < kFragment / V; ++j) {
-      const int i = row_in_tile<V>(j);
-      if (i < tile.left) store<V>(p + index(tile.at, i), from[j]);
-    }
-  }
-};
+}
+
+// Rows that are not there read as zeros.
+template <int V, class T>
+FN_DEVICE void read(const T* p, const Tile& tile, const Samples& samples, Fragment<T, V>& to) {
+  each_vector<V>(tile, samples, [&](int j, int64_t at, bool there) { to[j] = there ? load<V>(p + at) : Pack<T, V>{}; });
+}
+template <int V, class T>
+FN_DEVICE void write(T* p, const Tile& tile, const Samples& samples, const Fragment<T, V>& from) {
+  each_vector<V>(tile, samples, [&](int j, int64_t at, bool there) {
+    if (there) store<V>(p + at, from[j]);
+  });
+}
 
 template <int V, class T, class A>
-FN_DEVICE void widen_fragment(const Pack<T, V> (&from)[kFragment / V], A (&to)[kFragment]) {
+FN_DEVICE void widen_fragment(const Fragment<T, V>& from, A (&to)[kFragment]) {
 #pragma unroll
   for (int i = 0; i < kFragment; ++i) to[i] = widen(from[i / V], i % V);
 }
 template <int V, class T, class A>
-FN_DEVICE void narrow_fragment(const A (&from)[kFragment], Pack<T, V> (&to)[kFragment / V]) {
+FN_DEVICE void narrow_fragment(const A (&from)[kFragment], Fragment<T, V>& to) {
 #pragma unroll
   for (int j = 0; j < kFragment / V; ++j) to[j] = narrow<T, V>(from + j * V);
 }
@@ -159,28 +154,34 @@ struct Draws {
   uint32_t byte;
   bool live;
   bool per_sample;
+  int skipped = 0;  // samples of the first call that lie before the tile
 
   FN_DEVICE explicit Draws(uint32_t saved) : byte(saved), live(true), per_sample(false) {}
   template <class A>
-  FN_DEVICE Draws(const Stages<A>& stages, Seed seed, const Tile& tile, int64_t S, int64_t c)
+  FN_DEVICE Draws(const Stages<A>& stages, Seed seed, const Samples& samples, int64_t row, int64_t c)
       : byte(stages.noise == Noise::all_dropped ? 0 : kKeepAll),
         live(stages.noise == Noise::element || stages.noise == Noise::channel),
         per_sample(stages.noise == Noise::channel) {
     if (!live) return;
-    const uint64_t group = static_cast<uint64_t>(per_sample ? tile.at.n : tile.at.row(S)) / math::kRowsPerCall + lane();
+    uint64_t first = row;
+    if (per_sample) {
+      first = samples.one ? 0 : row / samples.length;
+      skipped = first % math::kRowsPerCall;
+    }
+    const uint64_t group = first / math::kRowsPerCall + lane();
     byte = math::keep8(seed, group, static_cast<uint32_t>(c), stages.threshold);
   }
 
   // Bit i for element i of the fragment. All threads of the warp arrive.
-  template <class T, int V>
-  FN_DEVICE uint32_t fragment(const Channel<T, V>& channel, const Tile& tile) const {
+  template <int V>
+  FN_DEVICE uint32_t fragment(const Samples& samples, const Tile& tile) const {
     if (!live || (V == kFragment && !per_sample)) return byte;
     uint32_t bits = 0;
 #pragma unroll
     for (int j = 0; j < kFragment / V; ++j) {
       int i = row_in_tile<V>(j);
       if (per_sample) {
-        i = (tile.at.n % math::kRowsPerCall + samples_on(tile.at, i, channel.S, channel.reciprocal)) % kTile;
+        i = (skipped + tile.samples_on(samples, i)) % kTile;
       }
       const uint32_t drawn = shuffle(byte, i / math::kRowsPerCall) >> (i % math::kRowsPerCall);
       const uint32_t own = per_sample ? (drawn & 1u) * ((1u << V) - 1u) : drawn & ((1u << V) - 1u);
