@@ -23,7 +23,7 @@ LOOSE = {torch.float32: (2e-5, 4e-5, 2e-4), torch.bfloat16: (4e-2, 8e-3, 1e-2)}
 
 # Error of z where it passes through zero: mostly that of the stock layers' variance over 190,000 rows (measured 5e-6).
 Z_ERROR = 2e-5
-CHUNK = 1 << 22
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # elements
 
 
 class _Worst:
@@ -80,10 +80,10 @@ def fused(module: nn.Module, workload: Workload, p: float, x: torch.Tensor, grad
     y.backward(grad)
     noise = None
     if p:
-        noise = fusednorm.noise(workload.shape, p, seed=SEED, granularity=workload.granularity)
+        noise = fusednorm.noise(workload.shape, p, seed=SEED, granularity=workload.granularity, device=x.device)
     stock = None
     if p == 0:
-        stock = build("eager", workload, p)
+        stock = build("eager", workload, p, x.device)
         x_stock = x.detach().requires_grad_()
         y_stock = stock(x_stock)
         y_stock.backward(grad)
@@ -93,7 +93,7 @@ def fused(module: nn.Module, workload: Workload, p: float, x: torch.Tensor, grad
 
     exact = {"grad_weight": [], "grad_bias": []}
     slack = {"grad_weight": [], "grad_bias": []}
-    width = max(1, CHUNK * workload.channels // workload.numel)
+    width = max(1, CHUNK[x.device.type] * workload.channels // workload.numel)
     for start in range(0, workload.channels, width):
         part = slice(start, start + width)
         weight, bias = (v.detach()[part].double().requires_grad_() for v in (module.weight, module.bias))

@@ -70,13 +70,26 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+def gpu() -> dict:
+    """The driver and the state that the GPU was in, as the driver's own tool tells; nothing is set."""
+    fields = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {"driver": None, "gpu_state": None}
+    driver, *state = done.stdout.strip().split(", ")
+    return {"driver": driver, "gpu_state": ", ".join(state)}
+
+
 def facts() -> dict:
     """What a reader needs to judge the figures."""
     import torch
 
     import fusednorm
 
-    commit = _git("rev-parse", "--short", "HEAD")
+    # A copy of the tree without its history can be told which commit it is.
+    commit = _git("rev-parse", "--short", "HEAD") or os.environ.get("FUSEDNORM_COMMIT")
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "cpu": _first("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),

@@ -43,11 +43,18 @@ def saved_bytes(module, *inputs, ignore: Callable[[torch.Tensor], bool] = lambda
     return total
 
 
-def peak_bytes(step: Callable[[], object]) -> int | None:
-    """Most bytes of tensors alive at one time during `step`, above those alive before it.
-
-    None where the running torch's profiler does not tell.
+def peak_bytes(step: Callable[[], object], device=None) -> int | None:
+    """Most bytes of tensors alive at one time during `step`, above those alive before it: on `device`, a GPU, by its
+    allocator, else by the profiler. None where the running torch's profiler does not tell.
     """
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        kept = step()
+        torch.cuda.synchronize(device)
+        del kept
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as record:
         kept = step()  # what a caller would hold is released after the record ends
     del kept

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
 
 from benchmarks.workloads import BY_NAME  # noqa: E402
 
-COLOURS = {"eager": "#8c8c8c", "compile": "#dd8452", "fused": "#4c72b0"}
+COLOURS = {"eager": "#8c8c8c", "compile": "#dd8452", "fused": "#4c72b0", "streaming": "#8fb0dc", "resident": "#2b4a80"}
 NAMES = {"eager": "eager", "compile": "torch.compile", "fused": "fusednorm"}
 
 
@@ -29,15 +29,15 @@ def _title(row: dict) -> str:
     return f"{row['workload']}{level}\n{shape} {row['dtype']} {row['layout']} {act} p={row['p']:g}"
 
 
-def _groups(axis, rows, names, value, form) -> None:
+def _groups(axis, rows, names, value, form, title=_title) -> None:
     height = 0.8 / len(names)
     for i, name in enumerate(names):
         positions = [j + (i - (len(names) - 1) / 2) * height for j in range(len(rows))]
         values = [value(row, name) for row in rows]
-        bars = axis.barh(positions, [v or 0 for v in values], height, label=NAMES[name], color=COLOURS[name])
+        bars = axis.barh(positions, [v or 0 for v in values], height, label=NAMES.get(name, name), color=COLOURS[name])
         labels = ["n/a" if v is None else form.format(v) for v in values]
         axis.bar_label(bars, labels, padding=2, fontsize=7)
-    axis.set_yticks(range(len(rows)), [_title(row) for row in rows], fontsize=7)
+    axis.set_yticks(range(len(rows)), [title(row) for row in rows], fontsize=7)
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.spines[["top", "right"]].set_visible(False)

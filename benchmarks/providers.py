@@ -47,14 +47,14 @@ def fused(workload: Workload, p: float) -> nn.Module:
     return layer(workload.channels, **workload.norm, act=workload.act, drop=drop)
 
 
-def compiled(workload: Workload, p: float) -> nn.Module:
-    return torch.compile(eager(workload, p), fullgraph=True, dynamic=False)
+def compiled(workload: Workload, p: float, **how) -> nn.Module:
+    return torch.compile(eager(workload, p), fullgraph=True, dynamic=False, **how)
 
 
 BUILDERS = {"eager": eager, "compile": compiled, "fused": fused}
 
 
-def build(provider: str, workload: Workload, p: float) -> nn.Module:
+def build(provider: str, workload: Workload, p: float, device="cpu") -> nn.Module:
     """The layer in training mode, with affine parameters away from 1 and 0 and equal for every provider."""
     module = BUILDERS[provider](workload, p)
     generator = torch.Generator().manual_seed(2)
@@ -62,4 +62,4 @@ def build(provider: str, workload: Workload, p: float) -> nn.Module:
     with torch.no_grad():
         weight.uniform_(0.5, 1.5, generator=generator)
         bias.uniform_(-0.5, 0.5, generator=generator)
-    return module.train()
+    return module.to(device).train()

@@ -45,13 +45,13 @@ class Workload:
         size = ", ".join(map(str, self.shape))
         return f"({size}) {str(self.dtype).removeprefix('torch.')} {self.layout}, {act}{drop}"
 
-    def randn(self, seed: int) -> torch.Tensor:
+    def randn(self, seed: int, device="cpu") -> torch.Tensor:
         """Standard normal tensor of this shape, dtype and layout."""
-        generator = torch.Generator().manual_seed(seed)
+        kind = {"dtype": self.dtype, "device": device, "generator": torch.Generator(device).manual_seed(seed)}
         if not self.channels_last or len(self.shape) == 2:
-            return torch.randn(self.shape, dtype=self.dtype, generator=generator)
+            return torch.randn(self.shape, **kind)
         n, c, *spatial = self.shape
-        rows = torch.randn((n, *spatial, c), dtype=self.dtype, generator=generator)
+        rows = torch.randn((n, *spatial, c), **kind)
         return rows.movedim(-1, 1)
 
 

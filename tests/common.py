@@ -2,14 +2,21 @@
 
 The oracle is always `fusednorm.reference` in float64, fed the noise that `fusednorm.noise` says the layer drew, so that
 outputs and gradients are compared number by number although the noise is random.
+
+The suite runs on one device, `DEVICE`: the CPU, or what FUSEDNORM_TEST_DEVICE names. conftest.py makes it torch's
+default, so that tests create tensors as usual; generators and the oracle's noise are put there by functions below.
 """
 
 import math
+import os
 
 import torch
 
 import fusednorm
 from fusednorm import functional, reference
+
+# With its index, as tensors report it.
+DEVICE = torch.empty(0, device=os.environ.get("FUSEDNORM_TEST_DEVICE", "cpu")).device
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,6 +51,20 @@ def dtype_id(dtype):
     return str(dtype).removeprefix("torch.")
 
 
+def generator(seed):
+    """A generator of the device under test."""
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def rng_state():
+    """The state of the default generator of the device under test."""
+    return torch.cuda.get_rng_state() if DEVICE.type == "cuda" else torch.get_rng_state()
+
+
+def set_rng_state(state):
+    (torch.cuda.set_rng_state if DEVICE.type == "cuda" else torch.set_rng_state)(state)
+
+
 def spread(shape, generator):
     """Values of standard deviation one in every channel, even where a channel has two of them.
 
@@ -70,7 +91,7 @@ def lay_out(x, layout):
         return channels_last(x)
     if layout == "sliced":
         # Starts one element off any alignment and leaves gaps in every dimension.
-        room = torch.full([size + 2 for size in x.shape], math.nan, dtype=x.dtype)
+        room = torch.full([size + 2 for size in x.shape], math.nan, dtype=x.dtype, device=x.device)
         inner = room[tuple(slice(1, size + 1) for size in x.shape)]
         return inner.copy_(x)
     if layout == "transposed":
@@ -132,7 +153,7 @@ class Problem:
     ):
         self.opmath = opmath = torch.float64 if dtype == torch.float64 else torch.float32
         param_dtype, stat_dtype = param_dtype or opmath, stat_dtype or opmath
-        draw = torch.Generator().manual_seed(20 + seed)
+        draw = generator(20 + seed)
         channels = shape[1]
         x = spread(shape, draw) * (0.5 + torch.rand(channels, generator=draw).view(-1, *[1] * (len(shape) - 2)))
         self.x = leaf(lay_out((x + offset + 0.3).to(dtype), layout))
@@ -239,7 +260,8 @@ def close(got, expected, scale, name="result", tolerance=None):
 
 
 def noise(shape, p, seed, granularity="element", dtype=torch.float64):
-    return fusednorm.noise(shape, p, seed=seed, granularity=granularity, dtype=dtype)
+    """m as the CPU draws it, for the device under test: other devices must draw the same."""
+    return fusednorm.noise(shape, p, seed=seed, granularity=granularity, dtype=dtype).to(DEVICE)
 
 
 def same_bits(a, b):

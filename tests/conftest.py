@@ -9,10 +9,27 @@ if importlib.util.find_spec("fusednorm") is None:
     # An interpreter that only borrows its torch runs the package from the source tree, built in place.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common import DEVICE  # noqa: E402  (it imports the package)
+
+if DEVICE.type != "cpu":
+    # At import, so that tensors in the arguments of parametrize are created there too.
+    torch.set_default_device(DEVICE)
+    # Tests that put a convolution before the layer compare to float32 accuracy.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu: about the CPU backend itself; skipped on another device")
     config.addinivalue_line("markers", "kernel: depends on the vector level in use; rerun at every level")
     config.addinivalue_line("markers", "slow: takes more than five seconds")
+
+
+def pytest_collection_modifyitems(items):
+    if DEVICE.type != "cpu":
+        for item in items:
+            if item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(reason="about the CPU backend"))
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from common import FLOATS, activate, double, dtype_id, lay_out, leaf, noise, slope
+from common import FLOATS, activate, double, dtype_id, generator, lay_out, leaf, noise, slope
 
 from fusednorm import functional, reference
 
@@ -72,7 +72,7 @@ def unfused(x, mean, var, weight, bias, training, act, m):
 def test_against_torch(shape, data, act, layout, dtype, training):
     p, channels = 0.3, shape[1]
     opmath = torch.float64 if dtype == torch.float64 else torch.float32
-    draw = torch.Generator().manual_seed(3)
+    draw = generator(3)
     x = lay_out(data(torch.randn(shape, generator=draw, dtype=torch.float64)).to(dtype), layout)
     weight = leaf(0.5 + torch.rand(channels, generator=draw, dtype=opmath))
     bias = leaf(torch.randn(channels, generator=draw, dtype=opmath) / 4 + 0.1)

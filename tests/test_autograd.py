@@ -11,6 +11,7 @@ from common import (
     act_id,
     channels_last,
     double,
+    generator,
     lay_out,
     leaf,
     noise,
@@ -33,7 +34,7 @@ SHAPE = (3, 2, 2, 2)
 
 
 def inputs(layout="first", shape=SHAPE, dtype=torch.float64):
-    draw = torch.Generator().manual_seed(12)
+    draw = generator(12)
     x = lay_out(spread(shape, draw).to(dtype), layout)
     weight = torch.linspace(0.6, 1.4, shape[1], dtype=dtype)
     bias = torch.linspace(-0.3, 0.4, shape[1], dtype=dtype)

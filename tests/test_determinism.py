@@ -31,6 +31,7 @@ def test_same_bits(shape, dtype, layout, training, threads):
             assert same_bits(value, other[name]), name
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("layout", ["first", "last"])
 def test_uneven_threads_are_right_too(layout, threads):
     threads(3)
@@ -42,6 +43,7 @@ def clock_of_threads():
     return {int(tid): time.clock_gettime((~int(tid) << 3) | 6) for tid in os.listdir("/proc/self/task")}
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs the threads of /proc")
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
 @pytest.mark.parametrize("layout", ["first", "last"])

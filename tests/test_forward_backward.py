@@ -16,6 +16,7 @@ from common import (
     close,
     double,
     dtype_id,
+    generator,
     lay_out,
     leaf,
     noise,
@@ -278,7 +279,7 @@ class TestNonFinite:
     @both_layouts
     @pytest.mark.parametrize("value", VALUES)
     def test_forward_spoils_its_own_channel_only(self, value, layout):
-        x = spread((6, 5, 7), torch.Generator().manual_seed(1)).float()
+        x = spread((6, 5, 7), generator(1)).float()
         clean = functional.batch_norm_act_drop(x, None, None, training=True, act="relu", p=0.5, seed=2)
         x[3, 2, 4] = value
         y = functional.batch_norm_act_drop(lay_out(x, layout), None, None, training=True, act="relu", p=0.5, seed=2)

@@ -19,9 +19,12 @@ TESTS = Path(__file__).parent
 LEVELS = ("default", "avx2", "avx512")
 NATIVE = {"DEFAULT": "default", "AVX2": "avx2", "AVX512": "avx512"}.get(torch.backends.cpu.get_cpu_capability())
 
-pytestmark = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64") or NATIVE is None, reason="levels exist on x86-64"
-)
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(
+        platform.machine() not in ("x86_64", "AMD64") or NATIVE is None, reason="only x86-64 has levels"
+    ),
+]
 
 
 def environment(level):

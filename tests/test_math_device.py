@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu
+
 MATH = Path(__file__).resolve().parent.parent / "csrc" / "math"
 
 # Uses every header, the draws, and value and gradient of every activation in the list, for both scalar types.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import backward_arguments, forward_arguments, lay_out, raw_forward
+from common import DEVICE, backward_arguments, forward_arguments, lay_out, raw_forward
 from torch.library import opcheck
 
 ops = torch.ops.fusednorm
@@ -95,7 +95,7 @@ def test_noise(dtype, size, granularity):
     opcheck(ops.noise.default, (torch.tensor(3), size, 0.4, "bernoulli", granularity, dtype))
 
 
-@pytest.mark.parametrize("like", [torch.empty(3), torch.empty(2, 2, dtype=torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("like", [torch.empty(3), torch.empty(2, 2, dtype=torch.bfloat16)], ids=["3", "2x2"])
 def test_draw_seed(like):
     opcheck(ops.draw_seed.default, (like,))
 
@@ -104,8 +104,10 @@ def test_saved_mask_is_a_bit_per_element():
     for layout, shape in (("first", (64, 8)), ("last", (4, 64, 2))):
         x = lay_out(torch.randn(4, 64, 8, 8), layout)
         mask = raw_forward(x, seed=torch.tensor(1), p=0.5, save_mask=True)[4]
-        assert mask.dtype == torch.int32
-        assert mask.shape in (shape, (0,))
+        assert mask.numel() * mask.element_size() <= x.numel() // 8
+        if DEVICE.type == "cpu":
+            assert mask.dtype == torch.int32
+            assert mask.shape in (shape, (0,))
 
 
 def test_every_operator_is_tested():

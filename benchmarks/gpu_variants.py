@@ -1,0 +1,80 @@
+"""The fused layer's switches for measuring on a GPU: which kernels a channels-first call gets, and whether forward
+saves bits for backward or backward draws the noise again. A switch that the library lacks is reported, not fatal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from dataclasses import dataclass
+
+RESIDENCIES = ("automatic", "never", "always")
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    residency: str = "automatic"
+    save_mask: bool | None = None  # None: as the library decides
+
+
+# "fused" is what users get; the others force one choice each.
+DEFAULT = Variant("fused")
+STREAMING = (Variant("streaming", "never", False), Variant("streaming+bits", "never", True))
+RESIDENT = (Variant("resident", "always", False), Variant("resident+bits", "always", True))
+
+
+def set_residency(name: str) -> bool:
+    """Whether the library took the choice. The Python module is for one Python version; the library has the same by
+    its C name."""
+    from fusednorm import _library
+
+    try:
+        from fusednorm import _build
+
+        _build.set_residency(name)
+        return True
+    except (ImportError, AttributeError, RuntimeError):
+        pass
+    try:
+        ctypes.CDLL(str(_library.ops_path)).fusednorm_cuda_set_residency(RESIDENCIES.index(name))
+        return True
+    except (OSError, AttributeError):
+        return False
+
+
+def mask_policy() -> dict | None:
+    from fusednorm import functional
+
+    return getattr(functional, "SAVE_MASK", None)
+
+
+def available(workload, p: float) -> list[Variant]:
+    """The variants that mean something for this row and that the library can be told."""
+    variants = [DEFAULT]
+    told = set_residency("automatic")
+    for group in (STREAMING, RESIDENT if workload.layout == "channels-first" else ()):
+        for variant in group:
+            redraws = p == 0 or workload.granularity != "element"
+            if variant.save_mask and (redraws or mask_policy() is None):
+                continue
+            if told:
+                variants.append(variant)
+    return variants
+
+
+@contextlib.contextmanager
+def use(variant: Variant):
+    """Calls in this context, forward and backward, run that variant."""
+    policy = mask_policy()
+    before = dict(policy) if policy is not None else None
+    told = variant.residency != "automatic" and set_residency(variant.residency)
+    if policy is not None and variant.save_mask is not None:
+        policy.update(dict.fromkeys(policy, variant.save_mask))
+    try:
+        yield
+    finally:
+        if told:
+            set_residency("automatic")
+        if policy is not None:
+            policy.update(before)
