@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/hooks.h"
+#include "cuda/hooks.h"
 
 namespace py = pybind11;
 
@@ -83,6 +84,14 @@ std::vector<Counter> philox4x32_lanes(int rounds, const Counter& counter, const 
   return out;
 }
 
+const char* set_residency(const std::string& name) {
+  constexpr std::array<const char*, 3> names = {"automatic", "never", "always"};
+  for (int i = 0; i < 3; ++i) {
+    if (name == names[i]) return names[HOOK(fusednorm_cuda_set_residency)(i)];
+  }
+  throw py::value_error("residency must be 'automatic', 'never' or 'always'");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_build, module) {
@@ -94,5 +103,8 @@ PYBIND11_MODULE(_build, module) {
              "One draw of the scalar Philox template; rounds is 7 or 10.");
   module.def("philox4x32_lanes", &philox4x32_lanes, py::arg("rounds"), py::arg("counter"), py::arg("key"),
              "The draws of the vector template at the level in use, one per lane; lane i has counter word 0 + i.");
+  module.def("set_residency", &set_residency, py::arg("name"),
+             "Which kernels channels-first calls on CUDA get: 'automatic', 'never' or 'always' resident where it fits. "
+             "Returns what it was. RuntimeError in a build without CUDA.");
   module.def("max_threads", &omp_get_max_threads, "Threads that a parallel region started here would have.");
 }
