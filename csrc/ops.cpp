@@ -21,7 +21,7 @@ namespace {
 
 constexpr std::string_view kOrder = "norm-act-drop";
 
-// ---- the chain -----------------------------------------------------------------------------------------------------
+// ---- the chain ----------------------------------------------------------------------------------------------------
 struct ActivationInfo {
   std::string_view name;
   size_t parameters;
@@ -81,7 +81,7 @@ Chain make_chain(const Settings& s, const OptionalTensor& residual) {
 
 bool is_live(Noise noise) { return noise == Noise::element || noise == Noise::channel; }
 
-// ---- layouts -------------------------------------------------------------------------------------------------------
+// ---- layouts ------------------------------------------------------------------------------------------------------
 // Strides are those of (N, spatial..., C), C innermost; dimensions of size 1 have no say.
 bool is_channels_last(const Tensor& x) {
   int64_t expected = 1;
@@ -136,7 +136,7 @@ Tensor restore_strides(const Tensor& y, const Tensor& input) {
   return result.strides() == y.strides() ? y : result.copy_(y);
 }
 
-// ---- tensors -------------------------------------------------------------------------------------------------------
+// ---- tensors ------------------------------------------------------------------------------------------------------
 at::ScalarType opmath(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 bool is_supported(at::ScalarType t) {
@@ -340,8 +340,7 @@ void check_update_stats(const Tensor& running_mean, const Tensor& running_var,
   }
 }
 
-// ---- registration
-// ----------------------------------------------------------------------------------------------------
+// ---- registration -------------------------------------------------------------------------------------------------
 namespace {
 
 // Autograd lives in functional.py, around these operators. A call that reaches one directly with something to

@@ -25,9 +25,10 @@ bool vectorises(const Shape& shape, std::initializer_list<const T*> tensors) {
 template <class A>
 Stages<A> stages_of(const Call& call) {
   const Chain& chain = call.chain;
+  const bool one_draw_each = chain.noise == Noise::channel && call.shape.S == 1;  // r is n: the same draws
   return {chain.activation,
           {static_cast<A>(chain.parameters[0]), static_cast<A>(chain.parameters[1])},
-          chain.noise,
+          one_draw_each ? Noise::element : chain.noise,
           chain.threshold,
           static_cast<A>(chain.multiplier),
           call.seed};

@@ -19,7 +19,7 @@ struct Machine {
   int multiprocessors;
   int shared_per_block;  // bytes that a block may ask for
   int max_cluster;       // blocks; 1: no clusters
-  int threads;           // of a block, at most: a multiple of 32 up to 256
+  int threads;           // of a block, at most: 32, 64, 128 or 256
   Residency residency;
 };
 

@@ -43,9 +43,8 @@ struct Team {
   }
 };
 
-// ---- forward, tile by tile
-// --------------------------------------------------------------------------------------------- A tile's first `left`
-// rows into the thread's moments.
+// ---- forward, tile by tile ----------------------------------------------------------------------------------------
+// A tile's first `left` rows into the thread's moments.
 template <int V, class T, class A>
 FN_DEVICE void merge_tile(Moments<A>& m, const Fragment<T, V>& x, const Tile& tile) {
   A v[kFragment];
@@ -104,8 +103,7 @@ FN_DEVICE void apply_tile(const ForwardArguments<T>& q, const Team<T, V>& team, 
   team.write(q.p.y, tile, x);
 }
 
-// ---- backward, tile by tile
-// --------------------------------------------------------------------------------------------
+// ---- backward, tile by tile ---------------------------------------------------------------------------------------
 template <class T>
 FN_DEVICE Seed seed_unless_saved(const BackwardArguments<T>& q) {
   return q.p.mask ? Seed{} : seed_of(q.stages);
@@ -172,8 +170,7 @@ FN_DEVICE Pair<A> sum_chunks(const Chunks& chunks, Part part) {
   return team_sum(sums);
 }
 
-// ---- the kernels
-// -------------------------------------------------------------------------------------------------------
+// ---- the kernels --------------------------------------------------------------------------------------------------
 template <class T>
 constexpr int kBlocks = sizeof(T) == 8 ? kBackwardBlocks : kForwardBlocks;
 

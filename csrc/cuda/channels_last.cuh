@@ -42,9 +42,8 @@ struct Columns {
   }
 };
 
-// ---- noise
-// ----------------------------------------------------------------------------------------------------------- The
-// decisions of V Philox calls: bit i of byte v for the group's row i and channel c + v.
+// ---- noise --------------------------------------------------------------------------------------------------------
+// The decisions of V Philox calls: bit i of byte v for the group's row i and channel c + v.
 template <int V>
 struct Decisions {
   uint32_t word[(V + 3) / 4];
@@ -106,9 +105,8 @@ FN_DEVICE Decisions<V> decisions(const BackwardArguments<T>& q, Seed seed, const
   return keep;
 }
 
-// ---- per channel
-// ------------------------------------------------------------------------------------------------------- The moments
-// of the chunk's rows, from those that the column's threads have gathered.
+// ---- per channel --------------------------------------------------------------------------------------------------
+// The moments of the chunk's rows, from those that the column's threads have gathered.
 template <int V, class A>
 FN_DEVICE void merge_column(const Moments<A> (&own)[V], int64_t rows, A (&mean)[V], A (&m2)[V]) {
   A pivot[V];
@@ -179,8 +177,7 @@ FN_DEVICE void write_partials(Pair<A>* partials, const Columns<T, V>& columns, c
   for (int v = 0; v < V; ++v) partials[blockIdx.y * columns.C + columns.c + v] = {first[v], second[v]};
 }
 
-// ---- forward
-// -----------------------------------------------------------------------------------------------------------
+// ---- forward ------------------------------------------------------------------------------------------------------
 template <class T, int V>
 FN_KERNEL(256, kColumnBlocks)
 channels_last_statistics(ForwardArguments<T> q) {
@@ -245,9 +242,8 @@ channels_last_apply(ForwardArguments<T> q) {
   });
 }
 
-// ---- backward
-// ---------------------------------------------------------------------------------------------------------- f(row, dz,
-// x) for the thread's rows of a chunk; x and g of 4 rows are in flight.
+// ---- backward -----------------------------------------------------------------------------------------------------
+// f(row, dz, x) for the thread's rows of a chunk; x and g of 4 rows are in flight.
 template <class T, int V, class A, class F>
 FN_DEVICE void each_row(const BackwardArguments<T>& q, const Columns<T, V>& columns, const Affine<A> (&affine)[V],
                         bool descending, F f) {

@@ -22,7 +22,7 @@
 
 namespace fusednorm::cuda {
 
-// ---- types ---------------------------------------------------------------------------------------------------------
+// ---- types --------------------------------------------------------------------------------------------------------
 using BFloat16 = __nv_bfloat16;
 using Float16 = __half;
 
@@ -110,7 +110,7 @@ FN_DEVICE Pack<T, V> narrow(const opmath_t<T>* v) {
   return pack;
 }
 
-// ---- a block -------------------------------------------------------------------------------------------------------
+// ---- a block ------------------------------------------------------------------------------------------------------
 constexpr int kWarp = 32;
 
 FN_DEVICE void barrier() { __syncthreads(); }
@@ -134,8 +134,7 @@ FN_DEVICE T* shared_memory(int offset = 0) {
 
 FN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
-// ---- a cluster of blocks (compute capability 9.0 and up; elsewhere a kernel is launched without)
-// -----------------------
+// ---- a cluster of blocks (compute capability 9.0 and up; elsewhere a kernel is launched without) ------------------
 FN_DEVICE unsigned cluster_rank() {
 #if __CUDA_ARCH__ >= 900
   unsigned rank;
@@ -169,8 +168,7 @@ FN_DEVICE const T* cluster_peer(const T* p, unsigned rank) {
 #endif
 }
 
-// ---- launches (host)
-// -------------------------------------------------------------------------------------------------
+// ---- launches (host) ----------------------------------------------------------------------------------------------
 struct Launch {
   dim3 grid, block;
   size_t shared;     // bytes of dynamic shared memory

@@ -75,25 +75,29 @@ inline Plan plan_channels_last(const Shape& shape, int vector, const Machine& ma
 
 // Residency, channels-first: the smallest cluster whose blocks each hold their share of a channel in half of a
 // multiprocessor's shared memory (so that two blocks run there, and one loads while the other stores) and which gives
-// every multiprocessor a block; failing that, the largest cluster, if its blocks hold the channel at all and give half
-// of the multiprocessors one. `bytes_per_row` and `overhead` are what a block stores.
-// Returns whether it fits; the plan's chunks are the blocks of the cluster.
+// every multiprocessor a block; failing that, the largest one whose blocks hold the channel at all and give half of the
+// multiprocessors one. Clusters are powers of two. `bytes_per_row` and `overhead` are what a block stores.
+// Returns whether there is one; the plan's chunks are the blocks of the cluster.
 constexpr int kReservedShared = 1024;  // bytes that the hardware keeps of each block's share
 inline bool plan_resident(const Shape& shape, int bytes, double bytes_per_row, int overhead, const Machine& machine,
                           Plan& plan) {
   if (machine.residency == Residency::never) return false;
   const bool always = machine.residency == Residency::always_if_it_fits;
   const int half = (machine.shared_per_block - kReservedShared) / 2;
-  plan = plan_teams(shape, bytes, machine);
+  Plan next = plan_teams(shape, bytes, machine);
+  bool found = false;
   for (int cluster = 1; cluster <= machine.max_cluster; cluster *= 2) {
-    cut(plan, shape.rows(), cluster, plan.threads_x * 8);  // perhaps into fewer
-    const double needed = overhead + bytes_per_row * static_cast<double>(plan.chunk_rows) * plan.threads_y;
-    const int64_t blocks = plan.blocks_x * plan.chunks;
-    const bool last = cluster * 2 > machine.max_cluster;
-    if (needed <= half && (always || blocks >= machine.multiprocessors)) return true;
-    if (needed <= machine.shared_per_block && last && (always || 2 * blocks >= machine.multiprocessors)) return true;
+    cut(next, shape.rows(), cluster, next.threads_x * 8);
+    if (next.chunks != cluster) continue;  // the channel is too short for so many
+    const double needed = overhead + bytes_per_row * static_cast<double>(next.chunk_rows) * next.threads_y;
+    const int64_t blocks = next.blocks_x * cluster;
+    if (needed <= machine.shared_per_block && (always || 2 * blocks >= machine.multiprocessors)) {
+      plan = next;
+      found = true;
+    }
+    if (needed <= half && (always || blocks >= machine.multiprocessors)) break;
   }
-  return false;
+  return found;
 }
 
 }  // namespace fusednorm::cuda

@@ -20,9 +20,8 @@ struct Pair {
 
 FN_DEVICE int lane() { return threadIdx.x % kWarp; }
 
-// ---- teams
-// ----------------------------------------------------------------------------------------------------------- Every
-// function of a team is called by all threads of the block and gives all threads of a team the same result.
+// ---- teams --------------------------------------------------------------------------------------------------------
+// Every function of a team is called by all threads of the block and gives all threads of a team the same result.
 constexpr int kTeamScratch = 256;  // bytes, at the start of shared memory: a Pair for each warp
 static_assert(kTeamScratch >= 8 * sizeof(Pair<double>));
 
@@ -52,9 +51,8 @@ FN_DEVICE A team_sum(A v) {
   return team_sum(Pair<A>{v, A(0)}).first;
 }
 
-// ---- columns
-// ----------------------------------------------------------------------------------------------------------- Likewise
-// for the N values of each column of threads. Scratch: N values for each thread of the block.
+// ---- columns ------------------------------------------------------------------------------------------------------
+// Likewise for the N values of each column of threads. Scratch: N values for each thread of the block.
 template <int N, class A>
 FN_DEVICE void column_sum(A (&v)[N]) {
   const int threads = blockDim.x * blockDim.y;
@@ -64,12 +62,12 @@ FN_DEVICE void column_sum(A (&v)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) own[i * threads] = v[i];
   barrier();
-  int half = 1;
-  while (half < static_cast<int>(blockDim.y)) half *= 2;
+  unsigned half = 1;
+  while (half < blockDim.y) half *= 2;
   for (half /= 2; half > 0; half /= 2) {
     if (threadIdx.y < half && threadIdx.y + half < blockDim.y) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) own[i * threads] += own[i * threads + half * static_cast<int>(blockDim.x)];
+      for (int i = 0; i < N; ++i) own[i * threads] += own[i * threads + static_cast<int>(half * blockDim.x)];
     }
     barrier();
   }
@@ -91,9 +89,8 @@ FN_DEVICE void column_first(A (&v)[N]) {
   for (int i = 0; i < N; ++i) v[i] = scratch[i * blockDim.x];
 }
 
-// ---- moments
-// ----------------------------------------------------------------------------------------------------------- Merges 8
-// values into m. Their own mean and squares are formed first: one division, and no cancellation.
+// ---- moments ------------------------------------------------------------------------------------------------------
+// Merges 8 values into m. Their own mean and squares are formed first: one division, and no cancellation.
 template <class A>
 FN_DEVICE void merge_fragment(Moments<A>& m, const A (&v)[8]) {
   const A mean = (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))) * A(0.125);
@@ -120,8 +117,7 @@ FN_DEVICE A squares(const Moments<A>& part, A mean) {
   return math::fma(part.count * delta, delta, part.m2);
 }
 
-// ---- per-channel vectors
-// -------------------------------------------------------------------------------------------------
+// ---- per-channel vectors ------------------------------------------------------------------------------------------
 template <class A>
 FN_DEVICE A read(const void* data, DType type, int64_t i) {
   switch (type) {

@@ -44,7 +44,8 @@ struct Tile {
 
   // How many samples further than the first row the row i lies. Exact for up to 511 rows.
   FN_DEVICE int samples_on(const Samples& samples, int i) const {
-    return samples.length >= kTile ? s + i >= samples.length : multiply_high(s + i, samples.reciprocal);
+    if (samples.length >= kTile) return s + i >= samples.length;
+    return samples.length == 1 ? i : multiply_high(s + i, samples.reciprocal);  // that of 1 does not fit 32 bits
   }
   // All rows are there, and in one sample: no bounds, no samples to find.
   FN_DEVICE bool plain(const Samples& samples) const { return left >= kTile && s + kTile <= samples.length; }
@@ -146,10 +147,9 @@ FN_DEVICE void narrow_fragment(const A (&from)[kFragment], Fragment<T, V>& to) {
   for (int j = 0; j < kFragment / V; ++j) to[j] = narrow<T, V>(from + j * V);
 }
 
-// ---- noise
-// ----------------------------------------------------------------------------------------------------------- The
-// decisions of a tile's fragments. First each thread makes a Philox call, for 8 of the tile's rows or samples; then the
-// fragments fetch their bits from the threads that drew them.
+// ---- noise --------------------------------------------------------------------------------------------------------
+// The decisions of a tile's fragments. First each thread makes a Philox call, for 8 of the tile's rows or samples;
+// then the fragments fetch their bits from the threads that drew them.
 struct Draws {
   uint32_t byte;
   bool live;

@@ -1,0 +1,232 @@
+// Runs a file of cases through backend.h: `cuda_host CASES RESULTS ORDER...`. Results of the first order go to a file;
+// under every further one they must be the same bits.
+//
+// A case is a line and the bytes of its inputs. The line: an operation, key=value words, then the tensors, as
+// in:NAME:DTYPE:COUNT with the DType's number (4: int64, 5: uint8), or out:..., or io:... for both. Every tensor lies
+// in a block of the heap of exactly its size, outputs filled with something else in each order; `shift=1` moves (N, C,
+// S) tensors by one element.
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <fstream>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <sstream>
+#include <vector>
+
+#include "../math/activations.h"
+#include "../math/noise.h"
+#include "backend.h"
+#include "device.cuh"
+
+namespace fusednorm::cuda {
+namespace {
+
+[[noreturn]] void fail(const std::string& message) {
+  std::cerr << "cuda_host: " << message << std::endl;
+  exit(2);
+}
+
+struct Free {
+  void operator()(unsigned char* p) const { free(p); }
+};
+using Bytes = std::unique_ptr<unsigned char, Free>;
+
+Bytes filled(size_t bytes, unsigned char with) {
+  Bytes p(static_cast<unsigned char*>(malloc(bytes)));
+  memset(p.get(), with, bytes);
+  return p;
+}
+
+struct Tensor {
+  bool in, out;
+  DType type;
+  size_t bytes, shift;
+  std::string input;
+  Bytes block;
+  unsigned char* data() const { return block.get() + shift; }
+};
+
+class Case {
+ public:
+  explicit Case(std::istream& file, const std::string& line) : line_(line) {
+    static constexpr size_t sizes[] = {4, 8, 2, 2, 8, 1};
+    std::istringstream words(line);
+    std::string word;
+    words >> operation_;
+    while (words >> word) {
+      if (const size_t equals = word.find('='); equals != std::string::npos) {
+        settings_[word.substr(0, equals)] = word.substr(equals + 1);
+        continue;
+      }
+      std::replace(word.begin(), word.end(), ':', ' ');
+      std::istringstream parts(word);
+      std::string direction, name;
+      int type;
+      size_t count;
+      parts >> direction >> name >> type >> count;
+      Tensor t{direction != "out", direction != "in", static_cast<DType>(type), count * sizes[type], 0, {}, {}};
+      if (name == "x" || name == "y" || name == "g" || name == "dx") t.shift = number("shift") * sizes[type];
+      if (t.in) {
+        t.input.resize(t.bytes);
+        file.read(t.input.data(), static_cast<std::streamsize>(t.bytes));
+      }
+      names_.push_back(name);
+      tensors_[name] = std::move(t);
+    }
+  }
+
+  // The outputs, one after another.
+  std::string run(unsigned char fill) {
+    for (auto& [name, t] : tensors_) {
+      t.block = filled(t.bytes + t.shift, fill);
+      if (t.in) memcpy(t.data(), t.input.data(), t.bytes);
+    }
+    machine_ = {int(number("mp")), int(number("shared")), int(number("cluster")), int(number("threads")),
+                static_cast<Residency>(int(number("residency")))};
+    host::settings.max_threads = machine_.threads;
+    host::settings.max_shared = machine_.shared_per_block;
+    host::settings.max_cluster = machine_.max_cluster;
+    std::vector<Bytes> workspaces;
+    context_ = {machine_, nullptr, [&](size_t bytes) -> void* {
+                  workspaces.push_back(filled(bytes, fill));
+                  return workspaces.back().get();
+                }};
+    start();
+    std::string result;
+    for (const std::string& name : names_) {
+      const Tensor& t = tensors_[name];
+      if (t.out) result.append(reinterpret_cast<const char*>(t.data()), t.bytes);
+    }
+    return result;
+  }
+  const std::string& line() const { return line_; }
+
+ private:
+  double number(const char* key) const {
+    const auto at = settings_.find(key);
+    return at == settings_.end() ? 0 : strtod(at->second.c_str(), nullptr);
+  }
+  template <class T>
+  T* data(const char* name) {
+    const auto at = tensors_.find(name);
+    return at == tensors_.end() ? nullptr : reinterpret_cast<T*>(at->second.data());
+  }
+  DType type_of(const char* name) { return tensors_.count(name) ? tensors_[name].type : DType::float32; }
+  Vector vector(const char* name) { return {data<void>(name), type_of(name)}; }
+  MutableVector mutable_vector(const char* name) { return {data<void>(name), type_of(name)}; }
+
+  template <class... Activations>
+  void set_activation(Chain& chain, math::List<Activations...>) {
+    int i = 0;
+    const auto set = [&](const char* name, bool one_bit) {
+      if (settings_["act"] == name) {
+        chain.activation = i;
+        chain.one_bit = one_bit;
+      }
+      ++i;
+    };
+    (set(Activations::name, Activations::one_bit), ...);
+  }
+
+  Call call() {
+    Call c{};
+    c.shape = {int64_t(number("N")), int64_t(number("C")), int64_t(number("S")), number("last") != 0};
+    set_activation(c.chain, math::Activations{});
+    c.chain.parameters[0] = number("a");
+    c.chain.parameters[1] = number("b");
+    const double p = number("p");
+    c.chain.threshold = math::keep_threshold(p);
+    c.chain.noise = p == 0                  ? Noise::none
+                    : p == 1                ? Noise::all_dropped
+                    : number("per_channel") ? Noise::channel
+                                            : Noise::element;
+    c.chain.multiplier = p == 0 ? 1 : p == 1 ? 0 : math::keep_scale(c.chain.threshold);
+    c.training = number("training") != 0;
+    c.eps = number("eps");
+    c.seed = data<int64_t>("seed");
+    return c;
+  }
+
+  template <class T>
+  void layer() {
+    const Call c = call();
+    forward<T>(
+        context_, c,
+        {data<T>("x"), data<T>("y"), vector("weight"), vector("bias"), vector("running_mean"), vector("running_var"),
+         data<void>("mean"), data<void>("invstd"), data<void>("var"), data<uint8_t>("mask")});
+    if (!data<T>("g")) return;
+    Backward<T> b{data<T>("x"),         data<T>("g"),         data<T>("dx"),        vector("weight"),
+                  vector("bias"),       data<void>("mean"),   data<void>("invstd"), mutable_vector("dw"),
+                  mutable_vector("db"), data<uint8_t>("mask")};
+    backward<T>(context_, c, b);
+  }
+  template <class T>
+  void run_typed() {
+    operation_ == "layer" ? layer<T>() : noise<T>(context_, call(), data<T>("y"));
+  }
+
+  void start() {
+    if (operation_ == "update_statistics") {
+      return update_statistics(context_, {mutable_vector("running_mean"), mutable_vector("running_var"),
+                                          data<int64_t>("batches"), vector("mean"), vector("var"), int64_t(number("C")),
+                                          int64_t(number("count")), number("cumulative") != 0, number("momentum")});
+    }
+    if (operation_ == "draw_seed") {
+      const int64_t* state = data<int64_t>("state");  // seed, offset, offset within a graph
+      const bool captured = number("captured") != 0;
+      const uint64_t seed = captured ? 0 : state[0], offset = captured ? 0 : state[1];
+      return draw_seed(context_, {seed, offset, state, state + 1, uint64_t(state[2]), captured, data<int64_t>("y")});
+    }
+    switch (type_of("y")) {
+      case DType::float32:
+        return run_typed<float>();
+#if !defined(FN_ONLY_FLOAT32)
+      case DType::float64:
+        return run_typed<double>();
+      case DType::bfloat16:
+        return run_typed<BFloat16>();
+      case DType::float16:
+        return run_typed<Float16>();
+#endif
+      default:
+        fail("this build has no such type");
+    }
+  }
+
+  std::string line_, operation_;
+  std::map<std::string, std::string> settings_;
+  std::map<std::string, Tensor> tensors_;
+  std::vector<std::string> names_;
+  Machine machine_;
+  Context context_;
+};
+
+}  // namespace
+}  // namespace fusednorm::cuda
+
+int main(int count, char** words) {
+  using namespace fusednorm::cuda;
+  if (count < 4) fail("usage: cuda_host CASES RESULTS ORDER...");
+  std::ifstream file(words[1], std::ios::binary);
+  std::ofstream results(words[2], std::ios::binary);
+  std::string line;
+  while (std::getline(file, line)) {
+    Case c(file, line);
+    std::string expected;
+    for (int i = 3; i < count; ++i) {
+      host::set_order(words[i]);
+      std::cerr << "case " << words[i] << ": " << line << std::endl;  // whatever comes after it was its doing
+      const std::string result = c.run(i % 2 ? 0xFF : 0x5A);
+      if (i == 3) results << (expected = result);
+      if (result == expected) continue;
+      size_t at = 0;
+      while (result[at] == expected[at]) ++at;
+      fail("byte " + std::to_string(at) + " of the results differs from that in the order " + words[3]);
+    }
+  }
+  for (const std::string& kernel : host::launched) std::cout << kernel << "\n";
+  return results.flush() ? 0 : 2;
+}

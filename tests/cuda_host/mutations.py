@@ -1,0 +1,145 @@
+"""Bugs to plant in the kernels, one at a time, each with the build that catches it and what it says."""
+
+from dataclasses import dataclass
+
+RACE = "ThreadSanitizer: data race"
+OVERFLOW = "heap-buffer-overflow"
+BARRIER = "barrier(); "
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str  # of csrc/cuda
+    old: str  # any white space stands for any other
+    new: str
+    build: str = "plain"  # that catches it
+    says: str = "differ"  # a pattern; "differ": wrong values; "refused": by the compiler; "": nothing
+
+
+MUTATIONS = (
+    Mutation("nothing", "reduce.cuh", "", "", says=""),
+    Mutation("nothing_asan", "reduce.cuh", "", "", "asan", says=""),
+    Mutation("nothing_tsan", "reduce.cuh", "", "", "tsan", says=""),
+    # Barriers.
+    Mutation("team_sum_reads_early", "reduce.cuh", BARRIER + "v = scratch[0];", "v = scratch[0];"),
+    Mutation(
+        "team_sum_writes_early", "reduce.cuh", "barrier();  // of an earlier call, all have read\n", "", "tsan", RACE
+    ),
+    Mutation("column_sum_steps_early", "reduce.cuh", "} " + BARRIER + "}", "} }"),
+    Mutation(
+        "column_sum_writes_early",
+        "reduce.cuh",
+        BARRIER + "#pragma unroll for (int i = 0; i < N; ++i) own[i * threads] = v[i];",
+        "for (int i = 0; i < N; ++i) own[i * threads] = v[i];",
+        "tsan",
+        RACE,
+    ),
+    Mutation("statistics_count_early", "state.cu", "barrier();  // all have read\n", "", "tsan", RACE),
+    Mutation("bare_barrier", "reduce.cuh", BARRIER, "__syncthreads();", says="refused"),
+    Mutation(
+        "barrier_for_some",
+        "reduce.cuh",
+        BARRIER + "v = scratch[0];",
+        "if (lane() == 0) barrier(); v = scratch[0];",
+        says="divergence|returned|deadlock",
+    ),
+    Mutation(
+        "returns_before_a_barrier",
+        "channels_last.cuh",
+        "A mean[V], m2[V];",
+        "if (!columns.active) return; A mean[V], m2[V];",
+        says="returned",
+    ),
+    # Clusters.
+    Mutation(
+        "cluster_ends_early",
+        "channels_first_resident.cuh",
+        "cluster_barrier();  // no block ends while another reads its slot",
+        "",
+        says="cluster_peer",
+    ),
+    Mutation(
+        "cluster_reads_early",
+        "channels_first_resident.cuh",
+        "*slot = own; cluster_barrier();",
+        "*slot = own;",
+        "tsan",
+        RACE,
+    ),
+    Mutation("cluster_reads_itself", "channels_first_resident.cuh", "*cluster_peer(slot, i)", "*slot"),
+    # Writers.
+    Mutation("two_blocks_write", "channels_first.cuh", "team.leads() && chunk == 0", "team.leads()", "tsan", RACE),
+    Mutation("all_threads_write", "channels_first_resident.cuh", "if (threadIdx.x == 0) *slot", "*slot", "tsan", RACE),
+    # Sums.
+    Mutation("half_a_warp", "reduce.cuh", "int mask = kWarp / 2;", "int mask = kWarp / 4;"),
+    Mutation(
+        "merge_without_count", "reduce.cuh", "return part.count * (part.mean - pivot);", "return part.mean - pivot;"
+    ),
+    Mutation(
+        "not_zeroed", "channels_first.cuh", "static_cast<A>(chunks.rows); sum = 0;", "static_cast<A>(chunks.rows);"
+    ),
+    Mutation(
+        "swapped_index",
+        "channels_first.cuh",
+        "q.partials[chunk * q.shape.C + team.c] = moments;",
+        "q.partials[team.c * q.chunks.count + chunk] = moments;",
+    ),
+    # Rows and tails.
+    Mutation("statistics_tail", "channels_first.cuh", "< tile.left) merge_value", "<= tile.left) merge_value"),
+    Mutation("row_tail", "rows.cuh", "i < tile.left);", "i <= tile.left);", "asan", OVERFLOW),
+    Mutation("wrong_row", "rows.cuh", "i < tile.left);", "i <= tile.left);"),
+    Mutation("sample_ends_in_tile", "rows.cuh", "left >= kTile && s + kTile <= samples.length", "left >= kTile"),
+    Mutation(
+        "chunk_ends_in_tile",
+        "rows.cuh",
+        "left >= kTile && s + kTile <= samples.length",
+        "s + kTile <= samples.length",
+        "asan",
+        OVERFLOW,
+    ),
+    Mutation(
+        "next_sample", "rows.cuh", "next.first += samples.stride - samples.length;", "", says="differ|exit code -11"
+    ),
+    Mutation("last_tile", "rows.cuh", "(tiles - warp + warps - 1) / warps", "(tiles - warp) / warps"),
+    Mutation("reciprocal", "rows.cuh", "(int64_t{1} << 32) + S - 1) / S", "(int64_t{1} << 32)) / S"),
+    Mutation("row_too_far", "channels_last.cuh", "row + i < end ? load", "row + i <= end ? load", "asan", OVERFLOW),
+    Mutation("group_too_few", "channels_last.cuh", "+ kRows - 1) / kRows;", ") / kRows;"),
+    # Packs and memory.
+    Mutation("misaligned", "backend.cuh", "% 16 != 0", "% 4 != 0", says="no multiple of that"),
+    Mutation(
+        "odd_samples_in_packs",
+        "backend.cuh",
+        "(shape.channels_last ? shape.C : shape.S) % kVector<T> == 0",
+        "true",
+        says="no multiple",
+    ),
+    Mutation(
+        "small_workspace",
+        "backend.cuh",
+        "context.workspace(sizeof(Pair<A>) *",
+        "context.workspace(sizeof(A) *",
+        "asan",
+        OVERFLOW,
+    ),
+    Mutation("small_shelf", "channels_first_resident.cuh", "(tensors > 1 ? 1 : 0)", "0", says="beyond its end"),
+    Mutation(
+        "shelves_overlap",
+        "channels_first_resident.cuh",
+        "kResidentScratch + 2 * fragments",
+        "kResidentScratch + fragments",
+    ),
+    Mutation("mask_too_far", "rows.cuh", "return own < rows ?", "return own <= rows + 8 ?", "asan", OVERFLOW),
+    # Noise.
+    Mutation(
+        "wrong_lane", "rows.cuh", "shuffle(byte, i / math::kRowsPerCall)", "shuffle(byte, i % math::kRowsPerCall)"
+    ),
+    Mutation("same_draws", "rows.cuh", "/ math::kRowsPerCall + lane();", "/ math::kRowsPerCall;"),
+    Mutation(
+        "shuffle_for_some",
+        "rows.cuh",
+        "uint32_t bits = 0;",
+        "uint32_t bits = 0; if (tile.left <= 8 * lane()) return bits;",
+        says="returned|deadlock|divergence",
+    ),
+)

@@ -1,0 +1,66 @@
+// The CUDA execution model on one CPU thread: a fiber per CUDA thread, and the places where fibers meet. What it keeps
+// and what it cannot see is in README.md. device.cuh puts the names of csrc/cuda/device.cuh on top of this.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <set>
+#include <string>
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace fusednorm::cuda::host {
+
+// ---- what a kernel asks for -----------------------------------------------------------------------------------------
+struct Position {
+  dim3 thread, block, block_size, grid_size;
+};
+extern const Position* here;  // of the running fiber
+
+struct Site {  // a line of a kernel, for reports and to tell one barrier from another
+  const char* file;
+  int line;
+};
+
+void block_barrier(Site site);
+void cluster_barrier(Site site);
+// Gives `mine` to the warp and takes what lane `source` gave. Orders no memory, as on a GPU.
+void exchange(const char* what, const void* mine, void* theirs, size_t bytes, int source, Site site);
+int lane();
+unsigned char* shared(size_t offset, Site site);
+unsigned cluster_rank();
+const void* cluster_peer(const void* p, unsigned rank, Site site);
+void check_alignment(const void* p, size_t alignment, Site site);
+
+// Names the kernel, the block and the thread, and ends the process.
+[[noreturn]] void report(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
+constexpr int kReported = 3;  // its exit code
+
+// ---- launches -------------------------------------------------------------------------------------------------------
+struct Grid {
+  dim3 grid, block;
+  size_t shared;
+  unsigned cluster;  // blocks along grid.y
+};
+// Runs body(arguments) on every thread of the grid, to the end.
+void run(const char* kernel, const Grid& grid, void (*body)(const void*), const void* arguments);
+extern std::set<std::string> launched;  // the kernels that ran so far
+
+// ---- settings -------------------------------------------------------------------------------------------------------
+enum class Order { forward, reverse, random };
+struct Settings {
+  Order order = Order::forward;
+  uint64_t seed = 0;  // of a random order
+  int max_threads = 256;
+  int max_shared = 227 * 1024;
+  int max_cluster = 8;
+  int seconds = 60;  // processor time that a launch may take
+};
+extern Settings settings;
+void set_order(const char* name);  // "forward", "reverse" or "random:SEED"
+
+}  // namespace fusednorm::cuda::host
