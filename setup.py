@@ -147,6 +147,8 @@ class BuildLibraries(build_ext):
         builder = Builder(self.distribution)
         vars(builder).update(vars(self))  # what the command line and pip have set
         builder.force = True  # ninja knows what is out of date
+        # That of another build, copied with the sources: it would vouch for a library that was never finished.
+        Path(self.build_lib, "fusednorm", "_built_for.py").unlink(missing_ok=True)
         builder.run()
         record = f'TORCH = "{torch.__version__}"\nPYTHON = "{sys.implementation.cache_tag}"\n'
         for root in [self.build_lib] + ["."] * self.inplace:

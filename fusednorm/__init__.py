@@ -10,8 +10,20 @@ except ImportError:
     if not _library.reporting():  # `python -m fusednorm` reports it itself
         raise
 else:
-    from . import functional, reference
+    from . import analysis, functional, recalibration, reference
     from .functional import noise
     from .modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedBatchNorm3d
+    from .recalibration import recalibrate, restore_running_var
 
-    __all__ = ["FusedBatchNorm1d", "FusedBatchNorm2d", "FusedBatchNorm3d", "functional", "noise", "reference"]
+    __all__ = [
+        "FusedBatchNorm1d",
+        "FusedBatchNorm2d",
+        "FusedBatchNorm3d",
+        "analysis",
+        "functional",
+        "noise",
+        "recalibrate",
+        "recalibration",
+        "reference",
+        "restore_running_var",
+    ]

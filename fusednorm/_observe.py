@@ -1,0 +1,155 @@
+"""Runs a model over batches and watches what its BatchNorm layers normalise; then puts everything back.
+
+What `analysis.measure_variance_shift` and `recalibration.recalibrate` share. Noise is switched by the flag that every
+kind of noise obeys, a module's own or that of a function called inside a forward: `training`. No list of noise classes
+has to be complete. A BatchNorm gets its flag apart from the rest.
+"""
+
+import contextlib
+import sys
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def batch_norms(model):
+    """{name: layer} of every BatchNorm in `model` that has running statistics, the fused ones among them.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: a lazy layer that does not know its size yet, or a SyncBatchNorm in a group of several processes.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+    }
+    for name, layer in layers.items():
+        if nn.parameter.is_lazy(layer.running_mean):
+            raise ValueError(f"model: {name or 'the layer'} is lazy; run the model once before")
+        if isinstance(layer, nn.SyncBatchNorm) and torch.distributed.is_available():
+            group = torch.distributed
+            if group.is_initialized() and group.get_world_size(layer.process_group) > 1:
+                raise ValueError(f"model: {name or 'the layer'} is a SyncBatchNorm of several processes; use one")
+    return layers
+
+
+class Moments:
+    """Count, mean and sum of squared deviations per channel, in float64, merged batch by batch (Chan et al. 1983).
+
+    The result does not depend on how the values are split into batches, up to the rounding of float64.
+    """
+
+    def __init__(self):
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def add(self, x):
+        """x: (N, C, ...), any floating dtype."""
+        count = x.numel() // max(x.size(1), 1)
+        if count == 0:
+            return
+        var, mean = torch.var_mean(x.detach().double(), [0, *range(2, x.dim())], correction=0)
+        total = self.count + count
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.squares = self.squares + var * count + delta.square() * (self.count * count / total)
+        self.count = total
+
+    def var(self):
+        """(C,) the unbiased variance, as torch keeps it in `running_var`."""
+        return self.squares / (self.count - 1)
+
+
+def quotient(new, old):
+    """new / old, and 1 where both are zero: nothing varies there, so nothing has shifted."""
+    return torch.where((new == 0) & (old == 0), 1.0, new / old)
+
+
+def normalised(layer, x):
+    """What `layer` takes its statistics of: x after the stages that a fused layer's order puts before the norm.
+
+    Noise there is drawn anew: the same distribution as in the layer, not the same numbers.
+    """
+    order = getattr(layer, "order", None)
+    stages = order.split("-") if isinstance(order, str) else []
+    for stage in stages[: stages.index("norm")] if "norm" in stages else []:
+        child = getattr(layer, stage)
+        if child is not None:
+            x = child(x.clone() if getattr(child, "inplace", False) else x)
+    return x
+
+
+@contextlib.contextmanager
+def borrowed(model, layers, watch):
+    """Calls `watch(layer, values)` with what each of `layers` normalises; no gradients, and all flags come back.
+
+    Meanwhile no layer updates its running statistics. Hooks do not reach into compiled code, so that runs uncompiled.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    tracking = [(layer, layer.track_running_stats) for layer in batch_norms(model).values()]
+    handles = []
+
+    def hook(layer, args, kwargs):
+        watch(layer, normalised(layer, args[0] if args else kwargs["input"]))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and its import takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for layer, _ in tracking:
+                layer.track_running_stats = False
+            for layer in layers:
+                handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer, track in tracking:
+                layer.track_running_stats = track
+            set_flags(flags)
+
+
+def set_flags(flags):
+    # Not train() and eval(): people override those to keep layers frozen, or to merge weights.
+    for module, training in flags:
+        module.training = training
+
+
+def check_batches(batches):
+    if isinstance(batches, torch.Tensor) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(f"batches: expected an iterable of batches, but got {type(batches).__name__}; one batch is [x]")
+
+
+def forward_of(model, forward, device):
+    """The function of a batch that runs the model: `forward` if given, else the model on the batch's first element."""
+    if forward is not None:
+        return forward
+
+    def call(batch):
+        if isinstance(batch, (list, tuple)):
+            batch = batch[0]
+        return model(batch if device is None else batch.to(device))
+
+    return call
+
+
+def shown(batches, description, progress):
+    """`batches` with a progress bar on standard error, by rich or tqdm; without one where neither is installed."""
+    if not progress:
+        return batches
+    with contextlib.suppress(ImportError):
+        from rich.console import Console
+        from rich.progress import track
+
+        console = Console(stderr=True)
+        visible = console.is_terminal or console.is_jupyter
+        return track(batches, description, console=console, transient=True, disable=not visible)
+    with contextlib.suppress(ImportError):
+        from tqdm.auto import tqdm
+
+        return tqdm(batches, desc=description, leave=False, disable=None)
+    return batches
