@@ -9,6 +9,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -19,17 +20,16 @@
 namespace fusednorm {
 namespace {
 
-constexpr std::string_view kOrder = "norm-act-drop";
-
 // ---- the chain ----------------------------------------------------------------------------------------------------
 struct ActivationInfo {
   std::string_view name;
   size_t parameters;
-  bool one_bit;
+  bool one_bit, has_weight;
 };
 template <class... Activations>
 std::vector<ActivationInfo> list_activations(math::List<Activations...>) {
-  return {{Activations::name, static_cast<size_t>(Activations::parameters), Activations::one_bit}...};
+  return {{Activations::name, static_cast<size_t>(Activations::parameters), Activations::one_bit,
+           std::is_same_v<Activations, math::Prelu>}...};
 }
 const std::vector<ActivationInfo>& activations() {
   static const std::vector<ActivationInfo> list = list_activations(math::Activations{});
@@ -42,29 +42,41 @@ std::string activation_names() {
   return names;
 }
 
+// p is the strength in the noise's own unit: probability of dropping, half width, variance.
 void set_noise(Chain& chain, std::string_view kind, double p, std::string_view granularity) {
-  TORCH_CHECK_VALUE(kind == "bernoulli", "noise: expected 'bernoulli', but got '", kind, "'");
-  TORCH_CHECK_VALUE(granularity == "element" || granularity == "channel",
-                    "granularity: expected 'element' or 'channel', but got '", granularity, "'");
-  TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ", p);
-  chain.threshold = math::keep_threshold(p);
-  if (p == 0) {
-    chain.noise = Noise::none;
-    chain.multiplier = 1;
-  } else if (p == 1) {
-    chain.noise = Noise::all_dropped;
-    chain.multiplier = 0;
+  if (granularity == "element") {
+    chain.granularity = Granularity::element;
+  } else if (granularity == "channel") {
+    chain.granularity = Granularity::channel;
   } else {
-    chain.noise = granularity == "element" ? Noise::element : Noise::channel;
-    chain.multiplier = math::keep_scale(chain.threshold);
+    TORCH_CHECK_VALUE(granularity == "sample", "granularity: expected 'element', 'channel' or 'sample', but got '",
+                      granularity, "'");
+    chain.granularity = Granularity::sample;
+  }
+  chain.noise = Noise::constant;
+  chain.multiplier = 1;
+  if (kind == "bernoulli") {
+    TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ", p);
+    chain.threshold = math::keep_threshold(p);
+    if (p > 0 && p < 1) {
+      chain.noise = Noise::bernoulli;
+      chain.multiplier = math::keep_scale(chain.threshold);
+    } else if (p == 1) {
+      chain.multiplier = 0;
+    }
+  } else if (kind == "uniform") {
+    TORCH_CHECK_VALUE(p >= 0 && p <= 1, "beta: expected a number between 0 and 1, but got ", p);
+    if (p > 0) chain.noise = Noise::uniform;
+    chain.strength = static_cast<float>(p);
+  } else {
+    TORCH_CHECK_VALUE(kind == "gaussian", "noise: expected 'bernoulli', 'uniform' or 'gaussian', but got '", kind, "'");
+    TORCH_CHECK_VALUE(p >= 0 && std::isfinite(p), "alpha: expected a number of 0 or more, but got ", p);
+    if (p > 0) chain.noise = Noise::gaussian;
+    chain.strength = static_cast<float>(std::sqrt(p));
   }
 }
 
-Chain make_chain(const Settings& s, const OptionalTensor& residual) {
-  Chain chain{};
-  TORCH_CHECK_VALUE(s.order == kOrder, "order: expected '", kOrder, "', but got '", s.order, "'");
-  TORCH_CHECK_VALUE(!residual.has_value(), "residual: expected None for order '", kOrder, "'");
-  TORCH_CHECK_VALUE(s.groups == 1, "groups: expected 1, but got ", s.groups);
+void set_activation(Chain& chain, const Settings& s, const OptionalTensor& weight) {
   chain.activation = -1;
   for (size_t i = 0; i < activations().size(); ++i) {
     if (activations()[i].name == s.act) chain.activation = static_cast<int>(i);
@@ -75,11 +87,52 @@ Chain make_chain(const Settings& s, const OptionalTensor& residual) {
                     info.name, "', but got ", s.act_params.size());
   for (size_t i = 0; i < s.act_params.size(); ++i) chain.parameters[i] = s.act_params[i];
   chain.one_bit = info.one_bit;
-  set_noise(chain, s.noise, s.p, s.granularity);
-  return chain;
+  chain.has_weight = info.has_weight;
+  TORCH_CHECK_VALUE(weight.has_value() == info.has_weight, "act_weight: expected ",
+                    info.has_weight ? "a tensor" : "None", " for '", info.name, "'");
 }
 
-bool is_live(Noise noise) { return noise == Noise::element || noise == Noise::channel; }
+// Places the stages of `order` that do something.
+void set_stages(Chain& chain, std::string_view order) {
+  const bool live[] = {false, true, chain.activation != 0, chain.noise != Noise::constant || chain.multiplier != 1};
+  bool seen[4] = {}, normed = false;
+  int before = 0, after = 0;
+  for (size_t begin = 0; begin <= order.size();) {
+    const size_t end = std::min(order.find('-', begin), order.size());
+    const std::string_view name = order.substr(begin, end - begin);
+    begin = end + 1;
+    if (name == "norm" && !normed) {
+      normed = true;
+      continue;
+    }
+    const Stage stage = name == "act"    ? Stage::act
+                        : name == "drop" ? Stage::drop
+                        : name == "add"  ? Stage::add
+                                         : Stage::none;
+    const int i = static_cast<int>(stage);
+    TORCH_CHECK_VALUE(
+        stage != Stage::none && !seen[i] && (stage != Stage::add || normed),
+        "order: expected 'norm' and, at most once each, 'act', 'drop' and behind it 'add', joined by '-', "
+        "but got '",
+        order, "'");
+    seen[i] = true;
+    if (live[i]) (normed ? chain.after[after++] : chain.before[before++]) = stage;
+  }
+  TORCH_CHECK_VALUE(normed, "order: expected 'norm' in it, but got '", order, "'");
+}
+
+Chain make_chain(const Settings& s, const OptionalTensor& act_weight) {
+  Chain chain{};
+  set_noise(chain, s.noise, s.p, s.granularity);
+  set_activation(chain, s, act_weight);
+  set_stages(chain, s.order);
+  if (chain.after_at(Stage::drop) < 0 && !chain.before_has(Stage::drop)) {  // not in the order
+    chain.noise = Noise::constant;
+    chain.multiplier = 1;
+  }
+  TORCH_CHECK_VALUE(s.ghost_batch_size >= 0, "ghost_batch_size: expected 0 or more, but got ", s.ghost_batch_size);
+  return chain;
+}
 
 // ---- layouts ------------------------------------------------------------------------------------------------------
 // Strides are those of (N, spatial..., C), C innermost; dimensions of size 1 have no say.
@@ -125,7 +178,7 @@ Tensor dense(const Tensor& x) {
 
 // CUDA kernels count the rows of a sample in 32 bits (elements in 64), unless samples follow one another.
 void check_shape(const Shape& s, const Chain& chain, const Tensor& x) {
-  const bool joined = s.channels_last || s.N == 1 || (s.C == 1 && chain.noise != Noise::channel);
+  const bool joined = s.channels_last || s.N == 1 || (s.C == 1 && chain.granularity == Granularity::element);
   TORCH_CHECK(!x.is_cuda() || joined || s.S < (int64_t{1} << 31),
               "input: expected samples of fewer than 2^31 values per channel, but got shape ", x.sizes());
 }
@@ -170,8 +223,8 @@ Tensor parameter(const char* name, const OptionalTensor& v, const Tensor& x) {
   return x.is_cuda() ? vector : in_opmath(vector, x);
 }
 
-Tensor check_seed(const OptionalTensor& seed, const Tensor& x, Noise noise) {
-  if (!is_live(noise)) return Tensor();
+Tensor check_seed(const OptionalTensor& seed, const Tensor& x, const Chain& chain) {
+  if (!chain.draws()) return Tensor();
   TORCH_CHECK_VALUE(seed.has_value() && seed->defined(), "seed: expected an int64 scalar tensor, but got None");
   TORCH_CHECK_VALUE(seed->scalar_type() == at::kLong && seed->numel() == 1,
                     "seed: expected an int64 scalar tensor, but got shape ", seed->sizes(), " of ",
@@ -203,42 +256,75 @@ bool worth_saving(const Shape& s, const Tensor& x) {
   return s.channels_last ? s.C % 32 == 0 || s.C >= 512 : piece_layout(s).length >= 512;
 }
 
+// The residual, or the activation's weight, made to fit x.
+Tensor check_residual(const OptionalTensor& residual, const Tensor& x, bool channels_last) {
+  TORCH_CHECK_VALUE(residual.has_value() && residual->defined(),
+                    "residual: expected a tensor for an order with 'add', but got None");
+  TORCH_CHECK_VALUE(residual->sizes() == x.sizes(), "residual: expected shape ", x.sizes(), ", but got ",
+                    residual->sizes());
+  TORCH_CHECK_VALUE(residual->scalar_type() == x.scalar_type() && residual->device() == x.device(),
+                    "residual: expected ", x.scalar_type(), " on ", x.device(), ", but got ", residual->scalar_type(),
+                    " on ", residual->device());
+  return to_layout(*residual, channels_last);
+}
+Tensor check_act_weight(const OptionalTensor& weight, const Tensor& x) {
+  if (!weight.has_value()) return Tensor();
+  return parameter("act_weight", weight->numel() == 1 ? weight->reshape({1}).expand({x.size(1)}) : *weight, x);
+}
+
+// Samples of a group of the batch, and groups.
+std::pair<int64_t, int64_t> ghosts(const Settings& s, int64_t N) {
+  if (!s.training || s.ghost_batch_size == 0 || s.ghost_batch_size >= N) return {std::max<int64_t>(N, 1), 1};
+  return {s.ghost_batch_size, (N + s.ghost_batch_size - 1) / s.ghost_batch_size};
+}
+
 }  // namespace
 
 Forward check_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                      const OptionalTensor& residual, const OptionalTensor& seed, const Settings& settings,
-                      bool save_mask) {
+                      const OptionalTensor& residual, const OptionalTensor& act_weight, const OptionalTensor& seed,
+                      const Settings& settings, bool eval_matched_stats, bool save_mask) {
   check_input("input", input);
   Forward q{};
-  q.chain = make_chain(settings, residual);
+  q.chain = make_chain(settings, act_weight);
   q.training = settings.training;
   q.eps = settings.eps;
   q.running_mean = parameter("running_mean", running_mean, input);  // torch's order of complaints
   q.running_var = parameter("running_var", running_var, input);
   q.weight = parameter("weight", weight, input);
   q.bias = parameter("bias", bias, input);
+  q.act_weight = check_act_weight(act_weight, input);
   TORCH_CHECK(q.training || (q.running_mean.defined() && q.running_var.defined()),
               "running_mean and running_var: expected tensors when training=False, but got None");
-  q.seed = check_seed(seed, input, q.chain.noise);
+  q.seed = check_seed(seed, input, q.chain);
 
   q.x = dense(input);
   q.y = at::empty_like(q.x);
   q.shape = shape_of(q.x, prefers_channels_last(q.x));
   check_shape(q.shape, q.chain, q.x);
-  const auto vector = q.x.options().dtype(opmath(q.x));
-  q.mean = at::empty({q.shape.C}, vector);
-  q.invstd = at::empty({q.shape.C}, vector);
-  q.var = at::empty({q.shape.C}, vector);
-  const bool saves = save_mask && q.chain.noise == Noise::element && worth_saving(q.shape, q.x);
+  const bool adds = q.chain.after_at(Stage::add) >= 0;
+  if (adds) q.residual = check_residual(residual, q.x, q.shape.channels_last);
+  TORCH_CHECK_VALUE(adds || !residual.has_value(), "residual: expected None for order '", settings.order, "'");
+  std::tie(q.ghost, q.groups) = ghosts(settings, q.shape.N);
+  const auto vectors = [&](bool wanted) {
+    const auto options = q.x.options().dtype(opmath(q.x));
+    if (!wanted) return at::empty({0}, options);
+    return q.groups == 1 ? at::empty({q.shape.C}, options) : at::empty({q.groups, q.shape.C}, options);
+  };
+  q.mean = vectors(true);
+  q.invstd = vectors(true);
+  q.stat_var = vectors(true);
+  q.stat_mean = vectors(eval_matched_stats && q.training && q.chain.before_has(Stage::drop));
+  const bool saves =
+      save_mask && q.groups == 1 && (q.chain.saves_pass() || q.chain.saves_keep()) && worth_saving(q.shape, q.x);
   q.mask = at::empty(saves ? mask_size(q.shape, q.x) : std::vector<int64_t>{0}, q.x.options().dtype(mask_dtype(q.x)));
   return q;
 }
 
 Backward check_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                        const OptionalTensor& bias, const OptionalTensor& residual, const Tensor& save_mean,
-                        const Tensor& save_invstd, const Tensor& mask, const OptionalTensor& seed,
-                        const Settings& settings, std::array<bool, 4> output_mask) {
+                        const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& act_weight,
+                        const Tensor& save_mean, const Tensor& save_invstd, const Tensor& mask,
+                        const OptionalTensor& seed, const Settings& settings, std::array<bool, 5> output_mask) {
   check_input("input", input);
   TORCH_CHECK(grad_output.sizes() == input.sizes(), "grad_output: expected shape ", input.sizes(), ", but got ",
               grad_output.sizes());
@@ -247,13 +333,22 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
   TORCH_CHECK(grad_output.device() == input.device(), "grad_output: expected a tensor on ", input.device(),
               ", but got one on ", grad_output.device());
   Backward q{};
-  q.chain = make_chain(settings, residual);
+  q.chain = make_chain(settings, act_weight);
   q.training = settings.training;
   q.weight = parameter("weight", weight, input);
   q.bias = parameter("bias", bias, input);
-  q.mean = in_opmath(channel_vector("save_mean", save_mean, input), input);
-  q.invstd = in_opmath(channel_vector("save_invstd", save_invstd, input), input);
-  q.seed = check_seed(seed, input, q.chain.noise);
+  q.act_weight = check_act_weight(act_weight, input);
+  std::tie(q.ghost, q.groups) = ghosts(settings, input.size(0));
+  const auto statistics = [&](const char* name, const Tensor& v) {
+    if (q.groups == 1) return in_opmath(channel_vector(name, v, input), input);
+    TORCH_CHECK(v.device() == input.device() && v.dim() == 2 && v.size(0) == q.groups && v.size(1) == input.size(1),
+                name, ": expected shape [", q.groups, ", ", input.size(1), "] on ", input.device(), ", but got ",
+                v.sizes(), " on ", v.device());
+    return in_opmath(v.contiguous(), input);
+  };
+  q.mean = statistics("save_mean", save_mean);
+  q.invstd = statistics("save_invstd", save_invstd);
+  q.seed = check_seed(seed, input, q.chain);
 
   // A saved mask carries its own layout; x may come back in another one (save_on_cpu makes it contiguous).
   const bool masked = mask.numel() > 0;
@@ -261,40 +356,60 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
   q.shape = shape_of(q.x, masked ? mask.dim() == 3 : prefers_channels_last(q.x));
   check_shape(q.shape, q.chain, q.x);
   if (masked) {
-    TORCH_CHECK(q.chain.noise == Noise::element && mask.scalar_type() == mask_dtype(input) &&
-                    mask.device() == input.device() && mask.sizes() == at::IntArrayRef(mask_size(q.shape, input)),
+    TORCH_CHECK(q.groups == 1 && (q.chain.saves_pass() || q.chain.saves_keep()) &&
+                    mask.scalar_type() == mask_dtype(input) && mask.device() == input.device() &&
+                    mask.sizes() == at::IntArrayRef(mask_size(q.shape, input)),
                 "mask: expected what forward returned for this input, but got shape ", mask.sizes(), " of ",
                 mask.scalar_type(), " on ", mask.device());
     q.mask = mask.contiguous();
   }
+  const int act = q.chain.after_at(Stage::act), add = q.chain.after_at(Stage::add);
+  if (add >= 0 && act > add && !(masked && q.chain.saves_pass())) {
+    q.residual = check_residual(residual, q.x, q.shape.channels_last);
+  }
   q.grad_output = to_layout(grad_output, q.shape.channels_last);
-  q.need_grad_input = output_mask[0];
-  if (q.need_grad_input) q.grad_input = at::empty_like(q.x);
+  if (output_mask[0]) q.grad_input = at::empty_like(q.x);
+  if (output_mask[3] && add >= 0) q.grad_residual = at::empty_like(q.x);
+  const auto gradient = [&](at::ScalarType dtype) {
+    const auto options = q.x.options().dtype(dtype);
+    return q.x.numel() == 0 ? at::zeros({q.shape.C}, options) : at::empty({q.shape.C}, options);
+  };
   if (q.training || output_mask[1] || output_mask[2]) {
-    const auto gradient = [&](const Tensor& of) {
-      const auto options = q.x.options().dtype(of.defined() ? of.scalar_type() : opmath(q.x));
-      return q.x.numel() == 0 ? at::zeros({q.shape.C}, options) : at::empty({q.shape.C}, options);
-    };
-    q.grad_weight = gradient(q.weight);
-    q.grad_bias = gradient(q.bias);
+    q.grad_weight = gradient(q.weight.defined() ? q.weight.scalar_type() : opmath(q.x));
+    q.grad_bias = gradient(q.bias.defined() ? q.bias.scalar_type() : opmath(q.x));
+  }
+  if (output_mask[4] && q.chain.has_weight) {
+    q.grad_act_weight = gradient(act_weight->numel() == 1 ? opmath(q.x) : q.act_weight.scalar_type());
+    // An order without the activation leaves it alone.
+    if (act < 0 && !q.chain.before_has(Stage::act)) q.grad_act_weight.zero_();
   }
   return q;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_result(const Backward& q, const Tensor& input,
-                                                           const OptionalTensor& weight, const OptionalTensor& bias,
-                                                           std::array<bool, 4> output_mask) {
+BackwardResult backward_result(const Backward& q, const Tensor& input, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const OptionalTensor& act_weight,
+                               std::array<bool, 5> output_mask) {
   const auto none = [&] { return at::empty({0}, q.x.options()); };
   const auto vector = [&](const Tensor& grad, const OptionalTensor& parameter, bool wanted) {
     return wanted && parameter.has_value() && parameter->defined()
                ? grad.to(parameter->scalar_type()).view_as(*parameter)
                : none();
   };
-  return {output_mask[0] ? restore_strides(q.grad_input, input) : none(), vector(q.grad_weight, weight, output_mask[1]),
-          vector(q.grad_bias, bias, output_mask[2]), none()};
+  const auto elements = [&](const Tensor& grad) { return grad.defined() ? restore_strides(grad, input) : none(); };
+  const bool shared = q.grad_act_weight.defined() && act_weight->numel() == 1;  // by all channels
+  return {elements(q.grad_input), vector(q.grad_weight, weight, output_mask[1]),
+          vector(q.grad_bias, bias, output_mask[2]), elements(q.grad_residual),
+          vector(shared ? q.grad_act_weight.sum() : q.grad_act_weight, act_weight, q.grad_act_weight.defined())};
 }
 
 Tensor forward_result(const Forward& q, const Tensor& input) { return restore_strides(q.y, input); }
+
+namespace {
+void check_scalar_seed(const Tensor& seed) {
+  TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && seed.numel() == 1,
+                    "seed: expected an int64 scalar tensor, but got shape ", seed.sizes(), " of ", seed.scalar_type());
+}
+}  // namespace
 
 NoiseRequest check_noise(const Tensor& seed, at::IntArrayRef size, double p, std::string_view kind,
                          std::string_view granularity, at::ScalarType dtype) {
@@ -303,32 +418,50 @@ NoiseRequest check_noise(const Tensor& seed, at::IntArrayRef size, double p, std
   TORCH_CHECK_VALUE(size.size() >= 2, "size: expected (N, C, ...), but got ", size);
   for (int64_t n : size) TORCH_CHECK_VALUE(n >= 0, "size: expected no negative entry, but got ", size);
   TORCH_CHECK_VALUE(is_supported(dtype), "dtype: expected float32, float64, bfloat16 or float16, but got ", dtype);
-  TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && seed.numel() == 1,
-                    "seed: expected an int64 scalar tensor, but got shape ", seed.sizes(), " of ", seed.scalar_type());
+  check_scalar_seed(seed);
   std::vector<int64_t> own(size.begin(), size.end());
-  if (granularity == "channel") std::fill(own.begin() + 2, own.end(), 1);
-  q.m = at::empty(own, seed.options().dtype(dtype));
+  if (q.chain.granularity != Granularity::element) std::fill(own.begin() + 2, own.end(), 1);
+  if (q.chain.granularity == Granularity::sample) own[1] = std::min<int64_t>(own[1], 1);
+  q.y = at::empty(own, seed.options().dtype(dtype));
   int64_t spatial = 1;
   for (size_t d = 2; d < own.size(); ++d) spatial *= own[d];
   q.shape = {own[0], own[1], spatial, false};
-  if (q.chain.noise == Noise::channel) q.chain.noise = Noise::element;  // of a tensor whose S is 1: the same draws
+  q.chain.granularity = Granularity::element;  // of a tensor whose S, and perhaps C, is 1: the same draws
   return q;
 }
+
+NoiseRequest check_dropout(const Tensor& input, const Tensor& seed, double p, std::string_view kind,
+                           std::string_view granularity) {
+  check_input("input", input);
+  check_scalar_seed(seed);
+  TORCH_CHECK_VALUE(seed.device() == input.device(), "seed: expected a tensor on ", input.device(), ", but got one on ",
+                    seed.device());
+  NoiseRequest q{};
+  set_noise(q.chain, kind, p, granularity);
+  q.x = dense(input);
+  q.shape = shape_of(q.x, prefers_channels_last(q.x));
+  check_shape(q.shape, q.chain, q.x);
+  q.y = at::empty_like(q.x);
+  return q;
+}
+
+Tensor dropout_result(const NoiseRequest& q, const Tensor& input) { return restore_strides(q.y, input); }
 
 void check_update_stats(const Tensor& running_mean, const Tensor& running_var,
                         const OptionalTensor& num_batches_tracked, const Tensor& mean, const Tensor& var,
                         std::optional<double> momentum) {
-  const auto check = [&](const char* name, const Tensor& t) {
+  const int64_t groups = mean.dim() == 2 ? mean.size(0) : 1, C = groups ? mean.numel() / groups : 0;
+  const auto check = [&](const char* name, const Tensor& t, int64_t n) {
     TORCH_CHECK(is_supported(t.scalar_type()), name, ": expected float32, float64, bfloat16 or float16, but got ",
                 t.scalar_type());
-    TORCH_CHECK(t.numel() == mean.numel(), name, " should contain ", mean.numel(), " elements not ", t.numel());
+    TORCH_CHECK(t.numel() == n, name, " should contain ", n, " elements not ", t.numel());
     TORCH_CHECK(t.device() == mean.device(), name, ": expected a tensor on ", mean.device(), ", but got one on ",
                 t.device());
   };
-  check("running_mean", running_mean);
-  check("running_var", running_var);
-  check("mean", mean);
-  check("var", var);
+  check("running_mean", running_mean, C);
+  check("running_var", running_var, C);
+  check("mean", mean, groups * C);
+  check("var", var, groups * C);
   if (num_batches_tracked.has_value()) {
     TORCH_CHECK(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1 &&
                     num_batches_tracked->device() == mean.device(),
@@ -378,6 +511,9 @@ struct ForwardName {
 struct BackwardName {
   static constexpr const char* value = "fusednorm::backward";
 };
+struct DropoutName {
+  static constexpr const char* value = "fusednorm::dropout";
+};
 
 }  // namespace
 
@@ -385,25 +521,25 @@ TORCH_LIBRARY(fusednorm, m) {
   m.def("draw_seed(Tensor like) -> Tensor", {at::Tag::nondeterministic_seeded});
   m.def(
       "forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? "
-      "residual, "
-      "Tensor? seed, bool training, float eps, str order, str act, float[] act_params, str noise, float p, "
-      "str granularity, int groups, bool save_mask) "
-      "-> (Tensor output, Tensor save_mean, Tensor save_invstd, Tensor save_var, Tensor mask)");
+      "residual, Tensor? act_weight, Tensor? seed, bool training, float eps, str order, str act, float[] act_params, "
+      "str noise, float p, str granularity, int ghost_batch_size, bool eval_matched_stats, bool save_mask) "
+      "-> (Tensor output, Tensor save_mean, Tensor save_invstd, Tensor stat_var, Tensor stat_mean, Tensor mask)");
   m.def(
-      "backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor save_mean, "
-      "Tensor save_invstd, Tensor mask, Tensor? seed, bool training, float eps, str order, str act, float[] "
-      "act_params, "
-      "str noise, float p, str granularity, int groups, bool[4] output_mask) "
-      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+      "backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? act_weight, "
+      "Tensor save_mean, Tensor save_invstd, Tensor mask, Tensor? seed, bool training, float eps, str order, str act, "
+      "float[] act_params, str noise, float p, str granularity, int ghost_batch_size, bool[5] output_mask) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual, Tensor grad_act_weight)");
   m.def(
       "update_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor mean, "
-      "Tensor var, SymInt count, float? momentum) -> ()");
+      "Tensor var, SymInt count, SymInt last_count, float? momentum) -> ()");
   m.def("noise(Tensor seed, SymInt[] size, float p, str kind, str granularity, ScalarType dtype) -> Tensor");
+  m.def("dropout(Tensor input, Tensor seed, float p, str kind, str granularity) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(fusednorm, Autograd, m) {
   m.impl("forward", &NoDerivative<ForwardName, ForwardSignature>::call);
   m.impl("backward", &NoDerivative<BackwardName, BackwardSignature>::call);
+  m.impl("dropout", &NoDerivative<DropoutName, DropoutSignature>::call);
 }
 
 }  // namespace fusednorm

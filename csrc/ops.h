@@ -36,19 +36,25 @@ struct Settings {
   std::string_view noise;
   double p;
   std::string_view granularity;
-  int64_t groups;
+  int64_t ghost_batch_size;  // 0: the whole batch
 };
 
+// Statistics are those of `ghost` samples each (the last group may be smaller), so per-channel results come once for
+// each group: (G, C).
 struct Forward {
   Shape shape;
   Chain chain;
   bool training;
   double eps;
+  int64_t ghost, groups;             // samples of a group; ghost = N: one group
   Tensor x;                          // dense, in shape's layout
   Tensor y;                          // the result: of the input's shape, and x's memory layout
   Tensor weight, bias;               // (C,) or undefined; in opmath type on the CPU, of any type on CUDA
   Tensor running_mean, running_var;  // likewise; used when not training
-  Tensor mean, invstd, var;          // (C,) results, in opmath type
+  Tensor residual;                   // in x's layout, or undefined
+  Tensor act_weight;                 // as weight; that of PReLU
+  Tensor mean, invstd;               // (G, C) results, in opmath type
+  Tensor stat_var, stat_mean;        // likewise, what the running statistics learn; stat_mean empty: it is mean
   Tensor mask;                       // result: bits in the backend's layout, or empty
   Tensor seed;                       // int64 scalar, or undefined
 };
@@ -57,54 +63,74 @@ struct Backward {
   Shape shape;
   Chain chain;
   bool training;
-  Tensor x, grad_output, grad_input;  // dense, all in the same layout
-  Tensor weight, bias;                // as above
-  Tensor mean, invstd;
-  Tensor mask;  // bits in the backend's layout, or undefined: redraw
+  int64_t ghost, groups;
+  Tensor x, grad_output;             // dense, all in the same layout
+  Tensor grad_input, grad_residual;  // likewise, or undefined: not needed
+  Tensor residual;                   // likewise; undefined where the mask or the chain makes it superfluous
+  Tensor weight, bias, act_weight;   // as above
+  Tensor mean, invstd;               // (G, C)
+  Tensor mask;                       // bits in the backend's layout, or undefined: redraw
   Tensor seed;
-  Tensor grad_weight, grad_bias;  // (C,) results of the same types, always computed when training
-  bool need_grad_input;
+  Tensor grad_weight, grad_bias;  // (C,) results of the parameters' types, always computed when training
+  Tensor grad_act_weight;         // (C,) of the same type, or undefined: not needed
 };
 
 Forward check_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                      const OptionalTensor& residual, const OptionalTensor& seed, const Settings& settings,
-                      bool save_mask);
+                      const OptionalTensor& residual, const OptionalTensor& act_weight, const OptionalTensor& seed,
+                      const Settings& settings, bool eval_matched_stats, bool save_mask);
 
 Backward check_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                        const OptionalTensor& bias, const OptionalTensor& residual, const Tensor& save_mean,
-                        const Tensor& save_invstd, const Tensor& mask, const OptionalTensor& seed,
-                        const Settings& settings, std::array<bool, 4> output_mask);
+                        const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& act_weight,
+                        const Tensor& save_mean, const Tensor& save_invstd, const Tensor& mask,
+                        const OptionalTensor& seed, const Settings& settings, std::array<bool, 5> output_mask);
+
+// (output, save_mean, save_invstd, stat_var, stat_mean, mask) and the gradients of
+// (input, weight, bias, residual, act_weight).
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // What the operators return: strides as the input has them, gradients in the parameters' dtypes and shapes, an empty
 // tensor for a gradient that was not asked for.
 Tensor forward_result(const Forward& q, const Tensor& input);
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_result(const Backward& q, const Tensor& input,
-                                                           const OptionalTensor& weight, const OptionalTensor& bias,
-                                                           std::array<bool, 4> output_mask);
+BackwardResult backward_result(const Backward& q, const Tensor& input, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const OptionalTensor& act_weight,
+                               std::array<bool, 5> output_mask);
 
-// The C++ signatures of the two operators whose schemas are long.
-using ForwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, const OptionalTensor& residual, const OptionalTensor& seed, bool training,
-    double eps, std::string_view order, std::string_view act, at::ArrayRef<double> act_params, std::string_view noise,
-    double p, std::string_view granularity, int64_t groups, bool save_mask);
-using BackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
-    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, const Tensor& save_mean, const Tensor& save_invstd, const Tensor& mask,
-    const OptionalTensor& seed, bool training, double eps, std::string_view order, std::string_view act,
-    at::ArrayRef<double> act_params, std::string_view noise, double p, std::string_view granularity, int64_t groups,
-    std::array<bool, 4> output_mask);
+// The C++ signatures of the operators that have no derivative of their own.
+using ForwardSignature = ForwardResult(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                       const OptionalTensor& residual, const OptionalTensor& act_weight,
+                                       const OptionalTensor& seed, bool training, double eps, std::string_view order,
+                                       std::string_view act, at::ArrayRef<double> act_params, std::string_view noise,
+                                       double p, std::string_view granularity, int64_t ghost_batch_size,
+                                       bool eval_matched_stats, bool save_mask);
+using BackwardSignature = BackwardResult(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                         const OptionalTensor& bias, const OptionalTensor& residual,
+                                         const OptionalTensor& act_weight, const Tensor& save_mean,
+                                         const Tensor& save_invstd, const Tensor& mask, const OptionalTensor& seed,
+                                         bool training, double eps, std::string_view order, std::string_view act,
+                                         at::ArrayRef<double> act_params, std::string_view noise, double p,
+                                         std::string_view granularity, int64_t ghost_batch_size,
+                                         std::array<bool, 5> output_mask);
 
-// Noise for a tensor of `size`: the shape of m before it is broadcast, and how to draw it.
+using DropoutSignature = Tensor(const Tensor& input, const Tensor& seed, double p, std::string_view kind,
+                                std::string_view granularity);
+
+// x * m, or m itself where there is no x.
 struct NoiseRequest {
   Shape shape;
   Chain chain;
-  Tensor m;  // the result, contiguous
+  Tensor x;  // dense, in the shape's layout; or undefined
+  Tensor y;  // the result, likewise; m before it is broadcast is contiguous
 };
 NoiseRequest check_noise(const Tensor& seed, at::IntArrayRef size, double p, std::string_view kind,
                          std::string_view granularity, at::ScalarType dtype);
+NoiseRequest check_dropout(const Tensor& input, const Tensor& seed, double p, std::string_view kind,
+                           std::string_view granularity);
+Tensor dropout_result(const NoiseRequest& q, const Tensor& input);
 
+// mean, var: (G, C) or (C,), of groups that hold `count` values per channel each, but for the last.
 void check_update_stats(const Tensor& running_mean, const Tensor& running_var,
                         const OptionalTensor& num_batches_tracked, const Tensor& mean, const Tensor& var,
                         std::optional<double> momentum);

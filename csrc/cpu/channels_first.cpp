@@ -70,7 +70,8 @@ class Channels {
   // The tile's keep bits, or null where everything is treated alike. The buffer holds kTile / 32 + 1 words.
   const uint32_t* draw(int64_t c, int64_t tile, uint32_t* buffer) const {
     const int64_t first = first_row(tile), n = rows(tile);
-    if (chain_.noise == Noise::element) {
+    if (!chain_.draws()) return nullptr;
+    if (chain_.granularity == Granularity::element) {
       const int64_t shift = first % math::kRowsPerCall, words = words_of(n + shift);
       keep_run(c, first / math::kRowsPerCall, buffer, words);
       if (shift) {  // a piece may begin inside a group of rows
@@ -79,7 +80,6 @@ class Channels {
       }
       return buffer;
     }
-    if (chain_.noise != Noise::channel) return nullptr;
     std::fill_n(buffer, words_of(n), 0u);
     int64_t drawn = -1;
     uint32_t bits = 0;  // of 32 consecutive n

@@ -61,12 +61,12 @@ class Matrix {
       kernels().keep_columns(seed_.low, seed_.high, static_cast<uint32_t>(t.column), group, chain_.threshold, to, ld,
                              ld);
     };
-    if (chain_.noise == Noise::element) {
+    if (!chain_.draws()) return nullptr;
+    if (chain_.granularity == Granularity::element) {
       for (int64_t i = 0; i < t.rows; i += math::kRowsPerCall)
         groups((t.row + i) / math::kRowsPerCall, buffer + i * ld);
       return buffer;
     }
-    if (chain_.noise != Noise::channel) return nullptr;
     uint32_t drawn[math::kRowsPerCall * kBlockColumns / 32];
     int64_t group = -1;
     for (int64_t i = 0; i < t.rows; ++i) {

@@ -61,7 +61,7 @@ void run_forward(const fusednorm::Forward& q) {
     using A = opmath_t<T>;
     const ForwardPointers<T> p{
         data<T>(q.x),           data<T>(q.y),    data<A>(q.weight), data<A>(q.bias), data<A>(q.running_mean),
-        data<A>(q.running_var), data<A>(q.mean), data<A>(q.invstd), data<A>(q.var),  data<uint32_t>(q.mask)};
+        data<A>(q.running_var), data<A>(q.mean), data<A>(q.invstd), data<A>(q.stat_var),  data<uint32_t>(q.mask)};
     q.shape.channels_last ? forward_channels_last<T>(call, p) : forward_channels_first<T>(call, p);
   });
 }
@@ -80,38 +80,44 @@ void run_backward(const fusednorm::Backward& q) {
 
 void run_noise(const NoiseRequest& q, const Tensor& seed) {
   const Call call{q.shape, q.chain, read_seed(seed), true, 0};
-  for_dtype(q.m.scalar_type(), [&](auto zero) {
+  for_dtype(q.y.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    noise<T>(call, data<T>(q.m));
+    noise<T>(call, data<T>(q.y));
   });
 }
 
 // torch's running statistics: an exponential average (or the plain one, momentum = None) with the unbiased variance.
 void update_stats_(Tensor& running_mean, Tensor& running_var, const std::optional<Tensor>& num_batches_tracked,
-                   const Tensor& mean, const Tensor& var, int64_t count, std::optional<double> momentum) {
+                   const Tensor& mean, const Tensor& var, int64_t count, int64_t last_count,
+                   std::optional<double> momentum) {
   check_update_stats(running_mean, running_var, num_batches_tracked, mean, var, momentum);
-  double factor = momentum.value_or(0);
-  if (num_batches_tracked.has_value()) {
-    num_batches_tracked->add_(1);
-    if (!momentum.has_value()) factor = 1.0 / static_cast<double>(num_batches_tracked->item<int64_t>());
-  }
-  if (count == 0) return;
-  const double unbiased = count > 1 ? static_cast<double>(count) / static_cast<double>(count - 1) : 1.0;
-  const auto blend = [&](Tensor& running, const Tensor& batch, double scale) {
-    const int64_t n = running.numel();
-    if (running.scalar_type() == at::kFloat && batch.scalar_type() == at::kFloat && running.is_contiguous() &&
-        batch.is_contiguous()) {
-      float* r = data<float>(running);
-      const float* b = data<float>(batch);
-      for (int64_t i = 0; i < n; ++i) r[i] = static_cast<float>((1 - factor) * r[i] + factor * (scale * b[i]));
-      running.unsafeGetTensorImpl()->bump_version();  // written behind autograd's back
-    } else {
-      running.copy_(
-          running.to(at::kDouble).mul_(1 - factor).add_(batch.to(at::kDouble).view_as(running), factor * scale));
+  const int64_t groups = mean.dim() == 2 ? mean.size(0) : 1;
+  for (int64_t group = 0; group < groups; ++group) {
+    double factor = momentum.value_or(0);
+    if (num_batches_tracked.has_value()) {
+      num_batches_tracked->add_(1);
+      if (!momentum.has_value()) factor = 1.0 / static_cast<double>(num_batches_tracked->item<int64_t>());
     }
-  };
-  blend(running_mean, mean, 1.0);
-  blend(running_var, var, unbiased);
+    const int64_t values = group + 1 < groups ? count : last_count;
+    if (values == 0) continue;
+    const double unbiased = values > 1 ? static_cast<double>(values) / static_cast<double>(values - 1) : 1.0;
+    const auto blend = [&](Tensor& running, const Tensor& batches, double scale) {
+      const Tensor batch = groups == 1 ? batches : batches.select(0, group);
+      const int64_t n = running.numel();
+      if (running.scalar_type() == at::kFloat && batch.scalar_type() == at::kFloat && running.is_contiguous() &&
+          batch.is_contiguous()) {
+        float* r = data<float>(running);
+        const float* b = data<float>(batch);
+        for (int64_t i = 0; i < n; ++i) r[i] = static_cast<float>((1 - factor) * r[i] + factor * (scale * b[i]));
+        running.unsafeGetTensorImpl()->bump_version();  // written behind autograd's back
+      } else {
+        running.copy_(
+            running.to(at::kDouble).mul_(1 - factor).add_(batch.to(at::kDouble).view_as(running), factor * scale));
+      }
+    };
+    blend(running_mean, mean, 1.0);
+    blend(running_var, var, unbiased);
+  }
 }
 
 }  // namespace

@@ -289,6 +289,29 @@ FN_INLINE Vec<A> copy_sign(Vec<A> magnitude, Vec<A> sign_of) {
 FN_INLINE Vec<float> power_of_two(Vec<float> t) {
   return Vec<float>((Vec<float>::Raw)(((Vec<float>::Ints)t.raw << 23) + 0x3f800000));
 }
+FN_INLINE Vec<float> split_exponent(Vec<float> x, Vec<float>& e) {
+  const Vec<float>::Ints bits = (Vec<float>::Ints)x.raw;
+  e = Vec<float>(__builtin_convertvector((bits >> 23) - 127, Vec<float>::Raw));
+  return Vec<float>((Vec<float>::Raw)((bits & 0x7fffff) | 0x3f800000));
+}
+FN_INLINE Vec<float> sqrt(Vec<float> a) {
+#if FN_VECTOR_BYTES == 64
+  return Vec<float>(_mm512_sqrt_ps(a.raw));
+#elif FN_VECTOR_BYTES == 32
+  return Vec<float>(_mm256_sqrt_ps(a.raw));
+#else
+  for (int i = 0; i < Vec<float>::width; ++i) a.raw[i] = ::sqrtf(a.raw[i]);
+  return a;
+#endif
+}
+FN_INLINE Vec<float> exact_fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if FN_VECTOR_BYTES >= 32
+  return fma(a, b, c);
+#else
+  for (int i = 0; i < Vec<float>::width; ++i) a.raw[i] = ::fmaf(a.raw[i], b.raw[i], c.raw[i]);
+  return a;
+#endif
+}
 template <class F>
 FN_INLINE Vec<double> map(Vec<double> a, F f) {
   for (int i = 0; i < Vec<double>::width; ++i) a.raw[i] = f(a.raw[i]);

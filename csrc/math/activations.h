@@ -69,6 +69,17 @@ struct LeakyRelu {  // a: negative_slope
   }
 };
 
+// a: the weight, one for all channels or one for each; a tensor, and so not among the parameters that are numbers.
+struct Prelu : LeakyRelu {
+  static constexpr const char* name = "prelu";
+  static constexpr int parameters = 0;
+  // The derivative with respect to the weight, times g.
+  template <class V>
+  static FN_INLINE V weight_gradient(V z, V g) {
+    return select(less(V(0.0f), z), V(0.0f), g * z);
+  }
+};
+
 struct Elu {  // a: alpha
   static constexpr const char* name = "elu";
   static constexpr int parameters = 1;
@@ -259,7 +270,7 @@ struct Softplus {  // a: beta, b: threshold
 template <class...>
 struct List {};
 using Activations = List<Identity, Relu, LeakyRelu, Elu, Gelu, GeluTanh, Silu, Tanh, Sigmoid, Hardtanh, Relu6,
-                         Hardswish, Mish, Softplus>;
+                         Hardswish, Mish, Softplus, Prelu>;
 
 }  // namespace
 }  // namespace fusednorm::math

@@ -1,4 +1,5 @@
-// Elementary functions over lanes: exp, expm1, log1p, tanh, sigmoid and the normal distribution.
+// Elementary functions over lanes: exp, expm1, log1p, tanh, sigmoid, the normal distribution, and for normal draws log,
+// sin and cos.
 //
 // float: own polynomials (minimax fits on the stated intervals), the same bits for every vector width, within 3 units
 // in the last place of the result (normal_cdf: of 1). double: libm lane by lane.
@@ -75,6 +76,35 @@ FN_INLINE V log1p_unit(V u) {
     q = fma(q, s, V(0x1.555558p-2f));
     return V(2.0f) * fma(t * s, q, t);
   }
+}
+
+// log(u) of a normal float u in (0, 1], never above 0. The absolute error is 1e-7, not the relative one near u = 1.
+template <class V>
+FN_INLINE V log_unit(V u) {
+  V e;
+  const V f = split_exponent(u, e);
+  const V y = fma(e, V(0.693147180559945309f), log1p_unit(f - V(1.0f)));
+  return select(less(V(0.0f), y), V(0.0f), y);
+}
+
+// sin and cos of pi*x for a float -1 <= x <= 1, to 2e-7. Folded to |y| <= 1/2 with y = 1/2 - |x|.
+template <class V>
+FN_INLINE void sincos_pi(V x, V& sine, V& cosine) {
+  const V y = V(0.5f) - abs(x);
+  const V s = y * y;
+  V p(0x1.3e15f6p-4f);  // sin(pi y) / y
+  p = fma(p, s, V(-0x1.32533cp-1f));
+  p = fma(p, s, V(0x1.4668f0p+1f));
+  p = fma(p, s, V(-0x1.4abbc4p+2f));
+  p = fma(p, s, V(0x1.921fb6p+1f));
+  V q(-0x1.8fb59ap-6f);  // cos(pi y)
+  q = fma(q, s, V(0x1.e126d0p-3f));
+  q = fma(q, s, V(-0x1.55d074p+0f));
+  q = fma(q, s, V(0x1.03c1e4p+2f));
+  q = fma(q, s, V(-0x1.3bd3ccp+2f));
+  q = fma(q, s, V(1.0f));
+  cosine = p * y;
+  sine = copy_sign(q, x);
 }
 
 // Through expm1(2|x|), which keeps small arguments exact; beyond 9.1 the result rounds to 1.

@@ -66,6 +66,20 @@ FN_INLINE float power_of_two(float t) {
   return result;
 }
 
+// x = f * 2^e with f in [1, 2), for a normal x > 0: returns f.
+FN_INLINE float split_exponent(float x, float& e) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  e = static_cast<float>(static_cast<int32_t>(bits >> 23) - 127);
+  bits = (bits & 0x7fffffu) | 0x3f800000u;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+// fma, at whatever price: for what has to be the same bits on a processor without the instruction.
+FN_INLINE float exact_fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+
 // Applies a scalar function to every lane: how double reaches libm, whose accuracy it needs and whose speed it can
 // afford.
 template <class F>

@@ -6,7 +6,7 @@
 // known answers are for ten, hence the template parameter.
 #pragma once
 
-#include "lane.h"
+#include "functions.h"
 
 namespace fusednorm::math {
 namespace {
@@ -43,7 +43,7 @@ FN_INLINE void philox4x32(Word (&x)[4], Seed key) {
   }
 }
 
-// The counter of the call that serves rows [8*group, 8*group + 8) of channel c; stage 0 is the layer's drop.
+// The counter of the call that serves rows [8*group, 8*group + 8) of channel c. Stage 0, but for Gaussian noise.
 struct Counter {
   uint32_t word[4];
 };
@@ -76,6 +76,47 @@ FN_INLINE uint32_t keep8(Seed seed, uint64_t group, uint32_t c, uint32_t thresho
     bits |= static_cast<uint32_t>((x.word[i] >> 16) < threshold) << (2 * i + 1);
   }
   return bits;
+}
+
+// The other noises are multipliers in float, whatever the tensor's type.
+//
+// Uniform on (1 - beta, 1 + beta) (Uout: Li et al. 2018), from a 16-bit draw: the 65536 values are symmetric about 1.
+template <class V>
+FN_INLINE V uniform_multiplier(V draw, V beta) {
+  const V t = draw * V(0x1p-15f) - V(1.0f - 0x1p-16f);  // (2 draw + 1) / 65536 - 1, exactly
+  return exact_fma(beta, t, V(1.0f));
+}
+
+// Gaussian N(1, sigma^2) (Srivastava et al. 2014, section 10), two from two 32-bit words rounded to float (Box & Muller
+// 1958). A row needs 32 bits: the calls of stage 0 serve rows 0 to 3 of a group of 8, those of stage 1 the rows 4 to 7.
+template <class V>
+FN_INLINE void gaussian_multipliers(V radius_word, V angle_word, V sigma, V& first, V& second) {
+  const V u = fma(radius_word, V(0x1p-32f), V(0x1p-33f));  // (0, 1]: no infinity, at most 6.8 sigma
+  const V radius = sigma * sqrt(V(-2.0f) * log_unit(u));
+  V sine, cosine;
+  sincos_pi(fma(angle_word, V(0x1p-31f), V(-1.0f)), sine, cosine);
+  first = fma(radius, cosine, V(1.0f));
+  second = fma(radius, sine, V(1.0f));
+}
+
+// The multipliers of rows [8*group, 8*group + 8) of channel c, one thread's or one lane's worth.
+FN_INLINE void uniform8(Seed seed, uint64_t group, uint32_t c, float beta, float (&m)[kRowsPerCall]) {
+  Counter x = counter(group, c);
+  philox4x32<kPhiloxRounds>(x.word, seed);
+  for (int i = 0; i < 4; ++i) {
+    m[2 * i] = uniform_multiplier(static_cast<float>(x.word[i] & 0xffffu), beta);
+    m[2 * i + 1] = uniform_multiplier(static_cast<float>(x.word[i] >> 16), beta);
+  }
+}
+FN_INLINE void gaussian8(Seed seed, uint64_t group, uint32_t c, float sigma, float (&m)[kRowsPerCall]) {
+  for (uint32_t stage = 0; stage < 2; ++stage) {
+    Counter x = counter(group, c, stage);
+    philox4x32<kPhiloxRounds>(x.word, seed);
+    for (int i = 0; i < 4; i += 2) {
+      gaussian_multipliers(static_cast<float>(x.word[i]), static_cast<float>(x.word[i + 1]), sigma, m[4 * stage + i],
+                           m[4 * stage + i + 1]);
+    }
+  }
 }
 
 }  // namespace
