@@ -1,11 +1,13 @@
 // The host side of the kernels, for one storage type: which of them a call gets, in what shape, in what order. A
-// training forward is two launches (one if resident), a backward likewise.
+// training forward is two launches (one if resident), a backward likewise, whatever the chain and however many groups.
 #pragma once
 
 #include "backend.h"
 #include "channels_first.cuh"
 #include "channels_first_resident.cuh"
+#include "channels_first_staged.cuh"
 #include "channels_last.cuh"
+#include "channels_last_staged.cuh"
 #include "plan.h"
 
 namespace fusednorm::cuda {
@@ -25,28 +27,72 @@ bool vectorises(const Shape& shape, std::initializer_list<const T*> tensors) {
 template <class A>
 Stages<A> stages_of(const Call& call) {
   const Chain& chain = call.chain;
-  const bool one_draw_each = chain.noise == Noise::channel && call.shape.S == 1;  // r is n: the same draws
+  Draw draw = Draw::each_sample;
+  if (!chain.draws()) {
+    draw = chain.multiplier == 0 ? Draw::all_dropped : Draw::none;
+  } else if (chain.granularity == Granularity::element || call.shape.S == 1) {
+    draw = Draw::each_row;  // S = 1: r is n, the same draws
+  }
   return {chain.activation,
           {static_cast<A>(chain.parameters[0]), static_cast<A>(chain.parameters[1])},
-          one_draw_each ? Noise::element : chain.noise,
+          draw,
           chain.threshold,
           static_cast<A>(chain.multiplier),
           call.seed};
 }
 
-// With one channel, samples follow one another: one long sample, unless its noise asks where each begins.
+// Whether Stages say it all.
+inline bool is_plain(const Call& call) {
+  const Chain& chain = call.chain;
+  const bool ordered = chain.before[0] == Stage::none && chain.after_at(Stage::add) < 0 &&
+                       (chain.after_at(Stage::drop) < 0 || chain.after_at(Stage::drop) > chain.after_at(Stage::act));
+  const bool decides = !chain.draws() || (chain.noise == Noise::bernoulli && chain.granularity != Granularity::sample);
+  return ordered && decides && !chain.has_weight && call.groups == 1;
+}
+
+template <class A>
+Program<A> program_of(const Call& call) {
+  const Chain& chain = call.chain;
+  const auto steps = [](const auto& stages) {
+    Steps all = 0;
+    int at = 0;
+    for (Stage stage : stages) all |= static_cast<Steps>(stage) << 4 * at++;
+    return all;
+  };
+  Program<A> q{};
+  static_cast<Stages<A>&>(q) = stages_of<A>(call);
+  q.before = steps(chain.before);
+  q.after = steps(chain.after);
+  for (Steps rest = q.after; rest; rest >>= 4) q.after_reversed = q.after_reversed << 4 | (rest & kStep);
+  q.noise = chain.noise;
+  q.strength = chain.strength;
+  q.act_after = chain.after_at(Stage::act) >= 0;
+  q.has_weight = chain.has_weight && (q.act_after || chain.before_has(Stage::act));
+  q.one_channel = chain.granularity == Granularity::sample;
+  q.noisy_before = chain.before_has(Stage::drop);
+  q.noisy = q.noisy_before || chain.after_at(Stage::drop) >= 0;
+  q.saves_pass = chain.saves_pass();
+  q.saves_keep = chain.saves_keep();
+  return q;
+}
+
+// With one channel, samples follow one another: one long sample, unless its noise or its groups ask where each begins.
 inline Shape simplified(const Call& call) {
   Shape shape = call.shape;
-  if (!shape.channels_last && shape.C == 1 && (shape.S == 1 || call.chain.noise != Noise::channel)) {
-    shape = {1, 1, shape.rows(), false};
-  }
+  const bool joined = shape.S == 1 || call.chain.granularity == Granularity::element || !call.chain.draws();
+  if (!shape.channels_last && shape.C == 1 && joined && call.groups == 1) shape = {1, 1, shape.rows(), false};
   return shape;
+}
+
+inline Cut whole(const Shape& shape) { return {shape.rows(), 1}; }
+inline Cut group_of(const Call& call, const Shape& shape) {
+  return call.groups == 1 ? whole(shape) : Cut{call.ghost * shape.S, call.groups};
 }
 
 template <class Arguments>
 void run(const Context& context, const char* name, const Plan& plan, int chunks, size_t shared, unsigned cluster,
-         void (*kernel)(Arguments), const Arguments& arguments) {
-  const dim3 grid(static_cast<unsigned>(plan.blocks_x), static_cast<unsigned>(chunks));
+         void (*kernel)(Arguments), const Arguments& arguments, int64_t groups = 1) {
+  const dim3 grid(static_cast<unsigned>(plan.blocks_x * groups), static_cast<unsigned>(chunks));
   const dim3 block(static_cast<unsigned>(plan.threads_x), static_cast<unsigned>(plan.threads_y));
   launch(name, Launch{grid, block, shared, cluster, context.stream}, kernel, arguments);
 }
@@ -69,7 +115,7 @@ void forward(const Context& context, const Call& call, const Forward<T>& p) {
   const auto cut = [&](const Plan& plan) { q.chunks = {q.shape.rows(), plan.chunk_rows, plan.chunks}; };
 
   if (q.shape.channels_last) {
-    const Plan plan = plan_channels_last(q.shape, V, context.machine);
+    const Plan plan = plan_channels_last(q.shape, whole(q.shape), V, context.machine);
     const size_t scratch = sizeof(A) * V * plan.threads_x * plan.threads_y;
     cut(plan);
     if (q.training) {
@@ -80,7 +126,7 @@ void forward(const Context& context, const Call& call, const Forward<T>& p) {
     return;
   }
   Plan plan;
-  if (q.training && plan_resident(q.shape, sizeof(T), sizeof(T), kResidentScratch, context.machine, plan)) {
+  if (q.training && plan_resident(q.shape, whole(q.shape), sizeof(T), sizeof(T), kResidentScratch, context.machine, plan)) {
     cut(plan);
     const size_t shelf =
         shelf_bytes<T>(most_visits(plan.chunk_rows, plan.threads_x), plan.threads_x * plan.threads_y, 1);
@@ -88,7 +134,7 @@ void forward(const Context& context, const Call& call, const Forward<T>& p) {
         channels_first_resident_forward<T, V>, q);
     return;
   }
-  plan = plan_channels_first(q.shape, sizeof(T), kForwardBlocks, context.machine);
+  plan = plan_channels_first(q.shape, whole(q.shape), sizeof(T), kForwardBlocks, context.machine);
   cut(plan);
   if (q.training) {
     q.partials = partials<A>(context, plan, q.shape.C);
@@ -111,7 +157,7 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
   const auto chunks_of_dx = [&](const Plan& plan) { return p.dx ? plan.chunks : 1; };  // 1: only to merge the sums
 
   if (q.shape.channels_last) {
-    const Plan plan = plan_channels_last(q.shape, V, context.machine);
+    const Plan plan = plan_channels_last(q.shape, whole(q.shape), V, context.machine);
     const size_t scratch = sizeof(A) * V * plan.threads_x * plan.threads_y;
     cut(plan);
     if (gathers) {
@@ -124,7 +170,8 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
   }
   Plan plan;
   if (gathers && p.dx &&
-      plan_resident(q.shape, sizeof(T), 2 * sizeof(T) + 1.0 / 8, kResidentScratch, context.machine, plan)) {
+      plan_resident(q.shape, whole(q.shape), sizeof(T), 2 * sizeof(T) + 1.0 / 8, kResidentScratch, context.machine,
+                    plan)) {
     cut(plan);
     const size_t shelf =
         shelf_bytes<T>(most_visits(plan.chunk_rows, plan.threads_x), plan.threads_x * plan.threads_y, 2);
@@ -132,7 +179,7 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
         channels_first_resident_backward<T, V>, q);
     return;
   }
-  plan = plan_channels_first(q.shape, sizeof(T), kBackwardBlocks, context.machine);
+  plan = plan_channels_first(q.shape, whole(q.shape), sizeof(T), kBackwardBlocks, context.machine);
   cut(plan);
   if (gathers) {
     q.partials = partials<A>(context, plan, q.shape.C);
@@ -143,28 +190,173 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
       channels_first_input_gradient<T, V>, q);
 }
 
+// ---- programs -----------------------------------------------------------------------------------------------------
+// What forward, backward and noise have in common.
+template <class Arguments, class T>
+Arguments staged_arguments(const Call& call) {
+  Arguments q{};
+  q.shape = simplified(call);
+  q.samples = samples_of(q.shape);
+  q.program = program_of<opmath_t<T>>(call);
+  q.training = call.training;
+  return q;
+}
+template <class Arguments>
+void apply_plan(Arguments& q, const Cut& part, const Plan& plan) {
+  q.chunks = {part.rows, plan.chunk_rows, plan.chunks};
+  q.groups = {part.groups, plan.blocks_x, q.shape.rows()};
+}
+
+template <class T, int V>
+size_t column_bytes(const Plan& plan, const Program<opmath_t<T>>& program) {
+  const int threads = plan.threads_x * plan.threads_y;
+  const bool numbers = program.noise == Noise::uniform || program.noise == Noise::gaussian;
+  return column_scratch<opmath_t<T>, V>(threads) + (numbers ? multiplier_bytes(V, threads) : 0);
+}
+
+template <class T, int V>
+void forward_staged(const Context& context, const Call& call, const Forward<T>& p) {
+  using A = opmath_t<T>;
+  auto q = staged_arguments<StagedForwardArguments<T>, T>(call);
+  q.p = p;
+  q.eps = static_cast<A>(call.eps);
+  const Cut part = group_of(call, q.shape);
+  const auto gather = [&](const Plan& plan) {
+    Plan all = plan;
+    all.chunks = 1;
+    const int64_t pairs = part.groups * plan.chunks * q.shape.C;
+    q.partials = partials<A>(context, all, pairs);
+    if (p.stat_mean) q.matched_partials = partials<A>(context, all, pairs);
+  };
+
+  if (q.shape.channels_last) {
+    constexpr int kV = V < 4 ? V : 4;
+    const Plan plan = plan_channels_last(q.shape, part, kV, context.machine);
+    const size_t shared = column_bytes<T, kV>(plan, q.program);
+    apply_plan(q, part, plan);
+    if (q.training) {
+      gather(plan);
+      run(context, "channels_last_staged_statistics", plan, plan.chunks, shared, 1,
+          channels_last_staged_statistics<T, kV>, q, part.groups);
+    }
+    run(context, "channels_last_staged_apply", plan, plan.chunks, shared, 1, channels_last_staged_apply<T, kV>, q,
+        part.groups);
+    return;
+  }
+  Plan plan;
+  if (q.training && plan_resident(q.shape, part, sizeof(T), sizeof(T), kResidentScratch, context.machine, plan)) {
+    apply_plan(q, part, plan);
+    const size_t shelf =
+        shelf_bytes<T>(most_visits(plan.chunk_rows, plan.threads_x), plan.threads_x * plan.threads_y, 1);
+    run(context, "channels_first_staged_resident_forward", plan, plan.chunks, kResidentScratch + shelf, plan.chunks,
+        channels_first_staged_resident_forward<T, V>, q, part.groups);
+    return;
+  }
+  plan = plan_channels_first(q.shape, part, sizeof(T), kBackwardBlocks, context.machine);
+  apply_plan(q, part, plan);
+  if (q.training) {
+    gather(plan);
+    run(context, "channels_first_staged_statistics", plan, plan.chunks, kTeamScratch, 1,
+        channels_first_staged_statistics<T, V>, q, part.groups);
+  }
+  run(context, "channels_first_staged_apply", plan, plan.chunks, kTeamScratch, 1, channels_first_staged_apply<T, V>, q,
+      part.groups);
+}
+
+template <class T, int V>
+void backward_staged(const Context& context, const Call& call, const Backward<T>& p) {
+  using A = opmath_t<T>;
+  auto q = staged_arguments<StagedBackwardArguments<T>, T>(call);
+  q.p = p;
+  const Cut part = group_of(call, q.shape);
+  const bool elements = p.dx || p.grad_residual;
+  const bool gathers = call.training || p.grad_weight.data || p.grad_bias.data || p.grad_act_weight.data;
+  const auto gather = [&](const Plan& plan) {
+    const int64_t values = (q.program.has_weight ? kSums : 2) * part.groups * plan.chunks * q.shape.C;
+    q.partials = static_cast<A*>(context.workspace(sizeof(A) * static_cast<size_t>(values)));
+  };
+  // Without gradients of elements, the second kernel only finishes those of the parameters.
+  const auto second = [&](const Plan& plan) { return elements ? plan.chunks : 1; };
+  const int64_t second_groups = elements ? part.groups : 1;
+
+  if (q.shape.channels_last) {
+    constexpr int kV = V < 4 ? V : 4;
+    const Plan plan = plan_channels_last(q.shape, part, kV, context.machine);
+    const size_t shared = column_bytes<T, kV>(plan, q.program);
+    apply_plan(q, part, plan);
+    if (gathers) {
+      gather(plan);
+      run(context, "channels_last_staged_gradient_sums", plan, plan.chunks, shared, 1,
+          channels_last_staged_gradient_sums<T, kV>, q, part.groups);
+    }
+    run(context, "channels_last_staged_input_gradient", plan, second(plan), shared, 1,
+        channels_last_staged_input_gradient<T, kV>, q, second_groups);
+    return;
+  }
+  Plan plan;
+  if (gathers && elements && part.groups == 1 &&
+      plan_resident(q.shape, part, sizeof(T), 2 * sizeof(T) + 1.0 / 8, kResidentScratch, context.machine, plan)) {
+    apply_plan(q, part, plan);
+    const size_t shelf =
+        shelf_bytes<T>(most_visits(plan.chunk_rows, plan.threads_x), plan.threads_x * plan.threads_y, 2);
+    run(context, "channels_first_staged_resident_backward", plan, plan.chunks, kResidentScratch + shelf, plan.chunks,
+        channels_first_staged_resident_backward<T, V>, q);
+    return;
+  }
+  plan = plan_channels_first(q.shape, part, sizeof(T), kBackwardBlocks, context.machine);
+  apply_plan(q, part, plan);
+  if (gathers) {
+    gather(plan);
+    run(context, "channels_first_staged_gradient_sums", plan, plan.chunks, kTeamScratch, 1,
+        channels_first_staged_gradient_sums<T, V>, q, part.groups);
+  }
+  run(context, "channels_first_staged_input_gradient", plan, second(plan), kTeamScratch, 1,
+      channels_first_staged_input_gradient<T, V>, q, second_groups);
+}
+
+template <class T, int V>
+void noise_alone(const Context& context, const Call& call, const T* x, T* y) {
+  auto q = staged_arguments<StagedForwardArguments<T>, T>(call);
+  q.p.x = x;
+  q.p.y = y;
+  const Cut part = whole(q.shape);
+  if (q.shape.channels_last) {
+    constexpr int kV = V < 4 ? V : 4;
+    const Plan plan = plan_channels_last(q.shape, part, kV, context.machine);
+    apply_plan(q, part, plan);
+    run(context, "channels_last_noise", plan, plan.chunks, column_bytes<T, kV>(plan, q.program), 1,
+        channels_last_noise<T, kV>, q);
+    return;
+  }
+  const Plan plan = plan_channels_first(q.shape, part, sizeof(T), kBackwardBlocks, context.machine);
+  apply_plan(q, part, plan);
+  run(context, "channels_first_noise", plan, plan.chunks, 0, 1, channels_first_noise<T, V>, q);
+}
+
+// ---- what backend.h offers ----------------------------------------------------------------------------------------
+// f(V) with as many values at a time as the tensors allow.
+template <class T, class F>
+void with_vector(const Shape& shape, std::initializer_list<const T*> tensors, F f) {
+  vectorises<T>(shape, tensors) ? f(std::integral_constant<int, kVector<T>>{}) : f(std::integral_constant<int, 1>{});
+}
+
 template <class T>
 void forward(const Context& context, const Call& call, const Forward<T>& p) {
-  vectorises<T>(simplified(call), {p.x, p.y}) ? forward<T, kVector<T>>(context, call, p)
-                                              : forward<T, 1>(context, call, p);
+  with_vector<T>(simplified(call), {p.x, p.y, p.residual}, [&](auto vector) {
+    is_plain(call) ? forward<T, vector>(context, call, p) : forward_staged<T, vector>(context, call, p);
+  });
 }
 
 template <class T>
 void backward(const Context& context, const Call& call, const Backward<T>& p) {
-  vectorises<T>(simplified(call), {p.x, p.g, p.dx}) ? backward<T, kVector<T>>(context, call, p)
-                                                    : backward<T, 1>(context, call, p);
+  with_vector<T>(simplified(call), {p.x, p.g, p.dx, p.residual, p.grad_residual}, [&](auto vector) {
+    is_plain(call) ? backward<T, vector>(context, call, p) : backward_staged<T, vector>(context, call, p);
+  });
 }
 
 template <class T>
-void noise(const Context& context, const Call& call, T* m) {
-  ForwardArguments<T> q{};
-  q.shape = simplified(call);
-  q.samples = samples_of(q.shape);
-  q.stages = stages_of<opmath_t<T>>(call);
-  q.p.y = m;
-  const Plan plan = plan_channels_first(q.shape, sizeof(T), kForwardBlocks, context.machine);
-  q.chunks = {q.shape.rows(), plan.chunk_rows, plan.chunks};
-  run(context, "channels_first_noise", plan, plan.chunks, 0, 1, channels_first_noise<T>, q);
+void noise(const Context& context, const Call& call, const T* x, T* y) {
+  with_vector<T>(simplified(call), {x, y}, [&](auto vector) { noise_alone<T, vector>(context, call, x, y); });
 }
 
 }  // namespace fusednorm::cuda

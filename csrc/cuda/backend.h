@@ -36,7 +36,8 @@ struct Call {
   Chain chain;
   bool training;
   double eps;
-  const int64_t* seed;  // one value in device memory, or null: no live noise
+  int64_t ghost, groups;  // samples of a group whose statistics are its own; ghost >= N: one group
+  const int64_t* seed;    // one value in device memory, or null: no live noise
 };
 
 struct Vector {  // (C,) of any storage type, or null
@@ -48,16 +49,19 @@ struct MutableVector {
   DType type;
 };
 
-// A = float, double for T = double. The mask holds the 8 draws of each Philox call as bits of a byte:
-// (C, ceil(N*S / 8)) channels-first, (ceil(N*S / 8), C) channels-last; null: not saved, redraw.
+// A = float, double for T = double; G groups. The mask holds the bits of each Philox call's 8 rows as a byte:
+// (C, ceil(N*S / 8)) channels-first, (ceil(N*S / 8), C) channels-last; null: not saved, redraw. With one group only.
 template <class T>
 struct Forward {
   const T* x;                        // (N, C, S) in the shape's layout
   T* y;                              // same
   Vector weight, bias;               // (C,) or null
   Vector running_mean, running_var;  // (C,), used when not training
-  void *mean, *invstd, *var;         // (C,) of A, out
+  void *mean, *invstd, *stat_var;    // (G, C) of A, out
   uint8_t* mask;                     // out, or null
+  const T* residual;                 // as x, or null
+  Vector act_weight;                 // (C,) or null
+  void* stat_mean;                   // (G, C) of A, out: with stat_var, of u without its noise; or null
 };
 
 template <class T>
@@ -65,9 +69,13 @@ struct Backward {
   const T *x, *g;                        // (N, C, S) in the shape's layout
   T* dx;                                 // same, or null: not needed
   Vector weight, bias;                   // (C,) or null
-  const void *mean, *invstd;             // (C,) of A
+  const void *mean, *invstd;             // (G, C) of A
   MutableVector grad_weight, grad_bias;  // (C,) out, or null
   const uint8_t* mask;
+  const T* residual;              // as x, or null: not needed
+  T* grad_residual;               // same, out, or null
+  Vector act_weight;              // (C,) or null
+  MutableVector grad_act_weight;  // (C,) out, or null
 };
 
 // The numel of the shape is not 0. Launch failures throw std::runtime_error.
@@ -76,16 +84,17 @@ void forward(const Context& context, const Call& call, const Forward<T>& p);
 template <class T>
 void backward(const Context& context, const Call& call, const Backward<T>& p);
 
-// m itself, (N, C, S) channels-first.
+// x * m, or m itself where x is null, in the shape's layout.
 template <class T>
-void noise(const Context& context, const Call& call, T* m);
+void noise(const Context& context, const Call& call, const T* x, T* y);
 
-// The running statistics of torch's batch_norm; count = values per channel, which may be 0.
+// The running statistics of torch's batch_norm, group after group; count = values per channel of a group (of the last
+// one: last_count), which may be 0.
 struct UpdateStatistics {
   MutableVector running_mean, running_var;  // (C,)
   int64_t* num_batches_tracked;             // one value, or null
-  Vector mean, var;                         // (C,)
-  int64_t C, count;
+  Vector mean, var;                         // (G, C)
+  int64_t C, groups, count, last_count;
   bool cumulative;  // momentum=None: the plain average, from num_batches_tracked
   double momentum;
 };

@@ -1,5 +1,8 @@
-// The elementwise stages after the norm, on a fragment: the few values that a thread holds in registers. Which
+// The elementwise stages around the norm, on a fragment: the few values that a thread holds in registers. Which
 // activation is a run-time choice, one uniform branch per fragment, so there is one kernel for all of them.
+//
+// Most calls are an activation and then dropout behind the norm: Stages, which kernels of their own compute in a fixed
+// order. Every other chain is a Program, whose stages `staged` kernels walk one by one.
 #pragma once
 
 #include "../call.h"
@@ -13,22 +16,29 @@ using math::Seed;
 
 constexpr uint32_t kKeepAll = 0xffu;  // the decisions of a Philox call that was not made
 
+// How the decisions, or the multipliers, of a channel's rows are found.
+enum class Draw : int { none, all_dropped, each_row, each_sample };
+
 // Chain, as kernels take it.
 template <class A>
 struct Stages {
   int activation;
   math::Parameters<A> parameters;
-  Noise noise;
+  Draw draw;
   uint32_t threshold;
   A multiplier;
   const int64_t* seed;  // one value, or null
 };
 
-// f(Activation{}) for the activation of that index.
+// f(Activation{}) for the activation of that index. Prelu is none of these: its parameter is not one of the call's.
 template <class F, class... Activations>
 FN_DEVICE void with_activation(int index, math::List<Activations...>, F f) {
   int i = 0;
-  (void)((index == i++ ? (f(Activations{}), true) : false) || ...);
+  const auto call = [&](auto activation) {
+    if constexpr (!std::is_same_v<decltype(activation), math::Prelu>) f(activation);
+    return true;
+  };
+  (void)((index == i++ ? call(Activations{}) : false) || ...);
 }
 
 // v[0], v[1], ... becomes v[2], v[3], ..., v[0], v[1].
@@ -82,6 +92,162 @@ FN_DEVICE A drop(const Stages<A>& stages, A v, bool keep) {
 template <class A>
 FN_DEVICE A drop_gradient(const Stages<A>& stages, A g, bool keep) {
   return keep ? g * stages.multiplier : A(0);
+}
+
+// ---- programs -----------------------------------------------------------------------------------------------------
+// Stages as nibbles, the first one lowest; 0 ends them.
+using Steps = uint32_t;
+constexpr Steps kStep = 0xf;
+FN_HOST_DEVICE bool is(Steps steps, Stage stage) { return (steps & kStep) == static_cast<Steps>(stage); }
+
+template <class A>
+struct Program : Stages<A> {
+  Steps before, after, after_reversed;
+  Noise noise;
+  float strength;
+  bool has_weight;        // PReLU
+  bool one_channel;       // all channels take the draws of channel 0
+  bool noisy, noisy_before;  // drop is a stage; one of `before`
+  bool act_after;            // act is one of `after`
+  bool saves_pass, saves_keep;
+};
+
+// Element i of a fragment belongs to channel i % V of the thread's V; `weight` is PReLU's, of those.
+template <int V, int N, class A>
+FN_DEVICE void activate(const Program<A>& q, const A (&weight)[V], A (&v)[N]) {
+  if (q.has_weight) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = math::Prelu::value(v[i], math::Parameters<A>{weight[i % V], A(0)});
+  } else {
+    activate(static_cast<const Stages<A>&>(q), v);
+  }
+}
+template <int V, int N, class A>
+FN_DEVICE void activation_gradient(const Program<A>& q, const A (&weight)[V], A (&v)[N], A (&g)[N]) {
+  if (q.has_weight) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) g[i] = math::Prelu::gradient(v[i], g[i], math::Parameters<A>{weight[i % V], A(0)});
+  } else {
+    activation_gradient(static_cast<const Stages<A>&>(q), v, g);
+  }
+}
+
+// Bit i: the derivative of the activation, which is 0 or 1, is 1 at v[i].
+template <int N, class A>
+FN_DEVICE uint32_t passes(const Program<A>& q, const A (&v)[N]) {
+  uint32_t bits = 0;
+  with_activation(q.activation, math::Activations{}, [&](auto activation) {
+    if constexpr (activation.one_bit) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) bits |= static_cast<uint32_t>(activation.passes(v[i], q.parameters)) << i;
+    }
+  });
+  return bits;
+}
+
+// The multipliers of decisions, and the drawn ones of a Philox call's rows (of two calls for Gaussian noise).
+template <int N, class A>
+FN_DEVICE void multipliers(const Stages<A>& stages, uint32_t keep, A (&m)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) m[i] = keep >> i & 1u ? stages.multiplier : A(0);
+}
+template <class A>
+FN_DEVICE void draw_multipliers(const Program<A>& q, Seed seed, uint64_t call, uint32_t c,
+                                float (&m)[math::kRowsPerCall]) {
+  if (q.noise == Noise::gaussian) {
+    math::gaussian8(seed, call, c, q.strength, m);
+  } else {
+    math::uniform8(seed, call, c, q.strength, m);
+  }
+}
+
+// NaN and infinity stay visible forward; backward, a dropped element's gradient is 0 whatever comes in.
+template <int N, class A>
+FN_DEVICE void multiply(A (&v)[N], const A (&m)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] *= m[i];
+}
+template <int N, class A>
+FN_DEVICE void multiply_gradient(A (&g)[N], const A (&m)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) g[i] = m[i] == A(0) ? A(0) : g[i] * m[i];
+}
+
+// x becomes u; with its noise, or as if that were off.
+template <int V, int N, class A>
+FN_DEVICE void run_before(const Program<A>& q, const A (&weight)[V], const A (&m)[N], bool noisy, A (&v)[N]) {
+#pragma unroll 1
+  for (Steps steps = q.before; steps; steps >>= 4) {
+    if (is(steps, Stage::act)) activate(q, weight, v);
+    if (is(steps, Stage::drop) && noisy) multiply(v, m);
+  }
+}
+
+// z becomes y; `add(v)` adds the residual. Returns the bits of `passes` if they are to be saved.
+template <int V, int N, class A, class Add>
+FN_DEVICE uint32_t run_after(const Program<A>& q, const A (&weight)[V], const A (&m)[N], bool saves, A (&v)[N],
+                             Add add) {
+  uint32_t bits = 0;
+#pragma unroll 1
+  for (Steps steps = q.after; steps; steps >>= 4) {
+    if (is(steps, Stage::add)) add(v);
+    if (is(steps, Stage::drop)) multiply(v, m);
+    if (is(steps, Stage::act)) {
+      if (saves) bits = passes(q, v);
+      activate(q, weight, v);
+    }
+  }
+  return bits;
+}
+
+// g, that of y, becomes dz; v is z, and in the end anything. `pass`: saved bits replace the activation's derivative.
+// added(g) gets the residual's gradient, weighed(v, g) what PReLU's weight is multiplied with and its output's gradient.
+template <int V, int N, class A, class Add, class Added, class Weighed>
+FN_DEVICE void run_after_backward(const Program<A>& q, const A (&weight)[V], const A (&m)[N], bool saved, uint32_t pass,
+                                  A (&v)[N], A (&g)[N], Add add, Added added, Weighed weighed) {
+  if (q.act_after && !saved) {
+#pragma unroll 1
+    for (Steps steps = q.after; !is(steps, Stage::act); steps >>= 4) {
+      if (is(steps, Stage::add)) add(v);
+      if (is(steps, Stage::drop)) multiply(v, m);
+    }
+  }
+#pragma unroll 1
+  for (Steps steps = q.after_reversed; steps; steps >>= 4) {
+    if (is(steps, Stage::drop)) multiply_gradient(g, m);
+    if (is(steps, Stage::add)) added(g);
+    if (is(steps, Stage::act)) {
+      if (saved) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) g[i] = pass >> i & 1u ? g[i] : A(0);
+      } else {
+        if (q.has_weight) weighed(v, g);
+        activation_gradient(q, weight, v, g);
+      }
+    }
+  }
+}
+
+// g, that of u, becomes dx; v is x, and in the end anything.
+template <int V, int N, class A>
+FN_DEVICE void run_before_backward(const Program<A>& q, const A (&weight)[V], const A (&m)[N], A (&v)[N], A (&g)[N]) {
+  const bool drops_first = is(q.before, Stage::drop), drops = drops_first || is(q.before >> 4, Stage::drop);
+  const bool acts = is(q.before, Stage::act) || is(q.before >> 4, Stage::act);
+  if (drops && !drops_first) multiply_gradient(g, m);
+  if (acts) {
+    if (drops_first) multiply(v, m);
+    activation_gradient(q, weight, v, g);
+  }
+  if (drops_first) multiply_gradient(g, m);
+}
+
+// The derivatives of u with respect to PReLU's weight, where that stands before the norm; v is x.
+template <int N, class A>
+FN_DEVICE void weight_factors(const Program<A>& q, const A (&m)[N], A (&v)[N]) {
+  if (is(q.before, Stage::drop)) multiply(v, m);
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = math::Prelu::weight_gradient(v[i], A(1));
+  if (is(q.before >> 4, Stage::drop)) multiply(v, m);
 }
 
 template <class A>

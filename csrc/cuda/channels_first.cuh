@@ -45,30 +45,34 @@ struct Team {
 
 // ---- forward, tile by tile ----------------------------------------------------------------------------------------
 // A tile's first `left` rows into the thread's moments.
-template <int V, class T, class A>
-FN_DEVICE void merge_tile(Moments<A>& m, const Fragment<T, V>& x, const Tile& tile) {
-  A v[kFragment];
-  widen_fragment<V>(x, v);
-  if (tile.left >= kTile) {
+template <int V, class A, class Tile>
+FN_DEVICE void merge_values(Moments<A>& m, const A (&v)[kFragment], const Tile& tile) {
+  if (tile.full()) {
     merge_fragment(m, v);
   } else {
 #pragma unroll
     for (int i = 0; i < kFragment; ++i) {
-      if (row_in_tile<V>(i / V) < tile.left) merge_value(m, v[i]);
+      if (tile.there(row_in_tile<V>(i / V))) merge_value(m, v[i]);
     }
   }
 }
+template <int V, class T, class A>
+FN_DEVICE void merge_tile(Moments<A>& m, const Fragment<T, V>& x, const Tile& tile) {
+  A v[kFragment];
+  widen_fragment<V>(x, v);
+  merge_values<V>(m, v, tile);
+}
 
-// The moments of the rows that the team's threads have gathered, for all of them.
+// The moments of the rows that the team's threads have gathered, for all of them. Thread `pivots` has one.
 template <class A>
-FN_DEVICE Pair<A> merge_team(const Moments<A>& own, int64_t rows) {
-  const A pivot = team_sum(threadIdx.x == 0 ? own.mean : A(0));
+FN_DEVICE Pair<A> merge_team(const Moments<A>& own, int64_t rows, unsigned pivots = 0) {
+  const A pivot = team_sum(threadIdx.x == pivots ? own.mean : A(0));
   const A mean = pivot + team_sum(from_pivot(own, pivot)) / static_cast<A>(rows);
   return {mean, team_sum(squares(own, mean))};
 }
 
 // The moments of a channel from those of its chunks; part(i) gives mean and m2 of chunk i.
-template <class A, class Part>
+template <class A, class Chunks, class Part>
 FN_DEVICE Pair<A> merge_chunks(const Chunks& chunks, Part part) {
   const A pivot = part(0).first;
   const auto moments = [&](int i) {
@@ -159,7 +163,7 @@ FN_DEVICE void input_gradient_tile(const BackwardArguments<T>& q, const Team<T, 
 }
 
 // The sums of a channel from those of its chunks.
-template <class A, class Part>
+template <class A, class Chunks, class Part>
 FN_DEVICE Pair<A> sum_chunks(const Chunks& chunks, Part part) {
   Pair<A> sums{0, 0};
   for (int i = threadIdx.x; i < chunks.count; i += blockDim.x) {
@@ -255,26 +259,6 @@ channels_first_input_gradient(BackwardArguments<T> q) {
         local_gradient<V>(q, affine, decisions(q, team, seed, tile), x[u], g[u], dz);
         input_gradient_tile<V>(q, team, k, dz, x[u], affine.mean, tile);
       });
-}
-
-// m itself, written to p.y.
-template <class T>
-FN_KERNEL(256, 4)
-channels_first_noise(ForwardArguments<T> q) {
-  using A = opmath_t<T>;
-  const Team<T, 1> team(q, blockIdx.y, false);
-  const Seed seed = seed_of(q.stages);
-  team.template each<1>([](int, const Tile&) {},
-                        [&](int, const Tile& tile) {
-                          const uint32_t keep =
-                              team.draw(q.stages, seed, tile).template fragment<1>(team.samples, tile);
-                          A v[kFragment];
-#pragma unroll
-                          for (int i = 0; i < kFragment; ++i) v[i] = drop(q.stages, A(1), keep >> i & 1u);
-                          Fragment<T, 1> m;
-                          narrow_fragment<1>(v, m);
-                          team.write(q.p.y, tile, m);
-                        });
 }
 
 }  // namespace fusednorm::cuda

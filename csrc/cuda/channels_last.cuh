@@ -17,8 +17,8 @@ template <class T, int V>
 struct Columns {
   int64_t c, C;
   bool active;
-  FN_DEVICE explicit Columns(const Shape& shape)
-      : c((int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * V), C(shape.C), active(c < shape.C) {
+  FN_DEVICE explicit Columns(const Shape& shape, int64_t block = blockIdx.x)
+      : c((block * blockDim.x + threadIdx.x) * V), C(shape.C), active(c < shape.C) {
     if (!active) c = 0;
   }
   FN_DEVICE bool leads() const { return active && threadIdx.y == 0; }
@@ -34,10 +34,10 @@ struct Columns {
   }
 
   // f(first row of a group of 8) for the thread's groups of a chunk.
-  template <class F>
+  template <class Chunks, class F>
   FN_DEVICE void each_group(const Chunks& chunks, bool descending, F f) const {
     if (!active) return;
-    const int64_t begin = chunks.begin(blockIdx.y), groups = (chunks.size(blockIdx.y) + kRows - 1) / kRows;
+    const int64_t begin = chunks.begin(blockIdx.y), groups = (chunks.end(blockIdx.y) - begin + kRows - 1) / kRows;
     for (int64_t i = threadIdx.y; i < groups; i += blockDim.y) f(begin + (descending ? groups - 1 - i : i) * kRows);
   }
 };
@@ -62,11 +62,11 @@ struct Decisions {
 template <class T, int V, class A>
 FN_DEVICE Decisions<V> draw(const Stages<A>& stages, Seed seed, const Columns<T, V>& columns, int64_t row, int64_t S) {
   const uint32_t c = static_cast<uint32_t>(columns.c);
-  Decisions<V> keep(stages.noise == Noise::none ? kKeepAll : 0);
-  if (stages.noise == Noise::element) {
+  Decisions<V> keep(stages.draw == Draw::none ? kKeepAll : 0);
+  if (stages.draw == Draw::each_row) {
 #pragma unroll
     for (int v = 0; v < V; ++v) keep.add(v, math::keep8(seed, row / kRows, c + v, stages.threshold));
-  } else if (stages.noise == Noise::channel) {
+  } else if (stages.draw == Draw::each_sample) {
     int64_t n = row / S, s = row - n * S, group = -1;
     Decisions<V> drawn(0);
     for (int i = 0; i < kRows; ++i) {
@@ -125,7 +125,7 @@ FN_DEVICE void merge_column(const Moments<A> (&own)[V], int64_t rows, A (&mean)[
 }
 
 // The moments of each channel from those of its chunks.
-template <int V, class A>
+template <int V, class A, class Chunks>
 FN_DEVICE void merge_chunks(const Chunks& chunks, const Pair<A>* partials, int64_t C, int64_t c, A (&mean)[V],
                             A (&m2)[V]) {
   const auto part = [&](int i, int v) {

@@ -84,33 +84,40 @@ MutableVector mutable_vector(const Tensor& t) {
 
 void run_forward(const fusednorm::Forward& q) {
   const On on(q.x);
-  const Call call{q.shape, q.chain, q.training, q.eps, data<int64_t>(q.seed)};
+  const Call call{q.shape, q.chain, q.training, q.eps, q.ghost, q.groups, data<int64_t>(q.seed)};
   for_dtype(q.x, [&](auto zero) {
     using T = decltype(zero);
-    forward<T>(
-        on.context(), call,
-        {data<T>(q.x), data<T>(q.y), vector(q.weight), vector(q.bias), vector(q.running_mean), vector(q.running_var),
-         data<void>(q.mean), data<void>(q.invstd), data<void>(q.var), data<uint8_t>(q.mask)});
+    forward<T>(on.context(), call,
+               {data<T>(q.x), data<T>(q.y), vector(q.weight), vector(q.bias), vector(q.running_mean),
+                vector(q.running_var), data<void>(q.mean), data<void>(q.invstd), data<void>(q.stat_var),
+                data<uint8_t>(q.mask), data<T>(q.residual), vector(q.act_weight), data<void>(q.stat_mean)});
   });
 }
 
 void run_backward(const fusednorm::Backward& q) {
-  if (!q.need_grad_input && !q.grad_weight.defined()) return;
+  const bool acts = q.chain.after_at(Stage::act) >= 0 || q.chain.before_has(Stage::act);
+  const Tensor grad_act_weight = acts ? q.grad_act_weight : Tensor();
+  const auto wanted = [](const Tensor& t) { return t.defined(); };
+  if (!wanted(q.grad_input) && !wanted(q.grad_weight) && !wanted(q.grad_residual) && !wanted(grad_act_weight)) return;
   const On on(q.x);
-  const Call call{q.shape, q.chain, q.training, 0, data<int64_t>(q.seed)};
+  const Call call{q.shape, q.chain, q.training, 0, q.ghost, q.groups, data<int64_t>(q.seed)};
   for_dtype(q.x, [&](auto zero) {
     using T = decltype(zero);
     backward<T>(on.context(), call,
                 {data<T>(q.x), data<T>(q.grad_output), data<T>(q.grad_input), vector(q.weight), vector(q.bias),
                  data<void>(q.mean), data<void>(q.invstd), mutable_vector(q.grad_weight), mutable_vector(q.grad_bias),
-                 data<uint8_t>(q.mask)});
+                 data<uint8_t>(q.mask), data<T>(q.residual), data<T>(q.grad_residual), vector(q.act_weight),
+                 mutable_vector(grad_act_weight)});
   });
 }
 
 void run_noise(const NoiseRequest& q, const Tensor& seed) {
-  const On on(q.m);
-  const Call call{q.shape, q.chain, true, 0, data<int64_t>(seed)};
-  for_dtype(q.m, [&](auto zero) { noise(on.context(), call, data<decltype(zero)>(q.m)); });
+  const On on(q.y);
+  const Call call{q.shape, q.chain, true, 0, q.shape.N, 1, data<int64_t>(seed)};
+  for_dtype(q.y, [&](auto zero) {
+    using T = decltype(zero);
+    noise(on.context(), call, static_cast<const T*>(data<T>(q.x)), data<T>(q.y));
+  });
 }
 
 // From torch's generator in the way that its own kernels use it: a captured graph reads the state at each replay.
@@ -140,7 +147,8 @@ Tensor run_draw_seed(const Tensor& like) {
 }
 
 void run_update_stats(Tensor& running_mean, Tensor& running_var, const std::optional<Tensor>& num_batches_tracked,
-                      const Tensor& mean, const Tensor& var, int64_t count, std::optional<double> momentum) {
+                      const Tensor& mean, const Tensor& var, int64_t count, int64_t last_count,
+                      std::optional<double> momentum) {
   check_update_stats(running_mean, running_var, num_batches_tracked, mean, var, momentum);
   const On on(mean);
   const Tensor dense_mean = running_mean.contiguous(), dense_var = running_var.contiguous();
@@ -151,8 +159,10 @@ void run_update_stats(Tensor& running_mean, Tensor& running_var, const std::opti
   p.num_batches_tracked = num_batches_tracked.has_value() ? data<int64_t>(*num_batches_tracked) : nullptr;
   p.mean = vector(batch_mean);
   p.var = vector(batch_var);
-  p.C = mean.numel();
+  p.groups = mean.dim() == 2 ? mean.size(0) : 1;
+  p.C = running_mean.numel();
   p.count = count;
+  p.last_count = last_count;
   p.cumulative = !momentum.has_value();
   p.momentum = momentum.value_or(0);
   update_statistics(on.context(), p);
@@ -172,6 +182,7 @@ TORCH_LIBRARY_IMPL(fusednorm, CUDA, m) {
   m.impl("forward", &fusednorm::forward<run_forward>);
   m.impl("backward", &fusednorm::backward<run_backward>);
   m.impl("noise", &fusednorm::noise<run_noise>);
+  m.impl("dropout", &fusednorm::dropout<run_noise>);
   m.impl("update_stats_", &run_update_stats);
 }
 

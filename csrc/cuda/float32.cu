@@ -5,6 +5,6 @@ namespace fusednorm::cuda {
 
 template void forward<float>(const Context&, const Call&, const Forward<float>&);
 template void backward<float>(const Context&, const Call&, const Backward<float>&);
-template void noise<float>(const Context&, const Call&, float*);
+template void noise<float>(const Context&, const Call&, const float*, float*);
 
 }  // namespace fusednorm::cuda

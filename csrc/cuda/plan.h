@@ -19,6 +19,13 @@ struct Plan {
   int chunks;  // blocks_y
 };
 
+// The rows of a channel that have statistics of their own, and how often: a whole channel, once, unless a batch has
+// groups. Chunks begin at multiples of 8 rows of the whole batch, so up to 7 rows of them may lie before the group.
+struct Cut {
+  int64_t rows, groups;
+  int64_t span() const { return groups > 1 ? rows + 7 : rows; }
+};
+
 // Blocks of 256 threads that a multiprocessor holds at once, which is what the kernels are compiled for: 80 registers a
 // thread forward, channels-first, and 128 elsewhere.
 constexpr int kForwardBlocks = 3, kBackwardBlocks = 2, kColumnBlocks = 2;
@@ -42,11 +49,11 @@ inline void cut(Plan& plan, int64_t rows, int64_t chunks, int64_t unit) {
 
 // Channels-first: blockDim.x threads to a channel, 8 rows to a thread at a time. Where a channel has few rows, or a
 // sample is shorter than some sectors of memory, a block takes several adjacent channels.
-inline Plan plan_teams(const Shape& shape, int bytes, const Machine& machine) {
+inline Plan plan_teams(const Shape& shape, const Cut& part, int bytes, const Machine& machine) {
   constexpr int kRowsPerThread = 8, kRun = 256;
   Plan plan{machine.threads, 1, 0, 0, 0};
   while (plan.threads_x > 32 &&
-         (plan.threads_x / 2 * kRowsPerThread >= shape.rows() || plan.threads_y * shape.S * bytes < kRun) &&
+         (plan.threads_x / 2 * kRowsPerThread >= part.span() || plan.threads_y * shape.S * bytes < kRun) &&
          plan.threads_y < shape.C) {
     plan.threads_x /= 2;
     plan.threads_y *= 2;
@@ -55,21 +62,21 @@ inline Plan plan_teams(const Shape& shape, int bytes, const Machine& machine) {
   return plan;
 }
 
-inline Plan plan_channels_first(const Shape& shape, int bytes, int blocks, const Machine& machine) {
-  Plan plan = plan_teams(shape, bytes, machine);
-  cut(plan, shape.rows(), wanted_chunks(plan.blocks_x, blocks, machine), plan.threads_x * 8);
+inline Plan plan_channels_first(const Shape& shape, const Cut& part, int bytes, int blocks, const Machine& machine) {
+  Plan plan = plan_teams(shape, part, bytes, machine);
+  cut(plan, part.span(), wanted_chunks(plan.blocks_x * part.groups, blocks, machine), plan.threads_x * 8);
   return plan;
 }
 
 // Channels-last: as many threads side by side as a row has vectors, up to a warp, and the columns shared out evenly.
-inline Plan plan_channels_last(const Shape& shape, int vector, const Machine& machine) {
+inline Plan plan_channels_last(const Shape& shape, const Cut& part, int vector, const Machine& machine) {
   const int64_t vectors = ceil_div(shape.C, vector);
   Plan plan{};
   plan.blocks_x = ceil_div(vectors, 32);
   plan.threads_x = static_cast<int>(ceil_div(vectors, plan.blocks_x));
   plan.threads_y =
-      static_cast<int>(std::clamp<int64_t>(ceil_div(shape.rows(), 8), 1, machine.threads / plan.threads_x));
-  cut(plan, shape.rows(), wanted_chunks(plan.blocks_x, kColumnBlocks, machine), plan.threads_y * 8);
+      static_cast<int>(std::clamp<int64_t>(ceil_div(part.span(), 8), 1, machine.threads / plan.threads_x));
+  cut(plan, part.span(), wanted_chunks(plan.blocks_x * part.groups, kColumnBlocks, machine), plan.threads_y * 8);
   return plan;
 }
 
@@ -79,18 +86,18 @@ inline Plan plan_channels_last(const Shape& shape, int vector, const Machine& ma
 // multiprocessors one. Clusters are powers of two. `bytes_per_row` and `overhead` are what a block stores.
 // Returns whether there is one; the plan's chunks are the blocks of the cluster.
 constexpr int kReservedShared = 1024;  // bytes that the hardware keeps of each block's share
-inline bool plan_resident(const Shape& shape, int bytes, double bytes_per_row, int overhead, const Machine& machine,
-                          Plan& plan) {
+inline bool plan_resident(const Shape& shape, const Cut& part, int bytes, double bytes_per_row, int overhead,
+                          const Machine& machine, Plan& plan) {
   if (machine.residency == Residency::never) return false;
   const bool always = machine.residency == Residency::always_if_it_fits;
   const int half = (machine.shared_per_block - kReservedShared) / 2;
-  Plan next = plan_teams(shape, bytes, machine);
+  Plan next = plan_teams(shape, part, bytes, machine);
   bool found = false;
   for (int cluster = 1; cluster <= machine.max_cluster; cluster *= 2) {
-    cut(next, shape.rows(), cluster, next.threads_x * 8);
+    cut(next, part.span(), cluster, next.threads_x * 8);
     if (next.chunks != cluster) continue;  // the channel is too short for so many
     const double needed = overhead + bytes_per_row * static_cast<double>(next.chunk_rows) * next.threads_y;
-    const int64_t blocks = next.blocks_x * cluster;
+    const int64_t blocks = next.blocks_x * part.groups * cluster;
     if (needed <= machine.shared_per_block && (always || 2 * blocks >= machine.multiprocessors)) {
       plan = next;
       found = true;

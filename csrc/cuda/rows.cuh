@@ -47,8 +47,20 @@ struct Tile {
     if (samples.length >= kTile) return s + i >= samples.length;
     return samples.length == 1 ? i : multiply_high(s + i, samples.reciprocal);  // that of 1 does not fit 32 bits
   }
+  FN_DEVICE bool there(int i) const { return i < left; }
+  FN_DEVICE bool full() const { return left >= kTile; }
   // All rows are there, and in one sample: no bounds, no samples to find.
-  FN_DEVICE bool plain(const Samples& samples) const { return left >= kTile && s + kTile <= samples.length; }
+  FN_DEVICE bool plain(const Samples& samples) const { return full() && s + kTile <= samples.length; }
+};
+
+// One whose first rows, perhaps, belong to the group before.
+struct CutTile : Tile {
+  int skip;
+  FN_DEVICE CutTile(const Tile& tile, int64_t row, int64_t first)
+      : Tile(tile), skip(row < first ? static_cast<int>(first - row) : 0) {}
+  FN_DEVICE bool there(int i) const { return i >= skip && i < left; }
+  FN_DEVICE bool full() const { return skip == 0 && Tile::full(); }
+  FN_DEVICE bool plain(const Samples& samples) const { return skip == 0 && Tile::plain(samples); }
 };
 
 // Which tiles of its chunk of channel c a warp visits.
@@ -60,9 +72,10 @@ struct Visits {
   int count;
 
   // `descending` reads first what a pass before has read last, and finds it in the L2 cache.
+  template <class Chunks>
   FN_DEVICE Visits(const Chunks& chunks, int chunk, int64_t c, int64_t S, const Samples& samples, bool descending)
       : end(chunks.end(chunk)) {
-    const int rows = static_cast<int>(chunks.size(chunk)), tiles = (rows + kTile - 1) / kTile;
+    const int rows = static_cast<int>(end - chunks.begin(chunk)), tiles = (rows + kTile - 1) / kTile;
     const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     count = warp < tiles ? (tiles - warp + warps - 1) / warps : 0;
     const int before = (descending ? tiles - 1 - warp : warp) * kTile;
@@ -77,6 +90,36 @@ struct Visits {
   }
 
   FN_DEVICE int64_t row(const Tile& tile) const { return end - tile.left; }
+  FN_DEVICE void advance(Tile& next, const Samples& samples) const {
+    ++next.visit;
+    next.left -= step;
+    next.s += step_s;
+    next.first += step_first;
+    if (next.s >= samples.length) {
+      next.s -= samples.length;
+      next.first += samples.stride - samples.length;
+    }
+  }
+
+  // read(u, tile) for u < Ahead, then f(tile) and next() for each of these in a loop that is not unrolled: f is long, and
+  // finds what was read for its tile at u = 0, since next() moves everything by one.
+  template <int Ahead, class Read, class F, class Next>
+  FN_DEVICE void each(const Samples& samples, Read read, F f, Next move) const {
+    Tile ahead = start, tile = start;
+    while (tile.visit < count) {
+#pragma unroll
+      for (int u = 0; u < Ahead; ++u) {
+        if (ahead.visit < count) read(u, ahead);
+        advance(ahead, samples);
+      }
+#pragma unroll 1
+      for (int u = 0; u < Ahead; ++u) {
+        if (tile.visit < count) f(tile);
+        advance(tile, samples);
+        move();
+      }
+    }
+  }
 
   // read(u, tile) for u < Ahead, then f(u, tile) for the same, until all are visited: so many loads are in flight at
   // once.
@@ -89,14 +132,7 @@ struct Visits {
       for (int u = 0; u < Ahead; ++u) {
         tile[u] = next;
         if (next.visit < count) read(u, tile[u]);
-        ++next.visit;
-        next.left -= step;
-        next.s += step_s;
-        next.first += step_first;
-        if (next.s >= samples.length) {
-          next.s -= samples.length;
-          next.first += samples.stride - samples.length;
-        }
+        advance(next, samples);
       }
 #pragma unroll
       for (int u = 0; u < Ahead; ++u) {
@@ -110,7 +146,7 @@ template <class T, int V>
 using Fragment = Pack<T, V>[kFragment / V];
 
 // g(j, at, there) for the vectors of the thread's fragment: whether they are there, and at which element.
-template <int V, class G>
+template <int V, class Tile, class G>
 FN_DEVICE void each_vector(const Tile& tile, const Samples& samples, G g) {
   if (tile.plain(samples)) {
 #pragma unroll
@@ -119,17 +155,17 @@ FN_DEVICE void each_vector(const Tile& tile, const Samples& samples, G g) {
 #pragma unroll
     for (int j = 0; j < kFragment / V; ++j) {
       const int i = row_in_tile<V>(j);
-      g(j, tile.first + i + tile.samples_on(samples, i) * (samples.stride - samples.length), i < tile.left);
+      g(j, tile.first + i + tile.samples_on(samples, i) * (samples.stride - samples.length), tile.there(i));
     }
   }
 }
 
 // Rows that are not there read as zeros.
-template <int V, class T>
+template <int V, class T, class Tile>
 FN_DEVICE void read(const T* p, const Tile& tile, const Samples& samples, Fragment<T, V>& to) {
   each_vector<V>(tile, samples, [&](int j, int64_t at, bool there) { to[j] = there ? load<V>(p + at) : Pack<T, V>{}; });
 }
-template <int V, class T>
+template <int V, class T, class Tile>
 FN_DEVICE void write(T* p, const Tile& tile, const Samples& samples, const Fragment<T, V>& from) {
   each_vector<V>(tile, samples, [&](int j, int64_t at, bool there) {
     if (there) store<V>(p + at, from[j]);
@@ -159,17 +195,23 @@ struct Draws {
   FN_DEVICE explicit Draws(uint32_t saved) : byte(saved), live(true), per_sample(false) {}
   template <class A>
   FN_DEVICE Draws(const Stages<A>& stages, Seed seed, const Samples& samples, int64_t row, int64_t c)
-      : byte(stages.noise == Noise::all_dropped ? 0 : kKeepAll),
-        live(stages.noise == Noise::element || stages.noise == Noise::channel),
-        per_sample(stages.noise == Noise::channel) {
+      : byte(stages.draw == Draw::all_dropped ? 0 : kKeepAll),
+        live(stages.draw == Draw::each_row || stages.draw == Draw::each_sample),
+        per_sample(stages.draw == Draw::each_sample) {
     if (!live) return;
+    byte = math::keep8(seed, call(samples, row), static_cast<uint32_t>(c), stages.threshold);
+  }
+  // Without decisions, for the places of multipliers.
+  FN_DEVICE explicit Draws(Draw draw) : byte(0), live(true), per_sample(draw == Draw::each_sample) {}
+
+  // The Philox call that this thread makes.
+  FN_DEVICE uint64_t call(const Samples& samples, int64_t row) {
     uint64_t first = row;
     if (per_sample) {
       first = samples.one ? 0 : row / samples.length;
       skipped = first % math::kRowsPerCall;
     }
-    const uint64_t group = first / math::kRowsPerCall + lane();
-    byte = math::keep8(seed, group, static_cast<uint32_t>(c), stages.threshold);
+    return first / math::kRowsPerCall + lane();
   }
 
   // Bit i for element i of the fragment. All threads of the warp arrive.
@@ -189,7 +231,81 @@ struct Draws {
     }
     return bits;
   }
+
+  // m[i] for element i of the fragment, of what each thread has drawn. All threads of the warp arrive.
+  template <int V, class A>
+  FN_DEVICE void fragment(const Samples& samples, const Tile& tile, const float (&drawn)[math::kRowsPerCall],
+                          A (&m)[kFragment]) const {
+#pragma unroll
+    for (int j = 0; j < kFragment / V; ++j) {
+      const int i = row_in_tile<V>(j);
+      if (per_sample) {
+        const int own = (skipped + tile.samples_on(samples, i)) % kTile;
+        float value = 0;
+#pragma unroll
+        for (int from = 0; from < math::kRowsPerCall; ++from) {
+          const float offered = shuffle(drawn[from], own / math::kRowsPerCall);
+          if (own % math::kRowsPerCall == from) value = offered;
+        }
+#pragma unroll
+        for (int v = 0; v < V; ++v) m[j * V + v] = value;
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          float value = drawn[v];
+#pragma unroll
+          for (int from = 0; V < kFragment && from < math::kRowsPerCall; from += V) {
+            const float offered = shuffle(drawn[from + v], i / math::kRowsPerCall);
+            if (i % math::kRowsPerCall == from) value = offered;
+          }
+          m[j * V + v] = value;
+        }
+      }
+    }
+  }
 };
+
+// Decisions: those of the thread's Philox call, and of its fragment. All ones where the noise makes none.
+struct Drawn {
+  uint32_t byte, keep;
+};
+
+// The multipliers of a tile's fragment.
+template <int V, class A>
+FN_DEVICE Drawn draw_fragment(const Program<A>& q, Seed seed, const Samples& samples, const Tile& tile, int64_t row,
+                                 int64_t c, A (&m)[kFragment]) {
+  if (q.one_channel) c = 0;
+  if (q.noise == Noise::bernoulli) {
+    const Draws draws(q, seed, samples, row, c);
+    const uint32_t keep = draws.template fragment<V>(samples, tile);
+    multipliers(q, keep, m);
+    return {draws.byte, keep};
+  }
+  if (q.noise == Noise::constant) {
+    multipliers(q, kKeepAll, m);
+    return {kKeepAll, kKeepAll};
+  }
+  Draws draws(q.draw);
+  const uint64_t call = draws.call(samples, row);
+  float drawn[math::kRowsPerCall];
+  draw_multipliers(q, seed, call, static_cast<uint32_t>(c), drawn);
+  draws.template fragment<V>(samples, tile, drawn, m);
+  return {kKeepAll, kKeepAll};
+}
+
+// The inverse of Draws::fragment: from the bits of a fragment to those of the 8 rows of the thread's Philox call.
+template <int V>
+FN_DEVICE uint32_t byte_of_fragments(uint32_t bits) {
+  if (V == kFragment) return bits;
+  constexpr int kVectors = kFragment / V;
+  uint32_t byte = 0;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int vector = lane() * kVectors + i;
+    byte |= (shuffle(bits, vector % kWarp) >> (vector / kWarp * V) & ((1u << V) - 1u)) << (i * V);
+  }
+  return byte;
+}
 
 // Where the thread's byte of a saved mask (C, ceil(rows / 8)) is, or null beyond the last row.
 template <class Byte>

@@ -6,22 +6,40 @@
 namespace fusednorm::cuda {
 
 // torch's running statistics: an exponential average, or the plain one, with the unbiased variance. One block, because
-// its factor comes from num_batches_tracked, which it also advances.
+// its factor comes from num_batches_tracked, which it also advances. Groups follow one another as batches would; those
+// of a few steps are fetched at once, or each step would wait for memory.
 FN_KERNEL(256, 1)
 update_statistics_kernel(UpdateStatistics p) {
-  double factor = p.momentum;
+  constexpr int kAhead = 4;
+  const int64_t before = p.num_batches_tracked ? *p.num_batches_tracked : 0;
   if (p.num_batches_tracked) {
-    const int64_t batches = *p.num_batches_tracked + 1;
-    if (p.cumulative) factor = 1.0 / static_cast<double>(batches);
     barrier();  // all have read
-    if (threadIdx.x == 0) *p.num_batches_tracked = batches;
+    if (threadIdx.x == 0) *p.num_batches_tracked = before + p.groups;
   }
-  if (p.count == 0) return;
-  const double unbiased = p.count > 1 ? static_cast<double>(p.count) / static_cast<double>(p.count - 1) : 1.0;
+  if (p.last_count == 0) return;
+  const auto unbiased = [](int64_t n) { return n > 1 ? static_cast<double>(n) / static_cast<double>(n - 1) : 1.0; };
+  const double usual = unbiased(p.count), last = unbiased(p.last_count);
   for (int64_t c = threadIdx.x; c < p.C; c += blockDim.x) {
-    write(p.running_mean, c, (1 - factor) * read<double>(p.running_mean, c) + factor * read<double>(p.mean, c, 0.0));
-    write(p.running_var, c,
-          (1 - factor) * read<double>(p.running_var, c) + factor * (unbiased * read<double>(p.var, c, 0.0)));
+    double running_mean = read<double>(p.running_mean, c), running_var = read<double>(p.running_var, c);
+    for (int64_t group = 0; group < p.groups; group += kAhead) {
+      double mean[kAhead], var[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (group + i >= p.groups) break;
+        mean[i] = read<double>(p.mean, (group + i) * p.C + c, 0.0);
+        var[i] = read<double>(p.var, (group + i) * p.C + c, 0.0);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (group + i >= p.groups) break;
+        const double factor = p.cumulative ? 1.0 / static_cast<double>(before + group + i + 1) : p.momentum;
+        const double correction = group + i == p.groups - 1 ? last : usual;
+        running_mean = (1 - factor) * running_mean + factor * mean[i];
+        running_var = (1 - factor) * running_var + factor * (correction * var[i]);
+      }
+    }
+    write(p.running_mean, c, running_mean);
+    write(p.running_var, c, running_var);
   }
 }
 

@@ -1,0 +1,509 @@
+// Channels-first kernels for every chain: the same two passes forward and backward as in channels_first.cuh, streaming
+// or resident, over the groups of a batch too. What differs is what a tile goes through: a program's stages, one by one,
+// and noise that may be a number. `before` is computed anew in every pass, from x, and costs no pass of its own.
+//
+// Blocks: x = teams of adjacent channels, of one group after another; y = chunk.
+#pragma once
+
+#include "channels_first_resident.cuh"
+
+namespace fusednorm::cuda {
+
+// The tiles of one tensor that are on their way.
+template <class T, int V>
+struct Queue {
+  static constexpr int kLength = kTilesInFlight<T, V>;
+  Fragment<T, V> tile[kLength];
+  FN_DEVICE void move() {
+#pragma unroll
+    for (int u = 0; u + 1 < kLength; ++u) {
+#pragma unroll
+      for (int j = 0; j < kFragment / V; ++j) tile[u][j] = tile[u + 1][j];
+    }
+  }
+};
+
+// A team in a group.
+template <class T, int V>
+struct StagedTeam {
+  using A = opmath_t<T>;
+  int64_t group, c;
+  bool active;
+  const Samples& samples;
+  Window window;
+  Visits visits;
+  A weight[1];  // PReLU's
+  template <class Arguments>
+  FN_DEVICE StagedTeam(const Arguments& q, int chunk, bool descending)
+      : group(q.groups.group()),
+        c(q.groups.block_x() * blockDim.y + threadIdx.y),
+        active(c < q.shape.C),
+        samples(q.samples),
+        window(q.chunks, q.groups, group),
+        visits(window, chunk, c, q.shape.S, q.samples, descending) {
+    if (!active) c = visits.count = 0;
+    weight[0] = cuda::read<A>(q.p.act_weight, c, A(0));
+  }
+  FN_DEVICE bool leads() const { return active && threadIdx.x == 0; }
+  FN_DEVICE CutTile cut(const Tile& tile) const { return CutTile(tile, visits.row(tile), window.first); }
+  FN_DEVICE void read(const T* p, const Tile& tile, Fragment<T, V>& to) const {
+    cuda::read<V>(p, cut(tile), samples, to);
+  }
+  FN_DEVICE void write(T* p, const Tile& tile, const A (&from)[kFragment]) const {
+    Fragment<T, V> narrowed;
+    narrow_fragment<V>(from, narrowed);
+    cuda::write<V>(p, cut(tile), samples, narrowed);
+  }
+  template <int Ahead, class Read, class F, class Move>
+  FN_DEVICE void each(Read read, F f, Move move) const {
+    visits.template each<Ahead>(samples, read, f, move);
+  }
+
+  // What a saved mask holds for the fragment: the thread's byte, and its bits.
+  template <class Arguments>
+  FN_DEVICE uint32_t saved(const Arguments& q, const Tile& tile) const {
+    const uint8_t* byte = mask_byte<const uint8_t>(q.p.mask, window.rows, visits.row(tile), c);
+    return Draws(byte ? uint32_t{*byte} : 0u).template fragment<V>(samples, tile);
+  }
+  template <class Arguments>
+  FN_DEVICE void save(const Arguments& q, const Tile& tile, uint32_t byte) const {
+    uint8_t* to = mask_byte(q.p.mask, window.rows, visits.row(tile), c);
+    if (to) *to = static_cast<uint8_t>(byte);
+  }
+  FN_DEVICE Drawn draw(const Program<A>& program, Seed seed, const Tile& tile, A (&m)[kFragment]) const {
+    return draw_fragment<V>(program, seed, samples, tile, visits.row(tile), c, m);
+  }
+};
+
+// ---- forward, tile by tile ----------------------------------------------------------------------------------------
+// Decisions that a pass has saved are read by the next one.
+template <class T, int V, class A = opmath_t<T>>
+FN_DEVICE void gather_tile(const StagedForwardArguments<T>& q, const StagedTeam<T, V>& team, Seed seed,
+                           const Tile& tile, const Fragment<T, V>& x, Moments<A>& moments, Moments<A>& matched) {
+  A v[kFragment], m[kFragment];
+  if (q.program.noisy_before) {
+    const Drawn drawn = team.draw(q.program, seed, tile, m);
+    if (q.p.mask && q.program.saves_keep) team.save(q, tile, drawn.byte);
+  }
+  const CutTile cut = team.cut(tile);
+  if (q.matches()) {
+    widen_fragment<V>(x, v);
+    run_before(q.program, team.weight, m, false, v);
+    merge_values<V>(matched, v, cut);
+  }
+  widen_fragment<V>(x, v);
+  run_before(q.program, team.weight, m, true, v);
+  merge_values<V>(moments, v, cut);
+}
+
+template <class T, int V, class A = opmath_t<T>>
+FN_DEVICE void apply_tile(const StagedForwardArguments<T>& q, const StagedTeam<T, V>& team, const Affine<A>& affine,
+                          Seed seed, const Tile& tile, const Fragment<T, V>& x, const Fragment<T, V>& residual) {
+  A v[kFragment], m[kFragment];
+  uint32_t keep = kKeepAll;
+  if (q.p.mask && q.program.saves_keep && q.program.noisy_before && q.training) {
+    multipliers(q.program, team.saved(q, tile), m);
+  } else if (q.program.noisy) {
+    const Drawn drawn = team.draw(q.program, seed, tile, m);
+    keep = drawn.keep;
+    if (q.p.mask && !q.program.saves_pass) team.save(q, tile, drawn.byte);
+  }
+  widen_fragment<V>(x, v);
+  run_before(q.program, team.weight, m, true, v);
+#pragma unroll
+  for (int i = 0; i < kFragment; ++i) v[i] = affine(v[i]);
+  const bool saves = q.p.mask && q.program.saves_pass;
+  uint32_t pass = run_after(q.program, team.weight, m, saves, v, [&](A(&sum)[kFragment]) {
+#pragma unroll
+    for (int i = 0; i < kFragment; ++i) sum[i] += widen(residual[i / V], i % V);
+  });
+  if (saves) {
+    if (q.program.saves_keep) pass &= keep;
+    team.save(q, tile, byte_of_fragments<V>(pass));
+  }
+  team.write(q.p.y, tile, v);
+}
+
+// ---- backward, tile by tile ---------------------------------------------------------------------------------------
+// The multipliers and the saved bits of `passes`. Returns the decisions as bits of the fragment.
+template <class T, int V, class A = opmath_t<T>>
+FN_DEVICE uint32_t restore_noise(const StagedBackwardArguments<T>& q, const StagedTeam<T, V>& team, Seed seed,
+                                 const Tile& tile, A (&m)[kFragment], uint32_t& pass) {
+  pass = q.p.mask ? team.saved(q, tile) : 0;
+  if (q.p.mask && q.program.saves_keep) {
+    multipliers(q.program, pass, m);
+    return pass;
+  }
+  return q.program.noisy ? team.draw(q.program, seed, tile, m).keep : kKeepAll;
+}
+
+// dz and u - mean of a tile.
+template <int V, class T, class A = opmath_t<T>, class Added, class Weighed>
+FN_DEVICE void local_gradient(const StagedBackwardArguments<T>& q, const StagedTeam<T, V>& team,
+                              const Affine<A>& affine, const A (&m)[kFragment], uint32_t pass, const Fragment<T, V>& x,
+                              const Fragment<T, V>& g, const Fragment<T, V>& residual, A (&dz)[kFragment],
+                              A (&centred)[kFragment], Added added, Weighed weighed) {
+  A v[kFragment];
+  widen_fragment<V>(x, centred);
+  widen_fragment<V>(g, dz);
+  run_before(q.program, team.weight, m, true, centred);
+#pragma unroll
+  for (int i = 0; i < kFragment; ++i) {
+    v[i] = affine(centred[i]);
+    centred[i] -= affine.mean;
+  }
+  const auto add = [&](A(&sum)[kFragment]) {
+#pragma unroll
+    for (int i = 0; i < kFragment; ++i) sum[i] += widen(residual[i / V], i % V);
+  };
+  const bool saved = q.p.mask && q.program.saves_pass;
+  run_after_backward(q.program, team.weight, m, saved, pass, v, dz, add, added, weighed);
+}
+
+// Adds a tile's sums. Rows that are not there were read as zeros, so their dz is one.
+template <int V, class T, class A = opmath_t<T>>
+FN_DEVICE void add_tile(const StagedBackwardArguments<T>& q, const StagedTeam<T, V>& team, const Affine<A>& affine,
+                        const A (&m)[kFragment], uint32_t pass, const Fragment<T, V>& x, const Fragment<T, V>& g,
+                        const Fragment<T, V>& residual, A (&sums)[kSums]) {
+  A dz[kFragment], centred[kFragment], part[kSums] = {};
+  local_gradient<V>(q, team, affine, m, pass, x, g, residual, dz, centred, [](A(&)[kFragment]) {},
+                    [&](A(&v)[kFragment], A(&gradient)[kFragment]) {
+#pragma unroll
+                      for (int i = 0; i < kFragment; ++i) part[2] += math::Prelu::weight_gradient(v[i], gradient[i]);
+                    });
+#pragma unroll
+  for (int i = 0; i < kFragment; ++i) {
+    part[0] += dz[i];
+    part[1] = math::fma(dz[i], centred[i], part[1]);
+  }
+  if (q.program.has_weight && !q.program.act_after) {
+    A w[kFragment];
+    widen_fragment<V>(x, w);
+    weight_factors(q.program, m, w);
+#pragma unroll
+    for (int i = 0; i < kFragment; ++i) {
+      part[2] = math::fma(dz[i], w[i], part[2]);
+      part[3] = math::fma(centred[i], w[i], part[3]);
+      part[4] += w[i];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) sums[i] += part[i];
+}
+
+template <int V, class T, class A = opmath_t<T>>
+FN_DEVICE void input_gradient_tile(const StagedBackwardArguments<T>& q, const StagedTeam<T, V>& team,
+                                   const Affine<A>& affine, const math::InputGradient<A>& k, const A (&m)[kFragment],
+                                   uint32_t pass, const Tile& tile, const Fragment<T, V>& x, const Fragment<T, V>& g,
+                                   const Fragment<T, V>& residual) {
+  A dz[kFragment], centred[kFragment];
+  local_gradient<V>(
+      q, team, affine, m, pass, x, g, residual, dz, centred,
+      [&](const A(&gradient)[kFragment]) {
+        if (q.p.grad_residual) team.write(q.p.grad_residual, tile, gradient);
+      },
+      [](A(&)[kFragment], A(&)[kFragment]) {});
+  if (!q.p.dx) return;
+#pragma unroll
+  for (int i = 0; i < kFragment; ++i) {
+    dz[i] = math::apply_input_gradient(dz[i], centred[i], k.a, k.b, k.c);
+  }
+  widen_fragment<V>(x, centred);
+  run_before_backward(q.program, team.weight, m, centred, dz);
+  team.write(q.p.dx, tile, dz);
+}
+
+template <class T, class A = opmath_t<T>>
+FN_DEVICE void team_sums(const StagedBackwardArguments<T>& q, A (&sums)[kSums]) {
+  const Pair<A> first = team_sum(Pair<A>{sums[0], sums[1]});
+  sums[0] = first.first;
+  sums[1] = first.second;
+  if (!q.program.has_weight) return;
+  const Pair<A> second = team_sum(Pair<A>{sums[2], sums[3]});
+  sums[2] = second.first;
+  sums[3] = second.second;
+  sums[4] = team_sum(sums[4]);
+}
+
+// The moments of the chunk's rows.
+template <class T, int V, class A = opmath_t<T>>
+FN_DEVICE Pair<A> merge_window(const StagedTeam<T, V>& team, int chunk, const Moments<A>& own) {
+  const int64_t rows = team.window.size(chunk);
+  const int skipped = chunk == 0 ? static_cast<int>(team.window.first % math::kRowsPerCall) : 0;
+  return merge_team(own, rows > 0 ? rows : 1, static_cast<unsigned>(skipped / V));
+}
+
+// ---- the kernels --------------------------------------------------------------------------------------------------
+template <class T, int V>
+FN_KERNEL(256, kBackwardBlocks)
+channels_first_staged_statistics(StagedForwardArguments<T> q) {
+  using A = opmath_t<T>;
+  const int chunk = blockIdx.y;
+  const StagedTeam<T, V> team(q, chunk, false);
+  const Seed seed = seed_of(q.program);
+  Moments<A> m{0, 0, 0}, matched{0, 0, 0};
+  Queue<T, V> x;
+  team.template each<Queue<T, V>::kLength>(
+      [&](int u, const Tile& tile) { team.read(q.p.x, tile, x.tile[u]); },
+      [&](const Tile& tile) { gather_tile(q, team, seed, tile, x.tile[0], m, matched); }, [&] { x.move(); });
+  const int64_t at = (team.group * q.chunks.count + chunk) * q.shape.C + team.c;
+  const Pair<A> moments = merge_window(team, chunk, m);
+  if (team.leads()) q.partials[at] = moments;
+  if (q.matches()) {
+    const Pair<A> quiet = merge_window(team, chunk, matched);
+    if (team.leads()) q.matched_partials[at] = quiet;
+  }
+}
+
+template <class T, int V>
+FN_KERNEL(256, kBackwardBlocks)
+channels_first_staged_apply(StagedForwardArguments<T> q) {
+  using A = opmath_t<T>;
+  const int chunk = blockIdx.y;
+  const StagedTeam<T, V> team(q, chunk, true);
+  Pair<A> moments{0, 0}, matched{0, 0};
+  const int64_t group_begin = team.group * q.chunks.count;
+  const auto merged = [&](const Pair<A>* partials) {
+    return merge_chunks<A>(team.window, [&](int i) { return partials[(group_begin + i) * q.shape.C + team.c]; });
+  };
+  if (q.training) moments = merged(q.partials);
+  if (q.matches()) matched = merged(q.matched_partials);
+  const Affine<A> affine = finish_statistics(q, team.group, team.window.rows, team.c, moments, matched,
+                                             team.leads() && chunk == 0);
+  const Seed seed = seed_of(q.program);
+  Queue<T, V> x, residual;
+  team.template each<Queue<T, V>::kLength>(
+      [&](int u, const Tile& tile) {
+        team.read(q.p.x, tile, x.tile[u]);
+        if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
+      },
+      [&](const Tile& tile) { apply_tile(q, team, affine, seed, tile, x.tile[0], residual.tile[0]); },
+      [&] {
+        x.move();
+        residual.move();
+      });
+}
+
+template <class T, int V>
+FN_KERNEL(256, kBackwardBlocks)
+channels_first_staged_gradient_sums(StagedBackwardArguments<T> q) {
+  using A = opmath_t<T>;
+  const int chunk = blockIdx.y;
+  const StagedTeam<T, V> team(q, chunk, false);
+  const Affine<A> affine = saved_statistics(q, team.group, team.c);
+  const Seed seed = seed_of(q.program);
+  A sums[kSums] = {};
+  Queue<T, V> x, g, residual;
+  team.template each<Queue<T, V>::kLength>(
+      [&](int u, const Tile& tile) {
+        team.read(q.p.x, tile, x.tile[u]);
+        team.read(q.p.g, tile, g.tile[u]);
+        if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
+      },
+      [&](const Tile& tile) {
+        A m[kFragment];
+        uint32_t pass;
+        restore_noise(q, team, seed, tile, m, pass);
+        add_tile<V>(q, team, affine, m, pass, x.tile[0], g.tile[0], residual.tile[0], sums);
+      },
+      [&] {
+        x.move();
+        g.move();
+        residual.move();
+      });
+  team_sums(q, sums);
+  if (!team.leads()) return;
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    if (i < 2 || q.program.has_weight) *q.partial(i, team.group, chunk, team.c) = sums[i];
+  }
+}
+
+template <class T, int V>
+FN_KERNEL(256, kBackwardBlocks)
+channels_first_staged_input_gradient(StagedBackwardArguments<T> q) {
+  using A = opmath_t<T>;
+  const int chunk = blockIdx.y;
+  const StagedTeam<T, V> team(q, chunk, true);
+  A sums[kSums] = {};
+  if (q.partials) {
+    for (int i = threadIdx.x; i < q.chunks.count; i += blockDim.x) {
+#pragma unroll
+      for (int j = 0; j < kSums; ++j) {
+        if (j < 2 || q.program.has_weight) sums[j] += *q.partial(j, team.group, i, team.c);
+      }
+    }
+    team_sums(q, sums);
+    if (team.group == 0 && chunk == 0) {
+      A gradients[kSums] = {};
+      if (q.groups.count == 1) {
+        add_parameter_gradients(q, 0, team.window.rows, team.c, sums, gradients);
+      } else {
+        add_groups(q, team.c, threadIdx.x, blockDim.x, gradients);
+        team_sums(q, gradients);
+      }
+      if (team.leads()) write_parameter_gradients(q, team.c, gradients);
+    }
+  }
+  if (!q.p.dx && !q.p.grad_residual) return;
+  const Affine<A> affine = saved_statistics(q, team.group, team.c);
+  const math::InputGradient<A> k = coefficients(q, team.group, team.window.rows, team.c, sums);
+  const Seed seed = seed_of(q.program);
+  Queue<T, V> x, g, residual;
+  team.template each<Queue<T, V>::kLength>(
+      [&](int u, const Tile& tile) {
+        team.read(q.p.x, tile, x.tile[u]);
+        team.read(q.p.g, tile, g.tile[u]);
+        if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
+      },
+      [&](const Tile& tile) {
+        A m[kFragment];
+        uint32_t pass;
+        restore_noise(q, team, seed, tile, m, pass);
+        input_gradient_tile<V>(q, team, affine, k, m, pass, tile, x.tile[0], g.tile[0], residual.tile[0]);
+      },
+      [&] {
+        x.move();
+        g.move();
+        residual.move();
+      });
+}
+
+// Resident, as in channels_first_resident.cuh. The residual is read where it is needed; backward of several groups is
+// never resident, because the sums of all groups meet in a second kernel.
+template <class T, int V>
+FN_KERNEL(256, kBackwardBlocks)
+channels_first_staged_resident_forward(StagedForwardArguments<T> q) {
+  using A = opmath_t<T>;
+  const int chunk = cluster_rank();
+  const StagedTeam<T, V> team(q, chunk, false);
+  const Shelf<T, V> shelf{kResidentScratch};
+  const Seed seed = seed_of(q.program);
+  Moments<A> m{0, 0, 0}, own_matched{0, 0, 0};
+  Queue<T, V> x;
+  team.template each<Queue<T, V>::kLength>([&](int u, const Tile& tile) { team.read(q.p.x, tile, x.tile[u]); },
+                                           [&](const Tile& tile) {
+                                             shelf.put(tile.visit, x.tile[0]);
+                                             gather_tile(q, team, seed, tile, x.tile[0], m, own_matched);
+                                           },
+                                           [&] { x.move(); });
+  const auto merged = [&](const Moments<A>& own) {
+    return exchange(merge_window(team, chunk, own), [&](auto part) { return merge_chunks<A>(team.window, part); });
+  };
+  const Pair<A> moments = merged(m);
+  Pair<A> matched{0, 0};
+  if (q.matches()) matched = merged(own_matched);
+  const Affine<A> affine = finish_statistics(q, team.group, team.window.rows, team.c, moments, matched,
+                                             team.leads() && chunk == 0);
+  Queue<T, V> residual;
+  team.template each<Queue<T, V>::kLength>(
+      [&](int u, const Tile& tile) {
+        if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
+      },
+      [&](const Tile& tile) {
+        shelf.get(tile.visit, x.tile[0]);
+        apply_tile(q, team, affine, seed, tile, x.tile[0], residual.tile[0]);
+      },
+      [&] { residual.move(); });
+}
+
+// What is put away beside x and g: the bits of a fragment, decisions or those of a mask that replace them.
+template <class T, int V>
+FN_KERNEL(256, sizeof(T) == 8 ? 1 : kBackwardBlocks)
+channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
+  using A = opmath_t<T>;
+  const int chunk = cluster_rank();
+  const StagedTeam<T, V> team(q, chunk, false);
+  const int threads = blockDim.x * blockDim.y;
+  const int fragments = static_cast<int>(shelf_bytes<T>(most_visits(q.chunks.length, blockDim.x), threads, 1));
+  const Shelf<T, V> shelf_x{kResidentScratch}, shelf_g{kResidentScratch + fragments};
+  uint8_t* shelf_keep =
+      shared_memory<uint8_t>(kResidentScratch + 2 * fragments) + threadIdx.y * blockDim.x + threadIdx.x;
+
+  const Affine<A> affine = saved_statistics(q, team.group, team.c);
+  const Seed seed = seed_of(q.program);
+  A sums[kSums] = {};
+  Queue<T, V> x, g, residual;
+  team.template each<Queue<T, V>::kLength>(
+      [&](int u, const Tile& tile) {
+        team.read(q.p.x, tile, x.tile[u]);
+        team.read(q.p.g, tile, g.tile[u]);
+        if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
+      },
+      [&](const Tile& tile) {
+        A m[kFragment];
+        uint32_t pass;
+        const uint32_t keep = restore_noise(q, team, seed, tile, m, pass);
+        add_tile<V>(q, team, affine, m, pass, x.tile[0], g.tile[0], residual.tile[0], sums);
+        shelf_x.put(tile.visit, x.tile[0]);
+        shelf_g.put(tile.visit, g.tile[0]);
+        shelf_keep[tile.visit * threads] = static_cast<uint8_t>(keep);
+      },
+      [&] {
+        x.move();
+        g.move();
+        residual.move();
+      });
+  team_sums(q, sums);
+  const auto exchanged = [&](A& first, A& second) {
+    const Pair<A> all = exchange(Pair<A>{first, second}, [&](auto part) { return sum_chunks<A>(q.chunks, part); });
+    first = all.first;
+    second = all.second;
+  };
+  exchanged(sums[0], sums[1]);
+  if (q.program.has_weight) {
+    A none = 0;
+    exchanged(sums[2], sums[3]);
+    exchanged(sums[4], none);
+  }
+  if (team.leads() && chunk == 0) {
+    A gradients[kSums] = {};
+    add_parameter_gradients(q, 0, team.window.rows, team.c, sums, gradients);
+    write_parameter_gradients(q, team.c, gradients);
+  }
+  const math::InputGradient<A> k = coefficients(q, team.group, team.window.rows, team.c, sums);
+  team.template each<Queue<T, V>::kLength>(
+      [&](int u, const Tile& tile) {
+        if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
+      },
+      [&](const Tile& tile) {
+        A m[kFragment];
+        const uint32_t keep = shelf_keep[tile.visit * threads];
+        const uint32_t pass = q.program.saves_keep ? keep : q.p.mask ? team.saved(q, tile) : 0;
+        if (q.program.noise == Noise::bernoulli) {
+          multipliers(q.program, keep, m);
+        } else if (q.program.noisy) {
+          team.draw(q.program, seed, tile, m);
+        }
+        shelf_x.get(tile.visit, x.tile[0]);
+        shelf_g.get(tile.visit, g.tile[0]);
+        input_gradient_tile<V>(q, team, affine, k, m, pass, tile, x.tile[0], g.tile[0], residual.tile[0]);
+      },
+      [&] { residual.move(); });
+}
+
+// ---- noise alone --------------------------------------------------------------------------------------------------
+// y = x * m, or m where there is no x.
+template <class T, int V>
+FN_KERNEL(256, kBackwardBlocks)
+channels_first_noise(StagedForwardArguments<T> q) {
+  using A = opmath_t<T>;
+  const StagedTeam<T, V> team(q, blockIdx.y, false);
+  const Seed seed = seed_of(q.program);
+  Queue<T, V> x;
+  team.template each<Queue<T, V>::kLength>(
+      [&](int u, const Tile& tile) {
+        if (q.p.x) team.read(q.p.x, tile, x.tile[u]);
+      },
+      [&](const Tile& tile) {
+        A v[kFragment], m[kFragment];
+        team.draw(q.program, seed, tile, m);
+        widen_fragment<V>(x.tile[0], v);
+#pragma unroll
+        for (int i = 0; i < kFragment; ++i) v[i] = q.p.x ? v[i] * m[i] : m[i];
+        team.write(q.p.y, tile, v);
+      },
+      [&] { x.move(); });
+}
+
+}  // namespace fusednorm::cuda

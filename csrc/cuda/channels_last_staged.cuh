@@ -1,0 +1,556 @@
+// Channels-last kernels for every chain, and for the groups of a batch: the two passes of channels_last.cuh over what
+// channels_first_staged.cuh does to a fragment. A fragment is 8 values here too, so that few programs are walked: 8 / V
+// rows of the thread's V <= 4 channels.
+//
+// A Philox call serves 8 rows of one channel, a fragment some rows of all. Decisions wait for their rows as bits in
+// registers; multipliers, which are numbers, in shared memory, where each thread comes back for its own.
+//
+// Blocks: x = columns, of one group after another; y = chunk of rows.
+#pragma once
+
+#include "channels_first_staged.cuh"
+#include "channels_last.cuh"
+
+namespace fusednorm::cuda {
+
+template <class T, int V>
+constexpr int kFragmentRows = kFragment / V;
+
+// The rows that a thread asks for before it uses any: 64 bytes of a tensor.
+template <class T, int V>
+constexpr int kRowsInFlight = V * sizeof(T) * kRows <= 64 ? kRows : 64 / (V * sizeof(T));
+
+// Shared memory: first what column_sum needs, then, for noise that is a number, V * 8 of those for each thread.
+template <class A, int V>
+FN_HOST_DEVICE int column_scratch(int threads) {
+  return threads * V * static_cast<int>(sizeof(A));
+}
+template <class A, int V>
+FN_DEVICE int column_scratch() {
+  return column_scratch<A, V>(blockDim.x * blockDim.y);
+}
+constexpr int64_t multiplier_bytes(int V, int threads) { return int64_t{V} * kRows * threads * sizeof(float); }
+
+template <class T, int V>
+struct StagedColumns : Columns<T, V> {
+  using A = opmath_t<T>;
+  using Columns<T, V>::c;
+  int64_t group;
+  Window window;
+  template <class Arguments>
+  FN_DEVICE explicit StagedColumns(const Arguments& q)
+      : Columns<T, V>(q.shape, q.groups.block_x()), group(q.groups.group()), window(q.chunks, q.groups, group) {}
+
+  FN_DEVICE bool there(int64_t row) const { return row >= window.first && row < window.end(blockIdx.y); }
+  // Rows from `row` on, in place of the fragments' first ones, `at` and up.
+  template <int N>
+  FN_DEVICE void read(const T* p, int64_t row, Pack<T, V> (&to)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      to[i] = there(row + i) ? load<V>(p + (row + i) * this->C + c) : Pack<T, V>{};
+    }
+  }
+  FN_DEVICE void write(T* p, int64_t row, const A (&from)[kFragment]) const {
+#pragma unroll
+    for (int i = 0; i < kFragmentRows<T, V>; ++i) {
+      if (there(row + i)) store<V>(p + (row + i) * this->C + c, narrow<T, V>(from + i * V));
+    }
+  }
+  FN_DEVICE void weights(const Vector& act_weight, A (&to)[V]) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) to[v] = cuda::read<A>(act_weight, c + v, A(0));
+  }
+};
+
+// Tensors' rows on their way.
+template <class T, int V>
+struct RowQueue {
+  Pack<T, V> row[kRowsInFlight<T, V>];
+  FN_DEVICE void move() {
+#pragma unroll
+    for (int i = 0; i + kFragmentRows<T, V> < kRowsInFlight<T, V>; ++i) row[i] = row[i + kFragmentRows<T, V>];
+  }
+  template <class A>
+  FN_DEVICE void widen_to(A (&to)[kFragment]) const {
+#pragma unroll
+    for (int i = 0; i < kFragment; ++i) to[i] = widen(row[i / V], i % V);
+  }
+  template <class A>
+  FN_DEVICE void add_to(A (&to)[kFragment]) const {
+#pragma unroll
+    for (int i = 0; i < kFragment; ++i) to[i] += widen(row[i / V], i % V);
+  }
+};
+
+// begin(row) for the thread's groups of 8 rows; then read(row) for as many rows as are in flight, and f(row), next() for
+// their fragments; finally end(row).
+template <class T, int V, class Begin, class Read, class F, class Move, class End>
+FN_DEVICE void each_fragment(const StagedColumns<T, V>& columns, bool descending, Begin begin, Read read, F f,
+                             Move move, End end) {
+  columns.each_group(columns.window, descending, [&](int64_t group) {
+    begin(group);
+#pragma unroll 1
+    for (int64_t row = group; row < group + kRows;) {
+      read(row);
+#pragma unroll 1
+      for (int i = 0; i < kRowsInFlight<T, V>; i += kFragmentRows<T, V>) {
+        f(row);
+        move();
+        row += kFragmentRows<T, V>;
+      }
+    }
+    end(group);
+  });
+}
+
+// ---- noise --------------------------------------------------------------------------------------------------------
+// What a group of 8 rows drew.
+template <class T, int V>
+struct RowNoise {
+  using A = opmath_t<T>;
+  int base;  // of the multipliers in shared memory, in bytes
+  Decisions<V> keep{0xffu};
+
+  FN_DEVICE float* at(int row, int v) const {
+    const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
+    return shared_memory<float>(base) + (row * V + v) * threads + thread;
+  }
+
+  FN_DEVICE void draw(const Program<A>& q, Seed seed, const StagedColumns<T, V>& columns, int64_t row, int64_t S) {
+    if (q.noise == Noise::constant) return;
+    if (q.noise == Noise::bernoulli) keep = Decisions<V>(0u);
+    q.draw == Draw::each_sample ? draw_samples(q, seed, columns, row, S) : draw_rows(q, seed, columns, row);
+  }
+
+  // The multipliers of the fragment that begins with the group's row `row`.
+  FN_DEVICE void fragment(const Program<A>& q, int row, A (&m)[kFragment]) const {
+    if (q.noise == Noise::uniform || q.noise == Noise::gaussian) {
+#pragma unroll
+      for (int i = 0; i < kFragment; ++i) m[i] = static_cast<A>(*at(row + i / V, i % V));
+    } else {
+      multipliers(q, kept(row), m);
+    }
+  }
+  // The decisions of the fragment, as bits.
+  FN_DEVICE uint32_t kept(int row) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kFragment; ++i) bits |= static_cast<uint32_t>(keep.keeps(i % V, row + i / V)) << i;
+    return bits;
+  }
+
+ private:
+  FN_DEVICE static uint32_t channel(const Program<A>& q, const StagedColumns<T, V>& columns, int v) {
+    return q.one_channel ? 0u : static_cast<uint32_t>(columns.c) + v;
+  }
+
+  FN_DEVICE void draw_rows(const Program<A>& q, Seed seed, const StagedColumns<T, V>& columns, int64_t row) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      if (q.noise == Noise::bernoulli) {
+        keep.add(v, math::keep8(seed, row / kRows, channel(q, columns, v), q.threshold));
+      } else {
+        float m[kRows];
+        draw_multipliers(q, seed, row / kRows, channel(q, columns, v), m);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) *at(i, v) = m[i];
+      }
+    }
+  }
+
+  // Row after row; a sample's draws are made at its first row here, and stay for the others.
+  FN_DEVICE void draw_samples(const Program<A>& q, Seed seed, const StagedColumns<T, V>& columns, int64_t row,
+                              int64_t S) {
+    int64_t n = row / S, s = row - n * S;
+    float m[V];
+    uint32_t kept = 0;
+#pragma unroll 1
+    for (int i = 0; i < kRows; ++i) {
+      if (i == 0 || s == 0) {
+        const int own = static_cast<int>(n % kRows);
+        kept = 0;
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          if (q.noise == Noise::bernoulli) {
+            kept |= (math::keep8(seed, n / kRows, channel(q, columns, v), q.threshold) >> own & 1u) << v;
+          } else {
+            float drawn[kRows];
+            draw_multipliers(q, seed, n / kRows, channel(q, columns, v), drawn);
+#pragma unroll
+            for (int from = 0; from < kRows; ++from) {
+              if (from == own) m[v] = drawn[from];
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        if (q.noise == Noise::bernoulli) {
+          keep.add(v, (kept >> v & 1u) << i);
+        } else {
+          *at(i, v) = m[v];
+        }
+      }
+      if (++s == S) {
+        s = 0;
+        ++n;
+      }
+    }
+  }
+};
+
+template <int V, class T>
+FN_DEVICE Decisions<V> load_decisions(const uint8_t* mask, const Columns<T, V>& columns, int64_t row) {
+  const Pack<uint8_t, V> bytes = load<V>(mask + row / kRows * columns.C + columns.c);
+  Decisions<V> bits(0u);
+#pragma unroll
+  for (int v = 0; v < V; ++v) bits.add(v, bytes.word[v]);
+  return bits;
+}
+
+// A fragment's bits into those of its group.
+template <int V>
+FN_DEVICE void add_bits(Decisions<V>& to, uint32_t bits, int row) {
+#pragma unroll
+  for (int i = 0; i < kFragment; ++i) to.add(i % V, (bits >> i & 1u) << (row + i / V));
+}
+
+// ---- forward ------------------------------------------------------------------------------------------------------
+// Adds a fragment to the moments of its columns.
+template <class T, int V, class A = opmath_t<T>>
+FN_DEVICE void merge_values(Moments<A> (&m)[V], const A (&u)[kFragment], const StagedColumns<T, V>& columns,
+                            int64_t row) {
+#pragma unroll
+  for (int i = 0; i < kFragmentRows<T, V>; ++i) {
+    if (!columns.there(row + i)) continue;
+    const A share = A(1) / (m[0].count + A(1));  // all columns have as many
+#pragma unroll
+    for (int v = 0; v < V; ++v) m[v] = math::merge(m[v], Moments<A>{A(1), u[i * V + v], A(0)}, share);
+  }
+}
+
+// Columns of threads whose chunk is empty still take part.
+template <class T, int V, class A = opmath_t<T>>
+FN_DEVICE void write_moments(const StagedForwardArguments<T>& q, const StagedColumns<T, V>& columns,
+                             const Moments<A> (&m)[V], Pair<A>* partials) {
+  const int64_t rows = columns.window.size(blockIdx.y);
+  A mean[V], m2[V];
+  merge_column(m, rows > 0 ? rows : 1, mean, m2);
+  write_partials(partials + columns.group * q.chunks.count * columns.C, columns, mean, m2);
+}
+
+template <class T, int V>
+FN_KERNEL(256, kColumnBlocks)
+channels_last_staged_statistics(StagedForwardArguments<T> q) {
+  using A = opmath_t<T>;
+  const StagedColumns<T, V> columns(q);
+  const Seed seed = seed_of(q.program);
+  A weight[V];
+  columns.weights(q.p.act_weight, weight);
+  Moments<A> m[V], matched[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) m[v] = matched[v] = {0, 0, 0};
+  RowQueue<T, V> x;
+  RowNoise<T, V> noise{column_scratch<A, V>()};
+  each_fragment(
+      columns, false,
+      [&](int64_t row) {
+        if (q.program.noisy_before) noise.draw(q.program, seed, columns, row, q.shape.S);
+        if (q.p.mask && q.program.saves_keep && q.program.noisy_before) {
+          save_decisions(q.p.mask, columns, row, noise.keep);
+        }
+      },
+      [&](int64_t row) { columns.read(q.p.x, row, x.row); },
+      [&](int64_t row) {
+        A u[kFragment], multiplier[kFragment];
+        if (q.program.noisy_before) noise.fragment(q.program, row % kRows, multiplier);
+        if (q.matches()) {
+          x.widen_to(u);
+          run_before(q.program, weight, multiplier, false, u);
+          merge_values(matched, u, columns, row);
+        }
+        x.widen_to(u);
+        run_before(q.program, weight, multiplier, true, u);
+        merge_values(m, u, columns, row);
+      },
+      [&] { x.move(); }, [](int64_t) {});
+  write_moments(q, columns, m, q.partials);
+  if (q.matches()) write_moments(q, columns, matched, q.matched_partials);
+}
+
+template <class T, int V>
+FN_KERNEL(256, kColumnBlocks)
+channels_last_staged_apply(StagedForwardArguments<T> q) {
+  using A = opmath_t<T>;
+  const StagedColumns<T, V> columns(q);
+  A mean[V] = {}, m2[V] = {}, matched_mean[V] = {}, matched_m2[V] = {}, weight[V];
+  const int64_t before = columns.group * q.chunks.count * columns.C;
+  if (q.training) merge_chunks(columns.window, q.partials + before, columns.C, columns.c, mean, m2);
+  if (q.matches()) {
+    merge_chunks(columns.window, q.matched_partials + before, columns.C, columns.c, matched_mean, matched_m2);
+  }
+  Affine<A> affine[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    affine[v] = finish_statistics(q, columns.group, columns.window.rows, columns.c + v, Pair<A>{mean[v], m2[v]},
+                                  Pair<A>{matched_mean[v], matched_m2[v]}, columns.leads() && blockIdx.y == 0);
+  }
+  columns.weights(q.p.act_weight, weight);
+  const Seed seed = seed_of(q.program);
+  const bool saves_pass = q.p.mask && q.program.saves_pass, saves_keep = q.p.mask && !q.program.saves_pass;
+  const bool saved = saves_keep && q.program.noisy_before && q.training;  // by the statistics
+  RowQueue<T, V> x, residual;
+  RowNoise<T, V> noise{column_scratch<A, V>()};
+  Decisions<V> pass(0u);
+  each_fragment(
+      columns, true,
+      [&](int64_t row) {
+        if (saved) {
+          noise.keep = load_decisions<V>(q.p.mask, columns, row);
+        } else if (q.program.noisy) {
+          noise.draw(q.program, seed, columns, row, q.shape.S);
+          if (saves_keep) save_decisions(q.p.mask, columns, row, noise.keep);
+        }
+        pass = Decisions<V>(0u);
+      },
+      [&](int64_t row) {
+        columns.read(q.p.x, row, x.row);
+        if (q.p.residual) columns.read(q.p.residual, row, residual.row);
+      },
+      [&](int64_t row) {
+        A v[kFragment], multiplier[kFragment];
+        const int in_group = row % kRows;
+        if (q.program.noisy) noise.fragment(q.program, in_group, multiplier);
+        x.widen_to(v);
+        run_before(q.program, weight, multiplier, true, v);
+#pragma unroll
+        for (int i = 0; i < kFragment; ++i) v[i] = affine[i % V](v[i]);
+        uint32_t bits = run_after(q.program, weight, multiplier, saves_pass, v,
+                                  [&](A(&sum)[kFragment]) { residual.add_to(sum); });
+        if (saves_pass) {
+          if (q.program.saves_keep) bits &= noise.kept(in_group);
+          add_bits(pass, bits, in_group);
+        }
+        columns.write(q.p.y, row, v);
+      },
+      [&] {
+        x.move();
+        residual.move();
+      },
+      [&](int64_t row) {
+        if (saves_pass) save_decisions(q.p.mask, columns, row, pass);
+      });
+}
+
+// ---- backward -----------------------------------------------------------------------------------------------------
+// f(row, m, x, dz, u - mean) for the thread's fragments of a chunk.
+template <class T, int V, class A, class Added, class Weighed, class F>
+FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedColumns<T, V>& columns,
+                             const Affine<A> (&affine)[V], const A (&weight)[V], bool descending, Added added,
+                             Weighed weighed, F f) {
+  const Seed seed = seed_of(q.program);
+  const bool saved_pass = q.p.mask && q.program.saves_pass, saved_keep = q.p.mask && q.program.saves_keep;
+  RowQueue<T, V> x, g, residual;
+  RowNoise<T, V> noise{column_scratch<A, V>()};
+  Decisions<V> pass(0u);
+  each_fragment(
+      columns, descending,
+      [&](int64_t row) {
+        if (q.p.mask) pass = load_decisions<V>(q.p.mask, columns, row);
+        if (saved_keep) {
+          noise.keep = pass;
+        } else if (q.program.noisy) {
+          noise.draw(q.program, seed, columns, row, q.shape.S);
+        }
+      },
+      [&](int64_t row) {
+        columns.read(q.p.x, row, x.row);
+        columns.read(q.p.g, row, g.row);
+        if (q.p.residual) columns.read(q.p.residual, row, residual.row);
+      },
+      [&](int64_t row) {
+        A v[kFragment], dz[kFragment], centred[kFragment], multiplier[kFragment];
+        const int in_group = row % kRows;
+        if (q.program.noisy) noise.fragment(q.program, in_group, multiplier);
+        uint32_t bits = 0;
+#pragma unroll
+        for (int i = 0; i < kFragment; ++i) {
+          bits |= static_cast<uint32_t>(pass.keeps(i % V, in_group + i / V)) << i;
+        }
+        x.widen_to(centred);
+        g.widen_to(dz);
+        run_before(q.program, weight, multiplier, true, centred);
+#pragma unroll
+        for (int i = 0; i < kFragment; ++i) {
+          v[i] = affine[i % V](centred[i]);
+          centred[i] -= affine[i % V].mean;
+        }
+        run_after_backward(
+            q.program, weight, multiplier, saved_pass, bits, v, dz, [&](A(&sum)[kFragment]) { residual.add_to(sum); },
+            [&](const A(&gradient)[kFragment]) { added(row, gradient); }, weighed);
+        x.widen_to(v);
+        f(row, multiplier, v, dz, centred);
+      },
+      [&] {
+        x.move();
+        g.move();
+        residual.move();
+      },
+      [](int64_t) {});
+}
+
+template <class T, int V, class A = opmath_t<T>>
+FN_DEVICE void column_sums(const StagedBackwardArguments<T>& q, A (&sums)[kSums][V]) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    if (i < 2 || q.program.has_weight) column_sum(sums[i]);
+  }
+}
+
+template <class T, int V>
+FN_KERNEL(256, kColumnBlocks)
+channels_last_staged_gradient_sums(StagedBackwardArguments<T> q) {
+  using A = opmath_t<T>;
+  const StagedColumns<T, V> columns(q);
+  Affine<A> affine[V];
+  A weight[V], sums[kSums][V] = {};
+#pragma unroll
+  for (int v = 0; v < V; ++v) affine[v] = saved_statistics(q, columns.group, columns.c + v);
+  columns.weights(q.p.act_weight, weight);
+  each_gradient(
+      q, columns, affine, weight, false, [](int64_t, const A(&)[kFragment]) {},
+      [&](const A(&v)[kFragment], const A(&gradient)[kFragment]) {
+#pragma unroll
+        for (int i = 0; i < kFragment; ++i) sums[2][i % V] += math::Prelu::weight_gradient(v[i], gradient[i]);
+      },
+      [&](int64_t row, const A(&m)[kFragment], A(&x)[kFragment], const A(&dz)[kFragment],
+          const A(&centred)[kFragment]) {
+#pragma unroll
+        for (int i = 0; i < kFragment; ++i) {
+          sums[0][i % V] += dz[i];
+          sums[1][i % V] = math::fma(dz[i], centred[i], sums[1][i % V]);
+        }
+        if (q.program.has_weight && !q.program.act_after) {
+          weight_factors(q.program, m, x);
+#pragma unroll
+          for (int i = 0; i < kFragment; ++i) {
+            sums[2][i % V] = math::fma(dz[i], x[i], sums[2][i % V]);
+            sums[3][i % V] = math::fma(centred[i], x[i], sums[3][i % V]);
+            sums[4][i % V] += x[i];
+          }
+        }
+      });
+  column_sums(q, sums);
+  if (!columns.leads()) return;
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      if (i < 2 || q.program.has_weight) *q.partial(i, columns.group, blockIdx.y, columns.c + v) = sums[i][v];
+    }
+  }
+}
+
+template <class T, int V>
+FN_KERNEL(256, kColumnBlocks)
+channels_last_staged_input_gradient(StagedBackwardArguments<T> q) {
+  using A = opmath_t<T>;
+  const StagedColumns<T, V> columns(q);
+  const int64_t rows = columns.window.rows;
+  A sums[kSums][V] = {};
+  const auto channel_sums = [&](int v, A(&of)[kSums]) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) of[i] = sums[i][v];
+  };
+  if (q.partials) {
+    for (int chunk = threadIdx.y; chunk < q.chunks.count; chunk += blockDim.y) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          if (i < 2 || q.program.has_weight) sums[i][v] += *q.partial(i, columns.group, chunk, columns.c + v);
+        }
+      }
+    }
+    column_sums(q, sums);
+    if (columns.group == 0 && blockIdx.y == 0) {
+      A gradients[kSums][V] = {};
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        A of[kSums], to[kSums] = {};
+        channel_sums(v, of);
+        if (q.groups.count == 1) {
+          add_parameter_gradients(q, 0, rows, columns.c + v, of, to);
+        } else {
+          add_groups(q, columns.c + v, threadIdx.y, blockDim.y, to);
+        }
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) gradients[i][v] = to[i];
+      }
+      if (q.groups.count > 1) column_sums(q, gradients);
+      if (columns.leads()) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          A of[kSums];
+#pragma unroll
+          for (int i = 0; i < kSums; ++i) of[i] = gradients[i][v];
+          write_parameter_gradients(q, columns.c + v, of);
+        }
+      }
+    }
+  }
+  if (!q.p.dx && !q.p.grad_residual) return;
+  Affine<A> affine[V];
+  math::InputGradient<A> k[V];
+  A weight[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    A of[kSums];
+    channel_sums(v, of);
+    affine[v] = saved_statistics(q, columns.group, columns.c + v);
+    k[v] = coefficients(q, columns.group, rows, columns.c + v, of);
+  }
+  columns.weights(q.p.act_weight, weight);
+  each_gradient(
+      q, columns, affine, weight, true,
+      [&](int64_t row, const A(&gradient)[kFragment]) {
+        if (q.p.grad_residual) columns.write(q.p.grad_residual, row, gradient);
+      },
+      [](const A(&)[kFragment], const A(&)[kFragment]) {},
+      [&](int64_t row, const A(&m)[kFragment], A(&x)[kFragment], A(&dz)[kFragment], const A(&centred)[kFragment]) {
+        if (!q.p.dx) return;
+#pragma unroll
+        for (int i = 0; i < kFragment; ++i) {
+          dz[i] = math::apply_input_gradient(dz[i], centred[i], k[i % V].a, k[i % V].b, k[i % V].c);
+        }
+        run_before_backward(q.program, weight, m, x, dz);
+        columns.write(q.p.dx, row, dz);
+      });
+}
+
+// ---- noise alone --------------------------------------------------------------------------------------------------
+template <class T, int V>
+FN_KERNEL(256, kColumnBlocks)
+channels_last_noise(StagedForwardArguments<T> q) {
+  using A = opmath_t<T>;
+  const StagedColumns<T, V> columns(q);
+  const Seed seed = seed_of(q.program);
+  RowQueue<T, V> x;
+  RowNoise<T, V> noise{column_scratch<A, V>()};
+  each_fragment(
+      columns, false, [&](int64_t row) { noise.draw(q.program, seed, columns, row, q.shape.S); },
+      [&](int64_t row) {
+        if (q.p.x) columns.read(q.p.x, row, x.row);
+      },
+      [&](int64_t row) {
+        A v[kFragment], m[kFragment];
+        noise.fragment(q.program, row % kRows, m);
+        x.widen_to(v);
+#pragma unroll
+        for (int i = 0; i < kFragment; ++i) v[i] = q.p.x ? v[i] * m[i] : m[i];
+        columns.write(q.p.y, row, v);
+      },
+      [&] { x.move(); }, [](int64_t) {});
+}
+
+}  // namespace fusednorm::cuda
