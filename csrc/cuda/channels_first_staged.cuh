@@ -9,10 +9,11 @@
 
 namespace fusednorm::cuda {
 
-// The tiles of one tensor that are on their way.
-template <class T, int V>
+// The tiles of one tensor that are on their way: as many as elsewhere forward, half of them backward, where up to three
+// tensors are read.
+template <class T, int V, int Share = 1>
 struct Queue {
-  static constexpr int kLength = kTilesInFlight<T, V>;
+  static constexpr int kLength = kTilesInFlight<T, V> / Share > 0 ? kTilesInFlight<T, V> / Share : 1;
   Fragment<T, V> tile[kLength];
   FN_DEVICE void move() {
 #pragma unroll
@@ -293,8 +294,8 @@ channels_first_staged_gradient_sums(StagedBackwardArguments<T> q) {
   const Affine<A> affine = saved_statistics(q, team.group, team.c);
   const Seed seed = seed_of(q.program);
   A sums[kSums] = {};
-  Queue<T, V> x, g, residual;
-  team.template each<Queue<T, V>::kLength>(
+  Queue<T, V, 2> x, g, residual;
+  team.template each<Queue<T, V, 2>::kLength>(
       [&](int u, const Tile& tile) {
         team.read(q.p.x, tile, x.tile[u]);
         team.read(q.p.g, tile, g.tile[u]);
@@ -349,8 +350,8 @@ channels_first_staged_input_gradient(StagedBackwardArguments<T> q) {
   const Affine<A> affine = saved_statistics(q, team.group, team.c);
   const math::InputGradient<A> k = coefficients(q, team.group, team.window.rows, team.c, sums);
   const Seed seed = seed_of(q.program);
-  Queue<T, V> x, g, residual;
-  team.template each<Queue<T, V>::kLength>(
+  Queue<T, V, 2> x, g, residual;
+  team.template each<Queue<T, V, 2>::kLength>(
       [&](int u, const Tile& tile) {
         team.read(q.p.x, tile, x.tile[u]);
         team.read(q.p.g, tile, g.tile[u]);
@@ -423,8 +424,8 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
   const Affine<A> affine = saved_statistics(q, team.group, team.c);
   const Seed seed = seed_of(q.program);
   A sums[kSums] = {};
-  Queue<T, V> x, g, residual;
-  team.template each<Queue<T, V>::kLength>(
+  Queue<T, V, 2> x, g, residual;
+  team.template each<Queue<T, V, 2>::kLength>(
       [&](int u, const Tile& tile) {
         team.read(q.p.x, tile, x.tile[u]);
         team.read(q.p.g, tile, g.tile[u]);
@@ -462,7 +463,7 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
     write_parameter_gradients(q, team.c, gradients);
   }
   const math::InputGradient<A> k = coefficients(q, team.group, team.window.rows, team.c, sums);
-  team.template each<Queue<T, V>::kLength>(
+  team.template each<Queue<T, V, 2>::kLength>(
       [&](int u, const Tile& tile) {
         if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
       },

@@ -8,6 +8,8 @@
 // Blocks: x = columns, of one group after another; y = chunk of rows.
 #pragma once
 
+#include <algorithm>
+
 #include "channels_first_staged.cuh"
 #include "channels_last.cuh"
 
@@ -16,9 +18,11 @@ namespace fusednorm::cuda {
 template <class T, int V>
 constexpr int kFragmentRows = kFragment / V;
 
-// The rows that a thread asks for before it uses any: 64 bytes of a tensor.
-template <class T, int V>
-constexpr int kRowsInFlight = V * sizeof(T) * kRows <= 64 ? kRows : 64 / (V * sizeof(T));
+// The rows that a thread asks for before it uses any: some bytes of a tensor, but a fragment at least. Forward, and
+// backward, where up to three tensors are read.
+constexpr int kForwardBytes = 64, kBackwardBytes = 32;
+template <class T, int V, int Bytes>
+constexpr int kRowsInFlight = std::clamp<int>(Bytes / (V * sizeof(T)), kFragmentRows<T, V>, kRows);
 
 // Shared memory: first what column_sum needs, then, for noise that is a number, V * 8 of those for each thread.
 template <class A, int V>
@@ -63,12 +67,13 @@ struct StagedColumns : Columns<T, V> {
 };
 
 // Tensors' rows on their way.
-template <class T, int V>
+template <class T, int V, int Bytes>
 struct RowQueue {
-  Pack<T, V> row[kRowsInFlight<T, V>];
+  static constexpr int kLength = kRowsInFlight<T, V, Bytes>;
+  Pack<T, V> row[kLength];
   FN_DEVICE void move() {
 #pragma unroll
-    for (int i = 0; i + kFragmentRows<T, V> < kRowsInFlight<T, V>; ++i) row[i] = row[i + kFragmentRows<T, V>];
+    for (int i = 0; i + kFragmentRows<T, V> < kLength; ++i) row[i] = row[i + kFragmentRows<T, V>];
   }
   template <class A>
   FN_DEVICE void widen_to(A (&to)[kFragment]) const {
@@ -84,7 +89,7 @@ struct RowQueue {
 
 // begin(row) for the thread's groups of 8 rows; then read(row) for as many rows as are in flight, and f(row), next() for
 // their fragments; finally end(row).
-template <class T, int V, class Begin, class Read, class F, class Move, class End>
+template <int Bytes, class T, int V, class Begin, class Read, class F, class Move, class End>
 FN_DEVICE void each_fragment(const StagedColumns<T, V>& columns, bool descending, Begin begin, Read read, F f,
                              Move move, End end) {
   columns.each_group(columns.window, descending, [&](int64_t group) {
@@ -93,7 +98,7 @@ FN_DEVICE void each_fragment(const StagedColumns<T, V>& columns, bool descending
     for (int64_t row = group; row < group + kRows;) {
       read(row);
 #pragma unroll 1
-      for (int i = 0; i < kRowsInFlight<T, V>; i += kFragmentRows<T, V>) {
+      for (int i = 0; i < kRowsInFlight<T, V, Bytes>; i += kFragmentRows<T, V>) {
         f(row);
         move();
         row += kFragmentRows<T, V>;
@@ -250,9 +255,9 @@ channels_last_staged_statistics(StagedForwardArguments<T> q) {
   Moments<A> m[V], matched[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) m[v] = matched[v] = {0, 0, 0};
-  RowQueue<T, V> x;
+  RowQueue<T, V, kForwardBytes> x;
   RowNoise<T, V> noise{column_scratch<A, V>()};
-  each_fragment(
+  each_fragment<kForwardBytes>(
       columns, false,
       [&](int64_t row) {
         if (q.program.noisy_before) noise.draw(q.program, seed, columns, row, q.shape.S);
@@ -299,10 +304,10 @@ channels_last_staged_apply(StagedForwardArguments<T> q) {
   const Seed seed = seed_of(q.program);
   const bool saves_pass = q.p.mask && q.program.saves_pass, saves_keep = q.p.mask && !q.program.saves_pass;
   const bool saved = saves_keep && q.program.noisy_before && q.training;  // by the statistics
-  RowQueue<T, V> x, residual;
+  RowQueue<T, V, kForwardBytes> x, residual;
   RowNoise<T, V> noise{column_scratch<A, V>()};
   Decisions<V> pass(0u);
-  each_fragment(
+  each_fragment<kForwardBytes>(
       columns, true,
       [&](int64_t row) {
         if (saved) {
@@ -350,10 +355,10 @@ FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedCo
                              Weighed weighed, F f) {
   const Seed seed = seed_of(q.program);
   const bool saved_pass = q.p.mask && q.program.saves_pass, saved_keep = q.p.mask && q.program.saves_keep;
-  RowQueue<T, V> x, g, residual;
+  RowQueue<T, V, kBackwardBytes> x, g, residual;
   RowNoise<T, V> noise{column_scratch<A, V>()};
   Decisions<V> pass(0u);
-  each_fragment(
+  each_fragment<kBackwardBytes>(
       columns, descending,
       [&](int64_t row) {
         if (q.p.mask) pass = load_decisions<V>(q.p.mask, columns, row);
@@ -535,9 +540,9 @@ channels_last_noise(StagedForwardArguments<T> q) {
   using A = opmath_t<T>;
   const StagedColumns<T, V> columns(q);
   const Seed seed = seed_of(q.program);
-  RowQueue<T, V> x;
+  RowQueue<T, V, kForwardBytes> x;
   RowNoise<T, V> noise{column_scratch<A, V>()};
-  each_fragment(
+  each_fragment<kForwardBytes>(
       columns, false, [&](int64_t row) { noise.draw(q.program, seed, columns, row, q.shape.S); },
       [&](int64_t row) {
         if (q.p.x) columns.read(q.p.x, row, x.row);
