@@ -180,11 +180,13 @@ Tensor dense(const Tensor& x) {
 void check_shape(const Shape& s, const Chain& chain, const Tensor& x) {
   const bool joined = s.channels_last || s.N == 1 || (s.C == 1 && chain.granularity == Granularity::element);
   TORCH_CHECK(!x.is_cuda() || joined || s.S < (int64_t{1} << 31),
-              "input: expected samples of fewer than 2^31 values per channel, but got shape ", x.sizes());
+              "expected samples of fewer than 2^31 values per channel, but got shape ", x.sizes());
 }
 
 // The output's strides are those of empty_like(input), which the fake kernels call too (functional.py).
 Tensor restore_strides(const Tensor& y, const Tensor& input) {
+  // What is dense keeps its strides: spares allocating a tensor just to look at its own.
+  if (y.strides() == input.strides() && input.is_non_overlapping_and_dense()) return y;
   Tensor result = at::empty_like(input);
   return result.strides() == y.strides() ? y : result.copy_(y);
 }
@@ -364,6 +366,7 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
     q.mask = mask.contiguous();
   }
   const int act = q.chain.after_at(Stage::act), add = q.chain.after_at(Stage::add);
+  TORCH_CHECK_VALUE(add >= 0 || !residual.has_value(), "residual: expected None for order '", settings.order, "'");
   if (add >= 0 && act > add && !(masked && q.chain.saves_pass())) {
     q.residual = check_residual(residual, q.x, q.shape.channels_last);
   }
@@ -426,6 +429,7 @@ NoiseRequest check_noise(const Tensor& seed, at::IntArrayRef size, double p, std
   int64_t spatial = 1;
   for (size_t d = 2; d < own.size(); ++d) spatial *= own[d];
   q.shape = {own[0], own[1], spatial, false};
+  check_shape(q.shape, q.chain, q.y);
   q.chain.granularity = Granularity::element;  // of a tensor whose S, and perhaps C, is 1: the same draws
   return q;
 }

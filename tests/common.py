@@ -277,6 +277,7 @@ def same_bits(a, b):
 # The arguments that both long schemas share, with defaults for what a test leaves open.
 CHAIN = {
     "residual": None,
+    "act_weight": None,
     "training": True,
     "eps": 1e-5,
     "order": "norm-act-drop",
@@ -285,12 +286,12 @@ CHAIN = {
     "noise": "bernoulli",
     "p": 0.0,
     "granularity": "element",
-    "groups": 1,
+    "ghost_batch_size": 0,
 }
 
 
 def raw_forward(x, weight=None, bias=None, running_mean=None, running_var=None, seed=None, **options):
-    """The operator; returns (output, mean, invstd, var, mask)."""
+    """The operator; returns (output, mean, invstd, stat_var, stat_mean, mask)."""
     return torch.ops.fusednorm.forward(**forward_arguments(x, weight, bias, running_mean, running_var, seed, **options))
 
 
@@ -303,12 +304,13 @@ def forward_arguments(x, weight=None, bias=None, running_mean=None, running_var=
         "running_var": running_var,
         "seed": seed,
         **CHAIN,
+        "eval_matched_stats": False,
         "save_mask": False,
     } | options
 
 
 def raw_backward(grad, x, weight, bias, mean, invstd, mask, seed=None, **options):
-    """The backward operator; returns (grad_input, grad_weight, grad_bias, grad_residual)."""
+    """The backward operator; returns (grad_input, grad_weight, grad_bias, grad_residual, grad_act_weight)."""
     return torch.ops.fusednorm.backward(
         **backward_arguments(grad, x, weight, bias, mean, invstd, mask, seed, **options)
     )
@@ -325,7 +327,7 @@ def backward_arguments(grad, x, weight, bias, mean, invstd, mask, seed=None, **o
         "mask": mask,
         "seed": seed,
         **CHAIN,
-        "output_mask": [True, weight is not None, bias is not None, False],
+        "output_mask": [True, weight is not None, bias is not None, False, False],
     } | options
 
 
