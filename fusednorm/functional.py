@@ -615,8 +615,8 @@ def noise(shape, p, *, seed, kind="bernoulli", granularity="element", device=Non
 
     "bernoulli": m = 65536/T where kept and 0 elsewhere, T = floor((1-p)*65536 + 0.5): its mean is exactly 1.
     "uniform": m = 1 + beta t, with 65536 values t symmetric about 0 in (-1, 1). "gaussian": N(1, alpha), by Box &
-    Muller 1958. The draws are those of Philox4x32-7 (Salmon et al., SC'11) at counter (row div 8, channel), key = seed; the
-    last two are computed in float32, whatever the dtype.
+    Muller 1958. The draws are those of Philox4x32-7 (Salmon et al., SC'11) at counter (row div 8, channel),
+    key = seed; the last two are computed in float32, whatever the dtype.
 
     Raises:
         ValueError: a strength outside its range, fewer than two dimensions, an unknown kind or granularity, a bad one
