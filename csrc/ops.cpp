@@ -126,9 +126,15 @@ Chain make_chain(const Settings& s, const OptionalTensor& act_weight) {
   set_noise(chain, s.noise, s.p, s.granularity);
   set_activation(chain, s, act_weight);
   set_stages(chain, s.order);
-  if (chain.after_at(Stage::drop) < 0 && !chain.before_has(Stage::drop)) {  // not in the order
+  // What the order has no place for is as good as not given.
+  if (chain.after_at(Stage::drop) < 0 && !chain.before_has(Stage::drop)) {
     chain.noise = Noise::constant;
     chain.multiplier = 1;
+  }
+  if (chain.after_at(Stage::act) < 0 && !chain.before_has(Stage::act)) {
+    chain.activation = 0;
+    chain.one_bit = true;
+    chain.has_weight = false;
   }
   TORCH_CHECK_VALUE(s.ghost_batch_size >= 0, "ghost_batch_size: expected 0 or more, but got ", s.ghost_batch_size);
   return chain;
@@ -381,10 +387,9 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
     q.grad_weight = gradient(q.weight.defined() ? q.weight.scalar_type() : opmath(q.x));
     q.grad_bias = gradient(q.bias.defined() ? q.bias.scalar_type() : opmath(q.x));
   }
-  if (output_mask[4] && q.chain.has_weight) {
+  if (output_mask[4] && q.act_weight.defined()) {
     q.grad_act_weight = gradient(act_weight->numel() == 1 ? opmath(q.x) : q.act_weight.scalar_type());
-    // An order without the activation leaves it alone.
-    if (act < 0 && !q.chain.before_has(Stage::act)) q.grad_act_weight.zero_();
+    if (!q.chain.has_weight) q.grad_act_weight.zero_();
   }
   return q;
 }

@@ -446,13 +446,16 @@ def batch_norm_act_drop(
         The input's shape, dtype and memory format.
 
     Raises:
-        ValueError: an argument outside its domain, or one value per channel in training.
+        ValueError: an argument outside its domain or without a place in `order`, or one value per channel in training.
         RuntimeError: per-channel vectors whose size is not C.
     """
     reference.parse_order(order)
     check_noise(p, noise, granularity)
     check_ghost_batch_size(ghost_batch_size)
     name, parameters = reference.resolve_activation(act)
+    for stage, given in (("act", act is not None), ("drop", p != 0)):
+        if given and stage not in order:
+            raise ValueError(f"{'p' if stage == 'drop' else stage}: given, but order {order!r} has no {stage!r}")
     act_weight, parameters = (parameters[0], ()) if name == "prelu" else (None, parameters)
     live = training if drop_training is None else drop_training
     return apply(
