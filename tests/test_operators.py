@@ -61,16 +61,16 @@ def test_backward(case, grad_layout):
         pytest.skip("nothing to expand")
     tensors, options = arguments(**case)
     x, weight, bias, _, _, seed = tensors
-    _, mean, invstd, _, mask = raw_forward(*tensors, **options, save_mask=case.get("save_mask", True))
+    _, mean, invstd, *_, mask = raw_forward(*tensors, **options, save_mask=case.get("save_mask", True))
     g = lay_out(torch.randn(x.shape).to(x.dtype), grad_layout)
     opcheck(ops.backward.default, (), backward_arguments(g, x, weight, bias, mean, invstd, mask, seed, **options))
 
 
-@pytest.mark.parametrize("wanted", [[True, False, False, False], [False, True, True, False], [False] * 4], ids=str)
+@pytest.mark.parametrize("wanted", [[True] + [False] * 4, [False, True, True, False, False], [False] * 5], ids=str)
 def test_backward_subsets(wanted):
     tensors, options = arguments((4, 5, 3, 3))
     x, weight, bias, _, _, seed = tensors
-    _, mean, invstd, _, mask = raw_forward(*tensors, **options)
+    _, mean, invstd, *_, mask = raw_forward(*tensors, **options)
     options["output_mask"] = wanted
     opcheck(ops.backward.default, (), backward_arguments(x, x, weight, bias, mean, invstd, mask, seed, **options))
 
@@ -84,7 +84,16 @@ def test_update_stats(dtype, tracked, momentum):
         pytest.skip("a cumulative average needs its counter")
     opcheck(
         ops.update_stats_.default,
-        (torch.zeros(5, dtype=dtype), torch.ones(5, dtype=dtype), counter, torch.randn(5), torch.rand(5), 9, momentum),
+        (
+            torch.zeros(5, dtype=dtype),
+            torch.ones(5, dtype=dtype),
+            counter,
+            torch.randn(5),
+            torch.rand(5),
+            9,
+            9,
+            momentum,
+        ),
     )
 
 
@@ -103,7 +112,7 @@ def test_draw_seed(like):
 def test_saved_mask_is_a_bit_per_element():
     for layout, shape in (("first", (64, 8)), ("last", (4, 64, 2))):
         x = lay_out(torch.randn(4, 64, 8, 8), layout)
-        mask = raw_forward(x, seed=torch.tensor(1), p=0.5, save_mask=True)[4]
+        mask = raw_forward(x, seed=torch.tensor(1), p=0.5, save_mask=True)[5]
         assert mask.numel() * mask.element_size() <= x.numel() // 8
         if DEVICE.type == "cpu":
             assert mask.dtype == torch.int32
@@ -114,4 +123,4 @@ def test_every_operator_is_tested():
     names = {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "fusednorm::" in name
     }
-    assert names == {"forward", "backward", "update_stats_", "noise", "draw_seed"}
+    assert names == {"forward", "backward", "update_stats_", "noise", "dropout", "draw_seed"}
