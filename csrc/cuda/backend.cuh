@@ -53,20 +53,26 @@ inline bool is_plain(const Call& call) {
 template <class A>
 Program<A> program_of(const Call& call) {
   const Chain& chain = call.chain;
-  const auto steps = [](const auto& stages) {
-    Steps all = 0;
-    int at = 0;
-    for (Stage stage : stages) all |= static_cast<Steps>(stage) << 4 * at++;
-    return all;
-  };
   Program<A> q{};
   static_cast<Stages<A>&>(q) = stages_of<A>(call);
-  q.before = steps(chain.before);
-  q.after = steps(chain.after);
-  for (Steps rest = q.after; rest; rest >>= 4) q.after_reversed = q.after_reversed << 4 | (rest & kStep);
+  const auto append = [](Steps& to, Steps step) {
+    int at = 0;
+    while (to >> at) at += 4;
+    to |= step << at;
+  };
+  q.act_after = chain.after_at(Stage::act) >= 0;
+  for (Stage stage : chain.before) append(q.before, static_cast<Steps>(stage));
+  q.all = q.before;
+  append(q.all, kNorm);
+  q.to_norm = q.to_act = q.all;
+  for (int i = 0; i < 3; ++i) {
+    append(q.all, static_cast<Steps>(chain.after[i]));
+    if (i < chain.after_at(Stage::act)) append(q.to_act, static_cast<Steps>(chain.after[i]));
+  }
+  for (Steps rest = q.all; rest; rest >>= 4) q.back = q.back << 4 | (rest & kStep);
+  for (Steps rest = q.back; !is_norm(rest); rest >>= 4) append(q.back_to_norm, rest & kStep);
   q.noise = chain.noise;
   q.strength = chain.strength;
-  q.act_after = chain.after_at(Stage::act) >= 0;
   q.has_weight = chain.has_weight && (q.act_after || chain.before_has(Stage::act));
   q.one_channel = chain.granularity == Granularity::sample;
   q.noisy_before = chain.before_has(Stage::drop);
@@ -191,6 +197,8 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
 }
 
 // ---- programs -----------------------------------------------------------------------------------------------------
+// Resident where rows go in packs, as on most maps; staged kernels of single values would spill.
+//
 // What forward, backward and noise have in common.
 template <class Arguments, class T>
 Arguments staged_arguments(const Call& call) {
@@ -230,7 +238,7 @@ void forward_staged(const Context& context, const Call& call, const Forward<T>& 
   };
 
   if (q.shape.channels_last) {
-    constexpr int kV = V < 4 ? V : 4;
+    constexpr int kV = V < kStagedColumns ? V : kStagedColumns;
     const Plan plan = plan_channels_last(q.shape, part, kV, context.machine);
     const size_t shared = column_bytes<T, kV>(plan, q.program);
     apply_plan(q, part, plan);
@@ -244,13 +252,15 @@ void forward_staged(const Context& context, const Call& call, const Forward<T>& 
     return;
   }
   Plan plan;
-  if (q.training && plan_resident(q.shape, part, sizeof(T), sizeof(T), kResidentScratch, context.machine, plan)) {
-    apply_plan(q, part, plan);
-    const size_t shelf =
-        shelf_bytes<T>(most_visits(plan.chunk_rows, plan.threads_x), plan.threads_x * plan.threads_y, 1);
-    run(context, "channels_first_staged_resident_forward", plan, plan.chunks, kResidentScratch + shelf, plan.chunks,
-        channels_first_staged_resident_forward<T, V>, q, part.groups);
-    return;
+  if constexpr (V > 1) {
+    if (q.training && plan_resident(q.shape, part, sizeof(T), sizeof(T), kResidentScratch, context.machine, plan)) {
+      apply_plan(q, part, plan);
+      const size_t shelf =
+          shelf_bytes<T>(most_visits(plan.chunk_rows, plan.threads_x), plan.threads_x * plan.threads_y, 1);
+      run(context, "channels_first_staged_resident_forward", plan, plan.chunks, kResidentScratch + shelf, plan.chunks,
+          channels_first_staged_resident_forward<T, V>, q, part.groups);
+      return;
+    }
   }
   plan = plan_channels_first(q.shape, part, sizeof(T), kBackwardBlocks, context.machine);
   apply_plan(q, part, plan);
@@ -280,7 +290,7 @@ void backward_staged(const Context& context, const Call& call, const Backward<T>
   const int64_t second_groups = elements ? part.groups : 1;
 
   if (q.shape.channels_last) {
-    constexpr int kV = V < 4 ? V : 4;
+    constexpr int kV = V < kStagedColumns ? V : kStagedColumns;
     const Plan plan = plan_channels_last(q.shape, part, kV, context.machine);
     const size_t shared = column_bytes<T, kV>(plan, q.program);
     apply_plan(q, part, plan);
@@ -294,14 +304,16 @@ void backward_staged(const Context& context, const Call& call, const Backward<T>
     return;
   }
   Plan plan;
-  if (gathers && elements && part.groups == 1 &&
-      plan_resident(q.shape, part, sizeof(T), 2 * sizeof(T) + 1.0 / 8, kResidentScratch, context.machine, plan)) {
-    apply_plan(q, part, plan);
-    const size_t shelf =
-        shelf_bytes<T>(most_visits(plan.chunk_rows, plan.threads_x), plan.threads_x * plan.threads_y, 2);
-    run(context, "channels_first_staged_resident_backward", plan, plan.chunks, kResidentScratch + shelf, plan.chunks,
-        channels_first_staged_resident_backward<T, V>, q);
-    return;
+  if constexpr (V > 1) {
+    if (gathers && elements && part.groups == 1 &&
+        plan_resident(q.shape, part, sizeof(T), 2 * sizeof(T) + 1.0 / 8, kResidentScratch, context.machine, plan)) {
+      apply_plan(q, part, plan);
+      const size_t shelf =
+          shelf_bytes<T>(most_visits(plan.chunk_rows, plan.threads_x), plan.threads_x * plan.threads_y, 2);
+      run(context, "channels_first_staged_resident_backward", plan, plan.chunks, kResidentScratch + shelf, plan.chunks,
+          channels_first_staged_resident_backward<T, V>, q);
+      return;
+    }
   }
   plan = plan_channels_first(q.shape, part, sizeof(T), kBackwardBlocks, context.machine);
   apply_plan(q, part, plan);
@@ -321,7 +333,7 @@ void noise_alone(const Context& context, const Call& call, const T* x, T* y) {
   q.p.y = y;
   const Cut part = whole(q.shape);
   if (q.shape.channels_last) {
-    constexpr int kV = V < 4 ? V : 4;
+    constexpr int kV = V < kStagedColumns ? V : kStagedColumns;
     const Plan plan = plan_channels_last(q.shape, part, kV, context.machine);
     apply_plan(q, part, plan);
     run(context, "channels_last_noise", plan, plan.chunks, column_bytes<T, kV>(plan, q.program), 1,

@@ -95,20 +95,24 @@ FN_DEVICE A drop_gradient(const Stages<A>& stages, A g, bool keep) {
 }
 
 // ---- programs -----------------------------------------------------------------------------------------------------
-// Stages as nibbles, the first one lowest; 0 ends them.
+// Stages as nibbles, the first one lowest; 0 ends them. The norm is one of them, so that a chain is walked by one loop
+// and the code of all activations is there once.
 using Steps = uint32_t;
-constexpr Steps kStep = 0xf;
+constexpr Steps kStep = 0xf, kNorm = 4;
 FN_HOST_DEVICE bool is(Steps steps, Stage stage) { return (steps & kStep) == static_cast<Steps>(stage); }
+FN_HOST_DEVICE bool is_norm(Steps steps) { return (steps & kStep) == kNorm; }
 
 template <class A>
 struct Program : Stages<A> {
-  Steps before, after, after_reversed;
+  Steps before, all;      // up to the norm; from x to y
+  Steps to_norm, to_act;  // `before` and the norm; from x to what enters an activation behind the norm, if one does
+  Steps back_to_norm, back;  // from y to z; from y to x
   Noise noise;
   float strength;
-  bool has_weight;        // PReLU
-  bool one_channel;       // all channels take the draws of channel 0
+  bool has_weight;           // PReLU
+  bool one_channel;          // all channels take the draws of channel 0
   bool noisy, noisy_before;  // drop is a stage; one of `before`
-  bool act_after;            // act is one of `after`
+  bool act_after;            // act is one behind the norm
   bool saves_pass, saves_keep;
 };
 
@@ -173,25 +177,23 @@ FN_DEVICE void multiply_gradient(A (&g)[N], const A (&m)[N]) {
   for (int i = 0; i < N; ++i) g[i] = m[i] == A(0) ? A(0) : g[i] * m[i];
 }
 
-// x becomes u; with its noise, or as if that were off.
-template <int V, int N, class A>
-FN_DEVICE void run_before(const Program<A>& q, const A (&weight)[V], const A (&m)[N], bool noisy, A (&v)[N]) {
-#pragma unroll 1
-  for (Steps steps = q.before; steps; steps >>= 4) {
-    if (is(steps, Stage::act)) activate(q, weight, v);
-    if (is(steps, Stage::drop) && noisy) multiply(v, m);
-  }
-}
+// For what a walk does not come to, or has nothing to do at.
+struct Nothing {
+  template <class... Arrays>
+  FN_DEVICE void operator()(const Arrays&...) const {}
+};
 
-// z becomes y; `add(v)` adds the residual. Returns the bits of `passes` if they are to be saved.
-template <int V, int N, class A, class Add>
-FN_DEVICE uint32_t run_after(const Program<A>& q, const A (&weight)[V], const A (&m)[N], bool saves, A (&v)[N],
-                             Add add) {
+// v goes through `steps`, past noise only if `noisy`; norm(v) and add(v) are the caller's. Returns the bits of `passes` if
+// they are to be saved.
+template <int V, int N, class A, class Norm, class Add>
+FN_DEVICE uint32_t run(const Program<A>& q, Steps steps, const A (&weight)[V], const A (&m)[N], bool noisy, bool saves,
+                       A (&v)[N], Norm norm, Add add) {
   uint32_t bits = 0;
 #pragma unroll 1
-  for (Steps steps = q.after; steps; steps >>= 4) {
+  for (; steps; steps >>= 4) {
+    if (is(steps, Stage::drop) && noisy) multiply(v, m);
+    if (is_norm(steps)) norm(v);
     if (is(steps, Stage::add)) add(v);
-    if (is(steps, Stage::drop)) multiply(v, m);
     if (is(steps, Stage::act)) {
       if (saves) bits = passes(q, v);
       activate(q, weight, v);
@@ -200,21 +202,16 @@ FN_DEVICE uint32_t run_after(const Program<A>& q, const A (&weight)[V], const A 
   return bits;
 }
 
-// g, that of y, becomes dz; v is z, and in the end anything. `pass`: saved bits replace the activation's derivative.
-// added(g) gets the residual's gradient, weighed(v, g) what PReLU's weight is multiplied with and its output's gradient.
-template <int V, int N, class A, class Add, class Added, class Weighed>
-FN_DEVICE void run_after_backward(const Program<A>& q, const A (&weight)[V], const A (&m)[N], bool saved, uint32_t pass,
-                                  A (&v)[N], A (&g)[N], Add add, Added added, Weighed weighed) {
-  if (q.act_after && !saved) {
+// g goes back through `steps`; v is what enters the activation that comes next. norm(v, g) makes du of dz, and v what
+// enters an activation before the norm. `saved`: the bits `pass` replace the derivative of one behind it. added(g) gets
+// the residual's gradient, weighed(v, g) what PReLU behind the norm gets and the gradient of what it gives.
+template <int V, int N, class A, class Norm, class Added, class Weighed>
+FN_DEVICE void run_back(const Program<A>& q, Steps steps, const A (&weight)[V], const A (&m)[N], bool saved,
+                        uint32_t pass, A (&v)[N], A (&g)[N], Norm norm, Added added, Weighed weighed) {
 #pragma unroll 1
-    for (Steps steps = q.after; !is(steps, Stage::act); steps >>= 4) {
-      if (is(steps, Stage::add)) add(v);
-      if (is(steps, Stage::drop)) multiply(v, m);
-    }
-  }
-#pragma unroll 1
-  for (Steps steps = q.after_reversed; steps; steps >>= 4) {
+  for (; steps; steps >>= 4) {
     if (is(steps, Stage::drop)) multiply_gradient(g, m);
+    if (is_norm(steps)) norm(v, g);
     if (is(steps, Stage::add)) added(g);
     if (is(steps, Stage::act)) {
       if (saved) {
@@ -226,19 +223,6 @@ FN_DEVICE void run_after_backward(const Program<A>& q, const A (&weight)[V], con
       }
     }
   }
-}
-
-// g, that of u, becomes dx; v is x, and in the end anything.
-template <int V, int N, class A>
-FN_DEVICE void run_before_backward(const Program<A>& q, const A (&weight)[V], const A (&m)[N], A (&v)[N], A (&g)[N]) {
-  const bool drops_first = is(q.before, Stage::drop), drops = drops_first || is(q.before >> 4, Stage::drop);
-  const bool acts = is(q.before, Stage::act) || is(q.before >> 4, Stage::act);
-  if (drops && !drops_first) multiply_gradient(g, m);
-  if (acts) {
-    if (drops_first) multiply(v, m);
-    activation_gradient(q, weight, v, g);
-  }
-  if (drops_first) multiply_gradient(g, m);
 }
 
 // The derivatives of u with respect to PReLU's weight, where that stands before the norm; v is x.

@@ -76,6 +76,12 @@ struct StagedTeam {
   }
 };
 
+template <int V, class T, class A>
+FN_DEVICE void add_fragment(const Fragment<T, V>& from, A (&to)[kFragment]) {
+#pragma unroll
+  for (int i = 0; i < kFragment; ++i) to[i] += widen(from[i / V], i % V);
+}
+
 // ---- forward, tile by tile ----------------------------------------------------------------------------------------
 // Decisions that a pass has saved are read by the next one.
 template <class T, int V, class A = opmath_t<T>>
@@ -87,14 +93,13 @@ FN_DEVICE void gather_tile(const StagedForwardArguments<T>& q, const StagedTeam<
     if (q.p.mask && q.program.saves_keep) team.save(q, tile, drawn.byte);
   }
   const CutTile cut = team.cut(tile);
-  if (q.matches()) {
+#pragma unroll 1
+  for (bool noisy = !q.matches();; noisy = true) {
     widen_fragment<V>(x, v);
-    run_before(q.program, team.weight, m, false, v);
-    merge_values<V>(matched, v, cut);
+    run(q.program, q.program.before, team.weight, m, noisy, false, v, Nothing{}, Nothing{});
+    noisy ? merge_values<V>(moments, v, cut) : merge_values<V>(matched, v, cut);
+    if (noisy) break;
   }
-  widen_fragment<V>(x, v);
-  run_before(q.program, team.weight, m, true, v);
-  merge_values<V>(moments, v, cut);
 }
 
 template <class T, int V, class A = opmath_t<T>>
@@ -110,14 +115,14 @@ FN_DEVICE void apply_tile(const StagedForwardArguments<T>& q, const StagedTeam<T
     if (q.p.mask && !q.program.saves_pass) team.save(q, tile, drawn.byte);
   }
   widen_fragment<V>(x, v);
-  run_before(q.program, team.weight, m, true, v);
-#pragma unroll
-  for (int i = 0; i < kFragment; ++i) v[i] = affine(v[i]);
   const bool saves = q.p.mask && q.program.saves_pass;
-  uint32_t pass = run_after(q.program, team.weight, m, saves, v, [&](A(&sum)[kFragment]) {
+  uint32_t pass = run(
+      q.program, q.program.all, team.weight, m, true, saves, v,
+      [&](A(&u)[kFragment]) {
 #pragma unroll
-    for (int i = 0; i < kFragment; ++i) sum[i] += widen(residual[i / V], i % V);
-  });
+        for (int i = 0; i < kFragment; ++i) u[i] = affine(u[i]);
+      },
+      [&](A(&sum)[kFragment]) { add_fragment<V>(residual, sum); });
   if (saves) {
     if (q.program.saves_keep) pass &= keep;
     team.save(q, tile, byte_of_fragments<V>(pass));
@@ -138,27 +143,22 @@ FN_DEVICE uint32_t restore_noise(const StagedBackwardArguments<T>& q, const Stag
   return q.program.noisy ? team.draw(q.program, seed, tile, m).keep : kKeepAll;
 }
 
-// dz and u - mean of a tile.
-template <int V, class T, class A = opmath_t<T>, class Added, class Weighed>
-FN_DEVICE void local_gradient(const StagedBackwardArguments<T>& q, const StagedTeam<T, V>& team,
-                              const Affine<A>& affine, const A (&m)[kFragment], uint32_t pass, const Fragment<T, V>& x,
-                              const Fragment<T, V>& g, const Fragment<T, V>& residual, A (&dz)[kFragment],
-                              A (&centred)[kFragment], Added added, Weighed weighed) {
-  A v[kFragment];
-  widen_fragment<V>(x, centred);
-  widen_fragment<V>(g, dz);
-  run_before(q.program, team.weight, m, true, centred);
+// u - mean of a tile, and v: what enters an activation behind the norm, unless `saved` bits make that superfluous.
+template <int V, class T, class A = opmath_t<T>>
+FN_DEVICE void recompute(const StagedBackwardArguments<T>& q, const StagedTeam<T, V>& team, const Affine<A>& affine,
+                         const A (&m)[kFragment], bool saved, const Fragment<T, V>& x, const Fragment<T, V>& residual,
+                         A (&centred)[kFragment], A (&v)[kFragment]) {
+  widen_fragment<V>(x, v);
+  run(
+      q.program, saved ? q.program.to_norm : q.program.to_act, team.weight, m, true, false, v,
+      [&](A(&u)[kFragment]) {
 #pragma unroll
-  for (int i = 0; i < kFragment; ++i) {
-    v[i] = affine(centred[i]);
-    centred[i] -= affine.mean;
-  }
-  const auto add = [&](A(&sum)[kFragment]) {
-#pragma unroll
-    for (int i = 0; i < kFragment; ++i) sum[i] += widen(residual[i / V], i % V);
-  };
-  const bool saved = q.p.mask && q.program.saves_pass;
-  run_after_backward(q.program, team.weight, m, saved, pass, v, dz, add, added, weighed);
+        for (int i = 0; i < kFragment; ++i) {
+          centred[i] = u[i] - affine.mean;
+          u[i] = affine(u[i]);
+        }
+      },
+      [&](A(&sum)[kFragment]) { add_fragment<V>(residual, sum); });
 }
 
 // Adds a tile's sums. Rows that are not there were read as zeros, so their dz is one.
@@ -166,26 +166,28 @@ template <int V, class T, class A = opmath_t<T>>
 FN_DEVICE void add_tile(const StagedBackwardArguments<T>& q, const StagedTeam<T, V>& team, const Affine<A>& affine,
                         const A (&m)[kFragment], uint32_t pass, const Fragment<T, V>& x, const Fragment<T, V>& g,
                         const Fragment<T, V>& residual, A (&sums)[kSums]) {
-  A dz[kFragment], centred[kFragment], part[kSums] = {};
-  local_gradient<V>(q, team, affine, m, pass, x, g, residual, dz, centred, [](A(&)[kFragment]) {},
-                    [&](A(&v)[kFragment], A(&gradient)[kFragment]) {
+  A v[kFragment], dz[kFragment], centred[kFragment], part[kSums] = {};
+  const bool saved = q.p.mask && q.program.saves_pass;
+  recompute<V>(q, team, affine, m, saved, x, residual, centred, v);
+  widen_fragment<V>(g, dz);
+  run_back(q.program, q.program.back_to_norm, team.weight, m, saved, pass, v, dz, Nothing{}, Nothing{},
+           [&](const A(&z)[kFragment], const A(&gradient)[kFragment]) {
 #pragma unroll
-                      for (int i = 0; i < kFragment; ++i) part[2] += math::Prelu::weight_gradient(v[i], gradient[i]);
-                    });
+             for (int i = 0; i < kFragment; ++i) part[2] += math::Prelu::weight_gradient(z[i], gradient[i]);
+           });
 #pragma unroll
   for (int i = 0; i < kFragment; ++i) {
     part[0] += dz[i];
     part[1] = math::fma(dz[i], centred[i], part[1]);
   }
   if (q.program.has_weight && !q.program.act_after) {
-    A w[kFragment];
-    widen_fragment<V>(x, w);
-    weight_factors(q.program, m, w);
+    widen_fragment<V>(x, v);
+    weight_factors(q.program, m, v);
 #pragma unroll
     for (int i = 0; i < kFragment; ++i) {
-      part[2] = math::fma(dz[i], w[i], part[2]);
-      part[3] = math::fma(centred[i], w[i], part[3]);
-      part[4] += w[i];
+      part[2] = math::fma(dz[i], v[i], part[2]);
+      part[3] = math::fma(centred[i], v[i], part[3]);
+      part[4] += v[i];
     }
   }
 #pragma unroll
@@ -197,21 +199,23 @@ FN_DEVICE void input_gradient_tile(const StagedBackwardArguments<T>& q, const St
                                    const Affine<A>& affine, const math::InputGradient<A>& k, const A (&m)[kFragment],
                                    uint32_t pass, const Tile& tile, const Fragment<T, V>& x, const Fragment<T, V>& g,
                                    const Fragment<T, V>& residual) {
-  A dz[kFragment], centred[kFragment];
-  local_gradient<V>(
-      q, team, affine, m, pass, x, g, residual, dz, centred,
-      [&](const A(&gradient)[kFragment]) {
-        if (q.p.grad_residual) team.write(q.p.grad_residual, tile, gradient);
-      },
-      [](A(&)[kFragment], A(&)[kFragment]) {});
-  if (!q.p.dx) return;
+  A v[kFragment], gradient[kFragment], centred[kFragment];
+  const bool saved = q.p.mask && q.program.saves_pass;
+  recompute<V>(q, team, affine, m, saved, x, residual, centred, v);
+  widen_fragment<V>(g, gradient);
+  run_back(
+      q.program, q.p.dx ? q.program.back : q.program.back_to_norm, team.weight, m, saved, pass, v, gradient,
+      [&](A(&entering)[kFragment], A(&dz)[kFragment]) {
 #pragma unroll
-  for (int i = 0; i < kFragment; ++i) {
-    dz[i] = math::apply_input_gradient(dz[i], centred[i], k.a, k.b, k.c);
-  }
-  widen_fragment<V>(x, centred);
-  run_before_backward(q.program, team.weight, m, centred, dz);
-  team.write(q.p.dx, tile, dz);
+        for (int i = 0; i < kFragment; ++i) dz[i] = math::apply_input_gradient(dz[i], centred[i], k.a, k.b, k.c);
+        widen_fragment<V>(x, entering);
+        if (is(q.program.before, Stage::drop)) multiply(entering, m);
+      },
+      [&](const A(&added)[kFragment]) {
+        if (q.p.grad_residual) team.write(q.p.grad_residual, tile, added);
+      },
+      Nothing{});
+  if (q.p.dx) team.write(q.p.dx, tile, gradient);
 }
 
 template <class T, class A = opmath_t<T>>

@@ -50,7 +50,7 @@ struct Decisions {
   FN_DEVICE explicit Decisions(uint32_t all) {
     for (uint32_t& w : word) w = all * 0x01010101u;
   }
-  FN_DEVICE void add(int v, uint32_t byte) { word[v / 4] |= byte << (8 * (v % 4)); }
+  FN_DEVICE void add(int v, uint32_t byte) { word[V > 4 ? v / 4 : 0] |= byte << (8 * (v % 4)); }
   FN_DEVICE uint32_t byte(int v) const { return word[v / 4] >> (8 * (v % 4)) & 0xffu; }
   FN_DEVICE bool keeps(int v, int i) const { return word[v / 4] >> (8 * (v % 4) + i) & 1u; }
   // Row i becomes row i - rows.

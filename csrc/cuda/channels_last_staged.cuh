@@ -1,6 +1,6 @@
 // Channels-last kernels for every chain, and for the groups of a batch: the two passes of channels_last.cuh over what
 // channels_first_staged.cuh does to a fragment. A fragment is 8 values here too, so that few programs are walked: 8 / V
-// rows of the thread's V <= 4 channels.
+// rows of the thread's V <= 2 channels.
 //
 // A Philox call serves 8 rows of one channel, a fragment some rows of all. Decisions wait for their rows as bits in
 // registers; multipliers, which are numbers, in shared memory, where each thread comes back for its own.
@@ -15,6 +15,7 @@
 
 namespace fusednorm::cuda {
 
+constexpr int kStagedColumns = 2;  // V at most: sums, coefficients and weights of more would spill
 template <class T, int V>
 constexpr int kFragmentRows = kFragment / V;
 
@@ -109,6 +110,20 @@ FN_DEVICE void each_fragment(const StagedColumns<T, V>& columns, bool descending
 }
 
 // ---- noise --------------------------------------------------------------------------------------------------------
+// The bits of the fragment that begins with the group's row `row`, from those of the group, and into them.
+template <int V>
+FN_DEVICE uint32_t fragment_bits(const Decisions<V>& from, int row) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kFragment; ++i) bits |= static_cast<uint32_t>(from.keeps(i % V, row + i / V)) << i;
+  return bits;
+}
+template <int V>
+FN_DEVICE void add_bits(Decisions<V>& to, uint32_t bits, int row) {
+#pragma unroll
+  for (int i = 0; i < kFragment; ++i) to.add(i % V, (bits >> i & 1u) << (row + i / V));
+}
+
 // What a group of 8 rows drew.
 template <class T, int V>
 struct RowNoise {
@@ -133,15 +148,8 @@ struct RowNoise {
 #pragma unroll
       for (int i = 0; i < kFragment; ++i) m[i] = static_cast<A>(*at(row + i / V, i % V));
     } else {
-      multipliers(q, kept(row), m);
+      multipliers(q, fragment_bits(keep, row), m);
     }
-  }
-  // The decisions of the fragment, as bits.
-  FN_DEVICE uint32_t kept(int row) const {
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < kFragment; ++i) bits |= static_cast<uint32_t>(keep.keeps(i % V, row + i / V)) << i;
-    return bits;
   }
 
  private:
@@ -150,7 +158,7 @@ struct RowNoise {
   }
 
   FN_DEVICE void draw_rows(const Program<A>& q, Seed seed, const StagedColumns<T, V>& columns, int64_t row) {
-#pragma unroll
+#pragma unroll 1
     for (int v = 0; v < V; ++v) {
       if (q.noise == Noise::bernoulli) {
         keep.add(v, math::keep8(seed, row / kRows, channel(q, columns, v), q.threshold));
@@ -166,39 +174,35 @@ struct RowNoise {
   // Row after row; a sample's draws are made at its first row here, and stay for the others.
   FN_DEVICE void draw_samples(const Program<A>& q, Seed seed, const StagedColumns<T, V>& columns, int64_t row,
                               int64_t S) {
-    int64_t n = row / S, s = row - n * S;
-    float m[V];
-    uint32_t kept = 0;
 #pragma unroll 1
-    for (int i = 0; i < kRows; ++i) {
-      if (i == 0 || s == 0) {
-        const int own = static_cast<int>(n % kRows);
-        kept = 0;
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
+    for (int v = 0; v < V; ++v) {
+      int64_t n = row / S, s = row - n * S;
+      float m = 0;
+      uint32_t bit = 0;
+#pragma unroll 1
+      for (int i = 0; i < kRows; ++i) {
+        if (i == 0 || s == 0) {
+          const uint32_t own = n % kRows;
           if (q.noise == Noise::bernoulli) {
-            kept |= (math::keep8(seed, n / kRows, channel(q, columns, v), q.threshold) >> own & 1u) << v;
+            bit = math::keep8(seed, n / kRows, channel(q, columns, v), q.threshold) >> own & 1u;
           } else {
             float drawn[kRows];
             draw_multipliers(q, seed, n / kRows, channel(q, columns, v), drawn);
 #pragma unroll
-            for (int from = 0; from < kRows; ++from) {
-              if (from == own) m[v] = drawn[from];
+            for (uint32_t from = 0; from < kRows; ++from) {
+              if (from == own) m = drawn[from];
             }
           }
         }
-      }
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
         if (q.noise == Noise::bernoulli) {
-          keep.add(v, (kept >> v & 1u) << i);
+          keep.add(v, bit << i);
         } else {
-          *at(i, v) = m[v];
+          *at(i, v) = m;
         }
-      }
-      if (++s == S) {
-        s = 0;
-        ++n;
+        if (++s == S) {
+          s = 0;
+          ++n;
+        }
       }
     }
   }
@@ -213,12 +217,6 @@ FN_DEVICE Decisions<V> load_decisions(const uint8_t* mask, const Columns<T, V>& 
   return bits;
 }
 
-// A fragment's bits into those of its group.
-template <int V>
-FN_DEVICE void add_bits(Decisions<V>& to, uint32_t bits, int row) {
-#pragma unroll
-  for (int i = 0; i < kFragment; ++i) to.add(i % V, (bits >> i & 1u) << (row + i / V));
-}
 
 // ---- forward ------------------------------------------------------------------------------------------------------
 // Adds a fragment to the moments of its columns.
@@ -269,14 +267,13 @@ channels_last_staged_statistics(StagedForwardArguments<T> q) {
       [&](int64_t row) {
         A u[kFragment], multiplier[kFragment];
         if (q.program.noisy_before) noise.fragment(q.program, row % kRows, multiplier);
-        if (q.matches()) {
+#pragma unroll 1
+        for (bool noisy = !q.matches();; noisy = true) {
           x.widen_to(u);
-          run_before(q.program, weight, multiplier, false, u);
-          merge_values(matched, u, columns, row);
+          run(q.program, q.program.before, weight, multiplier, noisy, false, u, Nothing{}, Nothing{});
+          noisy ? merge_values(m, u, columns, row) : merge_values(matched, u, columns, row);
+          if (noisy) break;
         }
-        x.widen_to(u);
-        run_before(q.program, weight, multiplier, true, u);
-        merge_values(m, u, columns, row);
       },
       [&] { x.move(); }, [](int64_t) {});
   write_moments(q, columns, m, q.partials);
@@ -327,13 +324,15 @@ channels_last_staged_apply(StagedForwardArguments<T> q) {
         const int in_group = row % kRows;
         if (q.program.noisy) noise.fragment(q.program, in_group, multiplier);
         x.widen_to(v);
-        run_before(q.program, weight, multiplier, true, v);
+        uint32_t bits = run(
+            q.program, q.program.all, weight, multiplier, true, saves_pass, v,
+            [&](A(&u)[kFragment]) {
 #pragma unroll
-        for (int i = 0; i < kFragment; ++i) v[i] = affine[i % V](v[i]);
-        uint32_t bits = run_after(q.program, weight, multiplier, saves_pass, v,
-                                  [&](A(&sum)[kFragment]) { residual.add_to(sum); });
+              for (int i = 0; i < kFragment; ++i) u[i] = affine[i % V](u[i]);
+            },
+            [&](A(&sum)[kFragment]) { residual.add_to(sum); });
         if (saves_pass) {
-          if (q.program.saves_keep) bits &= noise.kept(in_group);
+          if (q.program.saves_keep) bits &= fragment_bits(noise.keep, in_group);
           add_bits(pass, bits, in_group);
         }
         columns.write(q.p.y, row, v);
@@ -348,11 +347,11 @@ channels_last_staged_apply(StagedForwardArguments<T> q) {
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------------
-// f(row, m, x, dz, u - mean) for the thread's fragments of a chunk.
-template <class T, int V, class A, class Added, class Weighed, class F>
+// f(row, m, pass, v, g, u - mean, x) for the thread's fragments of a chunk. v: what enters an activation behind the
+// norm; pass: bits that may replace it.
+template <class T, int V, class A, class F>
 FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedColumns<T, V>& columns,
-                             const Affine<A> (&affine)[V], const A (&weight)[V], bool descending, Added added,
-                             Weighed weighed, F f) {
+                             const Affine<A> (&affine)[V], const A (&weight)[V], bool descending, F f) {
   const Seed seed = seed_of(q.program);
   const bool saved_pass = q.p.mask && q.program.saves_pass, saved_keep = q.p.mask && q.program.saves_keep;
   RowQueue<T, V, kBackwardBytes> x, g, residual;
@@ -374,27 +373,22 @@ FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedCo
         if (q.p.residual) columns.read(q.p.residual, row, residual.row);
       },
       [&](int64_t row) {
-        A v[kFragment], dz[kFragment], centred[kFragment], multiplier[kFragment];
+        A v[kFragment], gradient[kFragment], centred[kFragment], multiplier[kFragment];
         const int in_group = row % kRows;
         if (q.program.noisy) noise.fragment(q.program, in_group, multiplier);
-        uint32_t bits = 0;
-#pragma unroll
-        for (int i = 0; i < kFragment; ++i) {
-          bits |= static_cast<uint32_t>(pass.keeps(i % V, in_group + i / V)) << i;
-        }
-        x.widen_to(centred);
-        g.widen_to(dz);
-        run_before(q.program, weight, multiplier, true, centred);
-#pragma unroll
-        for (int i = 0; i < kFragment; ++i) {
-          v[i] = affine[i % V](centred[i]);
-          centred[i] -= affine[i % V].mean;
-        }
-        run_after_backward(
-            q.program, weight, multiplier, saved_pass, bits, v, dz, [&](A(&sum)[kFragment]) { residual.add_to(sum); },
-            [&](const A(&gradient)[kFragment]) { added(row, gradient); }, weighed);
         x.widen_to(v);
-        f(row, multiplier, v, dz, centred);
+        run(
+            q.program, saved_pass ? q.program.to_norm : q.program.to_act, weight, multiplier, true, false, v,
+            [&](A(&u)[kFragment]) {
+#pragma unroll
+              for (int i = 0; i < kFragment; ++i) {
+                centred[i] = u[i] - affine[i % V].mean;
+                u[i] = affine[i % V](u[i]);
+              }
+            },
+            [&](A(&sum)[kFragment]) { residual.add_to(sum); });
+        g.widen_to(gradient);
+        f(row, multiplier, fragment_bits(pass, in_group), v, gradient, centred, x);
       },
       [&] {
         x.move();
@@ -422,26 +416,31 @@ channels_last_staged_gradient_sums(StagedBackwardArguments<T> q) {
 #pragma unroll
   for (int v = 0; v < V; ++v) affine[v] = saved_statistics(q, columns.group, columns.c + v);
   columns.weights(q.p.act_weight, weight);
+  const bool saved = q.p.mask && q.program.saves_pass;
   each_gradient(
-      q, columns, affine, weight, false, [](int64_t, const A(&)[kFragment]) {},
-      [&](const A(&v)[kFragment], const A(&gradient)[kFragment]) {
+      q, columns, affine, weight, false,
+      [&](int64_t row, const A(&m)[kFragment], uint32_t pass, A(&v)[kFragment], A(&dz)[kFragment],
+          const A(&centred)[kFragment], const auto& x) {
+        run_back(q.program, q.program.back_to_norm, weight, m, saved, pass, v, dz, Nothing{}, Nothing{},
+                 [&](const A(&z)[kFragment], const A(&gradient)[kFragment]) {
 #pragma unroll
-        for (int i = 0; i < kFragment; ++i) sums[2][i % V] += math::Prelu::weight_gradient(v[i], gradient[i]);
-      },
-      [&](int64_t row, const A(&m)[kFragment], A(&x)[kFragment], const A(&dz)[kFragment],
-          const A(&centred)[kFragment]) {
+                   for (int i = 0; i < kFragment; ++i) {
+                     sums[2][i % V] += math::Prelu::weight_gradient(z[i], gradient[i]);
+                   }
+                 });
 #pragma unroll
         for (int i = 0; i < kFragment; ++i) {
           sums[0][i % V] += dz[i];
           sums[1][i % V] = math::fma(dz[i], centred[i], sums[1][i % V]);
         }
         if (q.program.has_weight && !q.program.act_after) {
-          weight_factors(q.program, m, x);
+          x.widen_to(v);
+          weight_factors(q.program, m, v);
 #pragma unroll
           for (int i = 0; i < kFragment; ++i) {
-            sums[2][i % V] = math::fma(dz[i], x[i], sums[2][i % V]);
-            sums[3][i % V] = math::fma(centred[i], x[i], sums[3][i % V]);
-            sums[4][i % V] += x[i];
+            sums[2][i % V] = math::fma(dz[i], v[i], sums[2][i % V]);
+            sums[3][i % V] = math::fma(centred[i], v[i], sums[3][i % V]);
+            sums[4][i % V] += v[i];
           }
         }
       });
@@ -516,20 +515,26 @@ channels_last_staged_input_gradient(StagedBackwardArguments<T> q) {
     k[v] = coefficients(q, columns.group, rows, columns.c + v, of);
   }
   columns.weights(q.p.act_weight, weight);
+  const bool saved = q.p.mask && q.program.saves_pass;
   each_gradient(
       q, columns, affine, weight, true,
-      [&](int64_t row, const A(&gradient)[kFragment]) {
-        if (q.p.grad_residual) columns.write(q.p.grad_residual, row, gradient);
-      },
-      [](const A(&)[kFragment], const A(&)[kFragment]) {},
-      [&](int64_t row, const A(&m)[kFragment], A(&x)[kFragment], A(&dz)[kFragment], const A(&centred)[kFragment]) {
-        if (!q.p.dx) return;
+      [&](int64_t row, const A(&m)[kFragment], uint32_t pass, A(&v)[kFragment], A(&gradient)[kFragment],
+          const A(&centred)[kFragment], const auto& x) {
+        run_back(
+            q.program, q.p.dx ? q.program.back : q.program.back_to_norm, weight, m, saved, pass, v, gradient,
+            [&](A(&entering)[kFragment], A(&dz)[kFragment]) {
 #pragma unroll
-        for (int i = 0; i < kFragment; ++i) {
-          dz[i] = math::apply_input_gradient(dz[i], centred[i], k[i % V].a, k[i % V].b, k[i % V].c);
-        }
-        run_before_backward(q.program, weight, m, x, dz);
-        columns.write(q.p.dx, row, dz);
+              for (int i = 0; i < kFragment; ++i) {
+                dz[i] = math::apply_input_gradient(dz[i], centred[i], k[i % V].a, k[i % V].b, k[i % V].c);
+              }
+              x.widen_to(entering);
+              if (is(q.program.before, Stage::drop)) multiply(entering, m);
+            },
+            [&](const A(&added)[kFragment]) {
+              if (q.p.grad_residual) columns.write(q.p.grad_residual, row, added);
+            },
+            Nothing{});
+        if (q.p.dx) columns.write(q.p.dx, row, gradient);
       });
 }
 
