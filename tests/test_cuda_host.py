@@ -2,22 +2,28 @@
 
 One executable takes cases from a file through csrc/cuda/backend.h, in three builds: plain, under many orders of
 threads; with ASan and UBSan; with TSan, which sees a missing barrier even where its effect does not show. Results are
-compared with the CPU backend and the reference. The last part breaks the kernels on purpose, one line at a time.
+compared with the reference, fed the noise that csrc/math/noise.h defines. The last part breaks the kernels on purpose,
+one line at a time.
 """
 
+import ctypes
+import functools
 import math
 import os
 import random
 import re
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import definition
+import numpy as np
 import pytest
 import torch
-from common import ACTIVATIONS, FLOATS, TOLERANCE, Problem, close, noise, raw_forward, same_bits
+from common import ACTIVATIONS, FLOATS, TOLERANCE, Problem, close, same_bits, slope
 from cuda_host.mutations import MUTATIONS, RACE
 
 from fusednorm import reference
@@ -296,6 +302,10 @@ FOURS = Machine(residency=2, cluster=4, shared=6144)
 MACHINES = (STREAMING, ONE_BLOCK, PAIRS, FOURS, Machine(mp=1), Machine(mp=7, threads=128), Machine(threads=32))
 
 
+# Activations whose derivative is 0 or 1.
+ONE_BIT = ("relu", "relu6", "hardtanh")
+
+
 def memory(x, last):
     return (x.movedim(1, -1) if last else x).contiguous()
 
@@ -332,22 +342,95 @@ class Case:
         return got
 
 
+# ---- the noise -------------------------------------------------------------------------------------------------------
+KINDS = ("bernoulli", "uniform", "gaussian")
+GRANULARITIES = ("element", "channel", "sample")
+
+
+@functools.cache
+def oracle():
+    """multipliers() of oracle.cpp."""
+    with tempfile.TemporaryDirectory() as folder:
+        library, source = Path(folder, "oracle.so"), Path(folder, "cuda", "oracle.cpp")
+        shutil.copytree(SOURCES / "math", Path(folder, "math"))
+        source.parent.mkdir()
+        shutil.copy(HERE / "oracle.cpp", source)
+        compile_or_fail("-O1", "-shared", "-fPIC", source, "-o", library)
+        function = ctypes.CDLL(str(library)).multipliers
+    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double, *[ctypes.c_int64] * 4, ctypes.c_void_p]
+    return function
+
+
+def multipliers(shape, p, seed, granularity="element", kind="bernoulli"):
+    """m in float64, of the given shape."""
+    m = np.full(shape, 1.0 - (p if kind == "bernoulli" else 0.0))
+    if p != 0 and not (kind == "bernoulli" and p == 1):
+        n, c, s = shape[0], shape[1], math.prod(shape[2:])
+        oracle()(1 + KINDS.index(kind), GRANULARITIES.index(granularity), p, seed, n, c, s, m.ctypes.data)
+    return torch.from_numpy(m)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_oracle(kind, granularity):
+    shape, p, seed = (21, 3, 5), 0.3, -5
+    m = multipliers(shape, p, seed, granularity, kind).numpy()
+    if kind == "uniform":
+        assert np.array_equal(m, definition.uniform(shape, p, seed, granularity))
+    elif kind == "gaussian":
+        np.testing.assert_allclose(m, definition.gaussian(shape, p, seed, granularity), rtol=0, atol=1e-6)
+    elif granularity != "sample":
+        assert np.array_equal(m, definition.bernoulli(shape, p, seed, granularity))
+
+
+class Known(Problem):
+    """A problem with that noise, which the CPU backend need not know."""
+
+    def _exact(self, m, grad, dtype, grad_layout):
+        o = self.options
+        self.m = multipliers(tuple(self.x.shape), o["p"], o["seed"], o["granularity"], o["noise"])
+        super()._exact(self.m, grad, dtype, grad_layout)
+
+    def stages(self):
+        """Those before and behind the norm, without what does nothing."""
+        dead = set() if self.act else {"act"}
+        if torch.equal(self.m, torch.ones_like(self.m)):
+            dead.add("drop")
+        return [tuple(stage for stage in side if stage not in dead) for side in reference.parse_order(self.order)]
+
+    def prelu(self):
+        """The activation, with the weight of its own, if it has one."""
+        return self.act if self.act_weight is None else ("prelu", self.act_weight.detach().double())
+
+    def z(self, groups):
+        vectors = [None if v is None else v.detach().double() for v in (self.running_mean, self.running_var)]
+        parameters = [None if v is None else v.detach().double() for v in (self.weight, self.bias)]
+        return reference.batch_norm_act_drop(
+            self.u.detach(), *vectors, *parameters, self.training, eps=self.eps, order="norm",
+            ghost_batch_size=len(groups[0]),
+        )  # fmt: skip
+
+
 class Layer(Case):
-    """Forward and, from what that saved, backward."""
+    """Forward and, from what that saved, backward. act: as Problem has it, and "prelu"."""
 
     def __init__(
-        self, shape, last, dtype, act=None, p=0.0, per_channel=False, training=True, *, machine=STREAMING, mask=False,
-        shift=0, param_dtype=None, stat_dtype=None, weight=True, bias=True, dx=True, dw=True, seed=5, offset=0.0,
+        self, shape, last, dtype, act=None, p=0.0, granularity="element", training=True, *, machine=STREAMING,
+        mask=False, shift=0, param_dtype=None, stat_dtype=None, weight=True, bias=True, dx=True, dw=True, dr=True,
+        da=True, seed=5, offset=0.0, order="norm-act-drop", kind="bernoulli", ghost=0, matched=False,
     ):  # fmt: skip
         self.shape, self.last, self.dtype = shape, last, dtype
-        self.problem = q = Problem(
+        self.problem = q = Known(
             shape,
             dtype,
             "last" if last else "first",
-            act,
+            ("prelu", "channel") if act == "prelu" else act,
             p,
-            "channel" if per_channel else "element",
+            granularity,
             training,
+            order=order,
+            kind=kind,
+            ghost_batch_size=ghost or None,
             param_dtype=param_dtype,
             stat_dtype=stat_dtype,
             weight=weight,
@@ -355,83 +438,139 @@ class Layer(Case):
             seed=seed,
             offset=offset,
         )
-        name, parameters = reference.resolve_activation(act)
+        name, parameters = ("prelu", ()) if act == "prelu" else reference.resolve_activation(act)
         n, c, s = shape
         words = {
-            "N": n, "C": c, "S": s, "last": int(last), "act": name, "p": p, "per_channel": int(per_channel),
-            "training": int(training), "eps": q.eps, "shift": shift, **vars(machine),
+            "N": n, "C": c, "S": s, "last": int(last), "act": name, "p": p, "kind": kind, "granularity": granularity,
+            "order": order, "ghost": ghost, "training": int(training), "eps": q.eps, "shift": shift, **vars(machine),
         } | dict(zip("ab", parameters, strict=False))  # fmt: skip
-        self.saves = mask and 0 < p < 1 and not per_channel
+        self.groups = [range(n)]
+        if training and 0 < ghost < n:
+            self.groups = [range(i, min(i + ghost, n)) for i in range(0, n, ghost)]
+        self.before, self.after = before, after = q.stages()
+        drawn = "drop" in before + after and kind == "bernoulli" and 0 < p < 1 and granularity == "element"
+        one_bit = name in ONE_BIT and "act" in after and "add" in after[: after.index("act")]
+        self.holds_keep = drawn and (not one_bit or "drop" in after[after.index("add") :])
+        self.holds_pass = one_bit
+        self.saves = mask and len(self.groups) == 1 and (self.holds_keep or self.holds_pass)
         inputs = {"x": memory(q.x.detach(), last), "g": memory(q.grad, last)}
         inputs["seed"] = torch.tensor([seed])
-        inputs |= {k: v for k, v in (("weight", q.weight), ("bias", q.bias)) if v is not None}
+        vectors = {"weight": q.weight, "bias": q.bias, "act_weight": q.act_weight}
+        inputs |= {k: v for k, v in vectors.items() if v is not None}
+        if q.residual is not None:
+            inputs["residual"] = memory(q.residual.detach(), last)
         if not training:
             inputs |= {"running_mean": q.running_mean, "running_var": q.running_var}
-        matrix = tuple(inputs["x"].shape)
-        outputs = {"y": (matrix, dtype)} | {k: ((c,), q.opmath) for k in ("mean", "invstd", "var")}
+        matrix, per_group = tuple(inputs["x"].shape), (len(self.groups), c)
+        outputs = {"y": (matrix, dtype)} | {k: (per_group, q.opmath) for k in ("mean", "invstd", "stat_var")}
+        if matched and training and "drop" in before:
+            outputs["stat_mean"] = (per_group, q.opmath)
         if dx:
             outputs["dx"] = (matrix, dtype)
-        if dw and weight:
-            outputs["dw"] = ((c,), q.weight.dtype)
-        if dw and bias:
-            outputs["db"] = ((c,), q.bias.dtype)
+        if dr and q.residual is not None:
+            outputs["dr"] = (matrix, dtype)
+        for wanted, gradient, of in ((dw, "dw", q.weight), (dw, "db", q.bias), (da, "da", q.act_weight)):
+            if wanted and of is not None:
+                outputs[gradient] = ((c,), of.dtype)
         if self.saves:
-            groups = -(-n * s // 8)
-            outputs["mask"] = ((groups, c) if last else (c, groups), torch.uint8)
+            calls = -(-n * s // 8)
+            outputs["mask"] = ((calls, c) if last else (c, calls), torch.uint8)
         super().__init__("layer", words, inputs, outputs)
+
+    def logical(self, value):
+        return value.movedim(-1, 1) if self.last else value
 
     def check(self, got):
         q = self.problem
-        for name, expected in (("y", "y"), ("dx", "x"), ("dw", "weight"), ("db", "bias")):
+        names = {"y": "y", "dx": "x", "dr": "residual", "dw": "weight", "db": "bias", "da": "act_weight"}
+        for name, expected in names.items():
             if name in got:
-                value = got[name].movedim(-1, 1) if self.last and name in ("y", "dx") else got[name]
+                value = self.logical(got[name]) if name in ("y", "dx", "dr") else got[name]
                 # As Problem.check: in 16-bit types the rounding of the result, else fifty roundings of float32.
                 tolerance = max(TOLERANCE[value.dtype], TOLERANCE[q.opmath])
                 close(value, q.expected[expected], q.scale[expected], name, tolerance)
-        x = q.x.detach().double()
-        # The CPU backend in float64; the errors of a mean are those of values as large as the standard deviation.
-        _, mean, invstd, var, _ = raw_forward(
-            x, None, None, q.running_mean.double(), q.running_var.double(), training=q.training, eps=q.eps
-        )
-        close(got["mean"], mean, (x.abs().max() if q.training else mean.abs().max()), "mean")
-        close(got["invstd"], invstd, 0.0, "invstd")
-        close(got["var"], var, var.max(), "var")
-        if q.act is None and q.p > 0:
-            kept = noise(self.shape, q.p, q.seed, q.granularity) != 0
-            y = got["y"].movedim(-1, 1) if self.last else got["y"]
-            assert torch.equal(y != 0, kept.expand(y.shape)), "other values are dropped than on the CPU"
+        self.check_statistics(got)
+        if self.after in (("drop",), ("act", "drop")) and q.act is None and q.options["noise"] == "bernoulli":
+            assert torch.equal(self.logical(got["y"]) != 0, q.m != 0), "other values are dropped"
         if self.saves:
             self.check_mask(got["mask"])
 
+    def check_statistics(self, got):
+        q = self.problem
+        noisy = q.u.detach()
+        quiet = reference.run_stages(self.before, q.x.detach().double(), q.prelu(), None)
+        for i, group in enumerate(self.groups):
+            u = noisy[group.start : group.stop]
+            rows = (0, *range(2, u.dim()))
+            var, mean = torch.var_mean(u, rows, correction=0)
+            if not q.training:
+                mean, var = q.running_mean.double(), q.running_var.double()
+            # The errors of a mean are those of values as large as the standard deviation.
+            close(got["mean"][i], mean, (u.abs().max() if q.training else mean.abs().max()), "mean")
+            close(got["invstd"][i], (var + q.eps).rsqrt(), 0.0, "invstd")
+            if "stat_mean" in got:
+                u = quiet[group.start : group.stop]
+                var, mean = torch.var_mean(u, rows, correction=0)
+                close(got["stat_mean"][i], mean, u.abs().max(), "stat_mean")
+            close(got["stat_var"][i], var, var.max(), "stat_var")
+
     def check_mask(self, mask):
-        """Bit i of a byte: row 8*k + i of its channel is kept. What stands beyond the last row has no meaning."""
+        """Bit i of a byte: that of row 8*k + i of its channel. What stands beyond the last row has no meaning."""
         n, c, s = self.shape
         q = self.problem
-        kept = (noise(self.shape, q.p, q.seed) != 0).transpose(0, 1).reshape(c, n * s)
+        bits, sure = torch.ones(self.shape, dtype=torch.bool), torch.ones(self.shape, dtype=torch.bool)
+        if self.holds_keep:
+            bits &= q.m != 0
+        if self.holds_pass:
+            z = q.z(self.groups)
+            v = reference.run_stages(self.after[: self.after.index("act")], z, q.act, q.m, q.residual.detach().double())
+            at = slope(q.act, v)
+            bits &= at != 0
+            sure = (slope(q.act, v - 1e-3) == at) & (slope(q.act, v + 1e-3) == at)
         bytes_ = mask.T if self.last else mask
-        bits = (bytes_.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
-        assert torch.equal(bits.reshape(c, -1)[:, : n * s] != 0, kept), "mask"
+        got = (bytes_.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+        got = got.reshape(c, -1)[:, : n * s].reshape(c, n, s).transpose(0, 1) != 0
+        assert torch.equal(got[sure], bits[sure]), "mask"
 
 
 class NoiseItself(Case):
-    def __init__(self, shape, dtype, p, machine=STREAMING, seed=3):
-        self.shape, self.dtype, self.p, self.seed = shape, dtype, p, seed
+    """m, or x times m."""
+
+    def __init__(
+        self, shape, dtype, p, kind="bernoulli", granularity="element", *, last=False, times_x=False, shift=0,
+        machine=STREAMING, seed=3,
+    ):  # fmt: skip
+        self.m = multipliers(shape, p, seed, granularity, kind)
+        self.dtype, self.last = dtype, last
         n, c, s = shape
-        words = {"N": n, "C": c, "S": s, "act": "identity", "p": p, **vars(machine)}
-        super().__init__("noise", words, {"seed": torch.tensor([seed])}, {"y": (shape, dtype)})
+        words = {
+            "N": n, "C": c, "S": s, "act": "identity", "p": p, "kind": kind, "granularity": granularity,
+            "last": int(last), "shift": shift, **vars(machine),
+        }  # fmt: skip
+        self.x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype) if times_x else None
+        inputs = {"seed": torch.tensor([seed])} | ({"x": memory(self.x, last)} if times_x else {})
+        super().__init__("noise", words, inputs, {"y": (tuple(memory(self.m, last).shape), dtype)})
 
     def check(self, got):
-        assert same_bits(got["y"], noise(self.shape, self.p, self.seed, dtype=self.dtype)), "noise"
+        opmath = torch.float64 if self.dtype == torch.float64 else torch.float32
+        y = self.m.to(opmath)
+        if self.x is not None:
+            y = y * self.x.to(opmath)
+        got = got["y"].movedim(-1, 1) if self.last else got["y"]
+        assert same_bits(got.contiguous(), y.to(self.dtype)), "noise"
 
 
 class Statistics(Case):
-    """update_stats_, which changes its buffers."""
+    """update_stats_, which changes its buffers, group after group."""
 
-    def __init__(self, channels, running, batch, count, momentum, batches, threads=64):
+    def __init__(self, channels, running, batch, count, momentum, batches, threads=64, groups=1, last_count=None):
         draw = torch.Generator().manual_seed(channels)
-        self.values = [torch.rand(channels, generator=draw).to(t) for t in (running, running, batch, batch)]
-        self.count, self.momentum, self.batches = count, momentum, batches
-        words = {"C": channels, "count": count, "momentum": momentum or 0, "cumulative": int(momentum is None)}
+        shapes = ((channels,), (groups, channels))
+        self.values = [torch.rand(shapes[i // 2], generator=draw).to((running, batch)[i // 2]) for i in range(4)]
+        self.counts = [count] * (groups - 1) + [count if last_count is None else last_count]
+        self.momentum, self.batches = momentum, batches
+        words = {"C": channels, "groups": groups, "count": count, "last_count": self.counts[-1]}
+        words |= {"momentum": momentum or 0, "cumulative": int(momentum is None)}
         names = ("running_mean", "running_var", "mean", "var")
         inputs = dict(zip(names, self.values, strict=True))
         if batches is not None:
@@ -441,13 +580,16 @@ class Statistics(Case):
         super().__init__("update_statistics", words | vars(Machine(threads=threads)), inputs, outputs)
 
     def check(self, got):
-        running_mean, running_var, mean, var = (v.clone() for v in self.values)
-        batches = None if self.batches is None else torch.tensor(self.batches)
-        torch.ops.fusednorm.update_stats_(running_mean, running_var, batches, mean, var, self.count, self.momentum)
-        close(got["running_mean"], running_mean.double(), 0.0, "running_mean")
-        close(got["running_var"], running_var.double(), 0.0, "running_var")
-        if batches is not None:
-            assert got["batches"].item() == batches.item()
+        running_mean, running_var, mean, var = (v.double() for v in self.values)
+        for i, count in enumerate(self.counts):
+            factor = 1 / (self.batches + i + 1) if self.momentum is None else self.momentum
+            if count:
+                running_mean = (1 - factor) * running_mean + factor * mean[i]
+                running_var = (1 - factor) * running_var + factor * var[i] * (count / max(count - 1, 1))
+        close(got["running_mean"], running_mean, 0.0, "running_mean")
+        close(got["running_var"], running_var, 0.0, "running_var")
+        if self.batches is not None:
+            assert got["batches"].item() == self.batches + len(self.counts)
 
 
 class DrawSeed(Case):
@@ -477,6 +619,46 @@ COLUMNS = (
 )  # fmt: skip
 
 
+CHANNEL = ("element", "channel")
+ORDERS_OF_STAGES = [order for order in reference.ORDERS if order != "norm-act-drop"]
+
+
+# Rows of a group that are and are not multiples of 8, or of a vector; groups of one sample, a last one that is short, a
+# single channel.
+GROUPED = (
+    ((9, 3, 10), 3), ((9, 3, 12), 1), ((7, 2, 4), 3), ((5, 3, 49), 2), ((6, 2, 200), 2), ((20, 1, 1), 3),
+    ((9, 8, 8), 2), ((30, 16, 13), 4), ((13, 6, 1), 5), ((40, 4, 1), 8), ((3, 2, 520), 1), ((100, 2, 3), 1),
+)  # fmt: skip
+
+
+def staged_cases(draw):
+    """Every order in both layouts, with everything else drawn."""
+    cases = []
+    acts = ("relu", "relu", "prelu", "prelu", "gelu", ("hardtanh", -0.5, 1.0), "elu")
+    for order in ORDERS_OF_STAGES * 4:
+        for last in (False, True):
+            shape, ghost = draw.choice(SHAPES + COLUMNS), 0
+            if draw.random() < 0.4:
+                shape, ghost = draw.choice(GROUPED)
+            last = shape[1] > 1 if shape[2] == 1 else last
+            kind = draw.choice(KINDS)
+            p = draw.choice((0.3, 0.3, 0.3, 0.0, 1.0)) if kind == "bernoulli" else 0.3
+            if p == 1 and order.find("drop") < order.find("norm"):
+                p = 0.3  # statistics of zeros
+            narrow = draw.choice((None, None, torch.bfloat16, torch.float64))
+            cases.append(
+                Layer(
+                    shape, last, draw.choice(FLOATS), draw.choice(acts), p, draw.choice(GRANULARITIES),
+                    draw.random() < 0.85, machine=draw.choice(MACHINES if not last else MACHINES[4:]),
+                    mask=draw.random() < 0.7, shift=int(draw.random() < 0.25), param_dtype=narrow,
+                    stat_dtype=narrow, weight=draw.random() < 0.8, bias=draw.random() < 0.8, dx=draw.random() < 0.9,
+                    dw=draw.random() < 0.8, dr=draw.random() < 0.8, da=draw.random() < 0.8, order=order, kind=kind,
+                    ghost=ghost, matched=draw.random() < 0.5, seed=draw.randrange(100),
+                )
+            )  # fmt: skip
+    return cases
+
+
 def all_cases():
     draw = random.Random(1)
     cases = []
@@ -491,7 +673,8 @@ def all_cases():
                 cases.append(
                     Layer(
                         shape, last, dtype, draw.choice((None, None, "relu", "gelu", "silu")), p,
-                        draw.random() < 0.25, training, machine=draw.choice(MACHINES if not last else MACHINES[4:]),
+                        draw.choice(("element",) * 3 + ("channel",)), training,
+                        machine=draw.choice(MACHINES if not last else MACHINES[4:]),
                         mask=draw.random() < 0.5, shift=int(draw.random() < 0.25), param_dtype=narrow,
                         stat_dtype=narrow, weight=draw.random() < 0.8, bias=draw.random() < 0.8,
                         dx=draw.random() < 0.9, dw=draw.random() < 0.8,
@@ -506,16 +689,17 @@ def all_cases():
         for machine in (STREAMING, ONE_BLOCK, PAIRS, FOURS):
             for shape in ((1, 2, 900), (4, 3, 256), (37, 2, 49), (3, 1, 500)):
                 for shift in (0, 1):
-                    mask, per_channel = shift == 0, shape[0] == 37
+                    mask, granularity = shift == 0, "channel" if shape[0] == 37 else "element"
                     cases.append(
-                        Layer(shape, False, dtype, "relu", 0.3, per_channel, machine=machine, mask=mask, shift=shift)
+                        Layer(shape, False, dtype, "relu", 0.3, granularity, machine=machine, mask=mask, shift=shift)
                     )
     # Several visits of a warp to a channel of many samples: more channels than blocks in a few waves.
     for dtype in FLOATS:
         for shape in ((4, 16, 300), (9, 16, 128), (30, 16, 49)):
-            cases.append(Layer(shape, False, dtype, "relu", 0.3, shape[2] == 49, machine=Machine(mp=1)))
+            cases.append(Layer(shape, False, dtype, "relu", 0.3, CHANNEL[shape[2] == 49], machine=Machine(mp=1)))
     # Channel noise where each sample is one value: that of the elements.
-    cases += [Layer((9, c, 1), c > 1, torch.float32, None, 0.3, True, machine=m) for c in (1, 4) for m in MACHINES[:2]]
+    for c in (1, 4):
+        cases += [Layer((9, c, 1), c > 1, torch.float32, None, 0.3, "channel", machine=m) for m in MACHINES[:2]]
     # A mean far from zero.
     cases += [
         Layer((4, 3, 256), last, torch.float32, machine=m, offset=100.0) for last, m in ((0, PAIRS), (1, STREAMING))
@@ -523,10 +707,26 @@ def all_cases():
     for i, dtype in enumerate(FLOATS):
         for shape in ((1, 1, 1), (3, 5, 7), (2, 3, 600), (300, 4, 1)):
             cases.append(NoiseItself(shape, dtype, (0.3, 0.0, 1.0, 0.9)[i]))
+    cases += staged_cases(random.Random(2))
+    for dtype in FLOATS:
+        for kind in KINDS:
+            for granularity in GRANULARITIES:
+                for shape in ((9, 3, 12), (3, 8, 200), (20, 4, 1)):
+                    last = shape[2] == 1 or draw.random() < 0.5
+                    cases.append(
+                        NoiseItself(
+                            shape, dtype, 0.4, kind, granularity, last=last, times_x=draw.random() < 0.6,
+                            shift=int(draw.random() < 0.3),
+                        )
+                    )  # fmt: skip
     for running in FLOATS:
         for momentum, batches in ((0.1, None), (0.3, 4), (None, 2), (1.0, 0)):
             cases.append(Statistics(70, running, torch.float32, 12, momentum, batches))
     cases += [Statistics(3, torch.float32, torch.float64, count, None, 0) for count in (0, 1, 2)]
+    cases += [
+        Statistics(70, torch.float32, torch.float32, 12, momentum, 3, groups=groups, last_count=last_count)
+        for momentum, groups, last_count in ((0.1, 2, 5), (None, 9, 1), (0.3, 4, 12))
+    ]
     return cases + [DrawSeed(7, 8), DrawSeed(-1, 2**40, 12)]
 
 
@@ -536,14 +736,14 @@ def few_cases(dtypes):
     for i, dtype in enumerate(dtypes):
         for machine in (STREAMING, FOURS):
             cases.append(Layer((2, 2, 512), False, dtype, "relu", 0.3, machine=machine, mask=True))
-            cases.append(Layer((5, 3, 49), False, dtype, "silu", 0.3, i == 0, machine=machine))
+            cases.append(Layer((5, 3, 49), False, dtype, "silu", 0.3, CHANNEL[i == 0], machine=machine))
         cases.append(Layer((1, 1, 700), False, dtype, "relu", 0.3, machine=FOURS, mask=True, shift=1))
         cases.append(Layer((1, 1, 1040), False, dtype, None, 0.3, machine=FOURS))
         cases.append(Layer((1, 2, 260), False, dtype, None, 0.3, machine=STREAMING))
         cases.append(Layer((4, 3, 256), False, dtype, None, 0.3, machine=ONE_BLOCK))
         cases.append(Layer((5, 8, 13), True, dtype, "relu", 0.3, mask=True))
         cases.append(Layer((3, 33, 30), True, dtype, None, 0.3, shift=1))
-        cases.append(Layer((2, 16, 128), True, dtype, None, 0.3, i == 0))
+        cases.append(Layer((2, 16, 128), True, dtype, None, 0.3, CHANNEL[i == 0]))
         cases.append(Layer((5, 3, 49), False, dtype, "relu", 0.3, training=False, dx=bool(i)))
         cases.append(Layer((9, 3, 1), True, dtype, "relu", 0.3, training=False, dw=False))
         cases.append(NoiseItself((2, 3, 300), dtype, 0.3))

@@ -33,7 +33,8 @@ Stages<A> stages_of(const Call& call) {
   } else if (chain.granularity == Granularity::element || call.shape.S == 1) {
     draw = Draw::each_row;  // S = 1: r is n, the same draws
   }
-  return {chain.activation,
+  const bool acts = chain.before_has(Stage::act) || chain.after_at(Stage::act) >= 0;
+  return {acts ? chain.activation : 0,  // an order may leave it out
           {static_cast<A>(chain.parameters[0]), static_cast<A>(chain.parameters[1])},
           draw,
           chain.threshold,

@@ -9,10 +9,12 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <iostream>
 #include <map>
 #include <memory>
+#include <set>
 #include <sstream>
 #include <vector>
 
@@ -68,7 +70,8 @@ class Case {
       size_t count;
       parts >> direction >> name >> type >> count;
       Tensor t{direction != "out", direction != "in", static_cast<DType>(type), count * sizes[type], 0, {}, {}};
-      if (name == "x" || name == "y" || name == "g" || name == "dx") t.shift = number("shift") * sizes[type];
+      static const std::set<std::string> elements{"x", "y", "g", "dx", "residual", "dr"};
+      if (elements.count(name)) t.shift = number("shift") * sizes[type];
       if (t.in) {
         t.input.resize(t.bytes);
         file.read(t.input.data(), static_cast<std::streamsize>(t.bytes));
@@ -121,14 +124,50 @@ class Case {
   template <class... Activations>
   void set_activation(Chain& chain, math::List<Activations...>) {
     int i = 0;
-    const auto set = [&](const char* name, bool one_bit) {
+    const auto set = [&](const char* name, bool one_bit, bool has_weight) {
       if (settings_["act"] == name) {
         chain.activation = i;
         chain.one_bit = one_bit;
+        chain.has_weight = has_weight;
       }
       ++i;
     };
-    (set(Activations::name, Activations::one_bit), ...);
+    (set(Activations::name, Activations::one_bit, std::is_same_v<Activations, math::Prelu>), ...);
+  }
+
+  // As csrc/ops.cpp has them.
+  static void set_noise(Chain& chain, const std::string& kind, double p, const std::string& granularity) {
+    chain.granularity = granularity == "channel"  ? Granularity::channel
+                        : granularity == "sample" ? Granularity::sample
+                                                  : Granularity::element;
+    chain.noise = Noise::constant;
+    chain.multiplier = kind == "bernoulli" && p == 1 ? 0 : 1;
+    if (p == 0 || chain.multiplier == 0) return;
+    chain.noise = kind == "uniform" ? Noise::uniform : kind == "gaussian" ? Noise::gaussian : Noise::bernoulli;
+    chain.threshold = math::keep_threshold(p);
+    if (kind == "bernoulli") chain.multiplier = math::keep_scale(chain.threshold);
+    chain.strength = static_cast<float>(kind == "gaussian" ? std::sqrt(p) : p);
+  }
+  static void set_stages(Chain& chain, std::string order) {
+    std::replace(order.begin(), order.end(), '-', ' ');
+    std::istringstream words(order);
+    std::string word;
+    Stage *before = chain.before, *after = nullptr;
+    while (words >> word) {
+      const Stage stage = word == "add" ? Stage::add : word == "act" ? Stage::act : Stage::drop;
+      const bool live = stage == Stage::act    ? chain.activation != 0
+                        : stage == Stage::drop ? chain.draws() || chain.multiplier != 1
+                                               : true;
+      if (word == "norm") {
+        after = chain.after;
+      } else if (live) {
+        *(after ? after : before)++ = stage;
+      }
+    }
+    if (chain.after_at(Stage::drop) < 0 && !chain.before_has(Stage::drop)) {
+      chain.noise = Noise::constant;
+      chain.multiplier = 1;
+    }
   }
 
   Call call() {
@@ -137,15 +176,12 @@ class Case {
     set_activation(c.chain, math::Activations{});
     c.chain.parameters[0] = number("a");
     c.chain.parameters[1] = number("b");
-    const double p = number("p");
-    c.chain.threshold = math::keep_threshold(p);
-    c.chain.noise = p == 0                  ? Noise::none
-                    : p == 1                ? Noise::all_dropped
-                    : number("per_channel") ? Noise::channel
-                                            : Noise::element;
-    c.chain.multiplier = p == 0 ? 1 : p == 1 ? 0 : math::keep_scale(c.chain.threshold);
+    set_noise(c.chain, settings_["kind"], number("p"), settings_["granularity"]);
+    if (operation_ == "layer") set_stages(c.chain, settings_["order"]);
     c.training = number("training") != 0;
     c.eps = number("eps");
+    c.ghost = c.training && number("ghost") ? int64_t(number("ghost")) : c.shape.N;
+    c.groups = (c.shape.N + c.ghost - 1) / c.ghost;
     c.seed = data<int64_t>("seed");
     return c;
   }
@@ -153,26 +189,32 @@ class Case {
   template <class T>
   void layer() {
     const Call c = call();
-    forward<T>(
-        context_, c,
-        {data<T>("x"), data<T>("y"), vector("weight"), vector("bias"), vector("running_mean"), vector("running_var"),
-         data<void>("mean"), data<void>("invstd"), data<void>("var"), data<uint8_t>("mask")});
+    forward<T>(context_, c,
+               {data<T>("x"), data<T>("y"), vector("weight"), vector("bias"), vector("running_mean"),
+                vector("running_var"), data<void>("mean"), data<void>("invstd"), data<void>("stat_var"),
+                data<uint8_t>("mask"), data<T>("residual"), vector("act_weight"), data<void>("stat_mean")});
     if (!data<T>("g")) return;
-    Backward<T> b{data<T>("x"),         data<T>("g"),         data<T>("dx"),        vector("weight"),
-                  vector("bias"),       data<void>("mean"),   data<void>("invstd"), mutable_vector("dw"),
-                  mutable_vector("db"), data<uint8_t>("mask")};
-    backward<T>(context_, c, b);
+    // As ops.cpp hands it over: where a saved mask says what the activation does, without the residual.
+    const bool adds_first = c.chain.after_at(Stage::act) > c.chain.after_at(Stage::add);
+    const bool said = data<uint8_t>("mask") && c.chain.saves_pass();
+    const T* residual = adds_first && !said ? data<T>("residual") : nullptr;
+    backward<T>(context_, c,
+                {data<T>("x"), data<T>("g"), data<T>("dx"), vector("weight"), vector("bias"), data<void>("mean"),
+                 data<void>("invstd"), mutable_vector("dw"), mutable_vector("db"), data<uint8_t>("mask"), residual,
+                 data<T>("dr"), vector("act_weight"), mutable_vector("da")});
   }
   template <class T>
   void run_typed() {
-    operation_ == "layer" ? layer<T>() : noise<T>(context_, call(), data<T>("y"));
+    operation_ == "layer" ? layer<T>() : noise<T>(context_, call(), data<T>("x"), data<T>("y"));
   }
 
   void start() {
     if (operation_ == "update_statistics") {
       return update_statistics(context_, {mutable_vector("running_mean"), mutable_vector("running_var"),
                                           data<int64_t>("batches"), vector("mean"), vector("var"), int64_t(number("C")),
-                                          int64_t(number("count")), number("cumulative") != 0, number("momentum")});
+                                          int64_t(number("groups")), int64_t(number("count")),
+                                          int64_t(number("last_count")), number("cumulative") != 0,
+                                          number("momentum")});
     }
     if (operation_ == "draw_seed") {
       const int64_t* state = data<int64_t>("state");  // seed, offset, offset within a graph
