@@ -60,8 +60,8 @@ void run_forward(const fusednorm::Forward& q) {
     using T = decltype(zero);
     using A = opmath_t<T>;
     const ForwardPointers<T> p{
-        data<T>(q.x),           data<T>(q.y),    data<A>(q.weight), data<A>(q.bias), data<A>(q.running_mean),
-        data<A>(q.running_var), data<A>(q.mean), data<A>(q.invstd), data<A>(q.stat_var),  data<uint32_t>(q.mask)};
+        data<T>(q.x),           data<T>(q.y),    data<A>(q.weight), data<A>(q.bias),     data<A>(q.running_mean),
+        data<A>(q.running_var), data<A>(q.mean), data<A>(q.invstd), data<A>(q.stat_var), data<uint32_t>(q.mask)};
     q.shape.channels_last ? forward_channels_last<T>(call, p) : forward_channels_first<T>(call, p);
   });
 }

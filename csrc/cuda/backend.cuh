@@ -133,7 +133,8 @@ void forward(const Context& context, const Call& call, const Forward<T>& p) {
     return;
   }
   Plan plan;
-  if (q.training && plan_resident(q.shape, whole(q.shape), sizeof(T), sizeof(T), kResidentScratch, context.machine, plan)) {
+  if (q.training &&
+      plan_resident(q.shape, whole(q.shape), sizeof(T), sizeof(T), kResidentScratch, context.machine, plan)) {
     cut(plan);
     const size_t shelf =
         shelf_bytes<T>(most_visits(plan.chunk_rows, plan.threads_x), plan.threads_x * plan.threads_y, 1);

@@ -104,8 +104,8 @@ FN_HOST_DEVICE bool is_norm(Steps steps) { return (steps & kStep) == kNorm; }
 
 template <class A>
 struct Program : Stages<A> {
-  Steps before, all;      // up to the norm; from x to y
-  Steps to_norm, to_act;  // `before` and the norm; from x to what enters an activation behind the norm, if one does
+  Steps before, all;         // up to the norm; from x to y
+  Steps to_norm, to_act;     // `before` and the norm; from x to what enters an activation behind the norm, if one does
   Steps back_to_norm, back;  // from y to z; from y to x
   Noise noise;
   float strength;
@@ -183,8 +183,8 @@ struct Nothing {
   FN_DEVICE void operator()(const Arrays&...) const {}
 };
 
-// v goes through `steps`, past noise only if `noisy`; norm(v) and add(v) are the caller's. Returns the bits of `passes` if
-// they are to be saved.
+// v goes through `steps`, past noise only if `noisy`; norm(v) and add(v) are the caller's. Returns the bits of `passes`
+// if they are to be saved.
 template <int V, int N, class A, class Norm, class Add>
 FN_DEVICE uint32_t run(const Program<A>& q, Steps steps, const A (&weight)[V], const A (&m)[N], bool noisy, bool saves,
                        A (&v)[N], Norm norm, Add add) {

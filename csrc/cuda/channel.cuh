@@ -193,8 +193,7 @@ FN_DEVICE void add_parameter_gradients(const StagedBackwardArguments<T>& q, int6
   to[2] += q.program.act_after ? sums[2] : math::fma(k.a, sums[2], math::fma(k.b, sums[3], k.c * sums[4]));
 }
 template <class T, class A = opmath_t<T>>
-FN_DEVICE void write_parameter_gradients(const StagedBackwardArguments<T>& q, int64_t c,
-                                         const A (&from)[kSums]) {
+FN_DEVICE void write_parameter_gradients(const StagedBackwardArguments<T>& q, int64_t c, const A (&from)[kSums]) {
   if (q.p.grad_weight.data) write(q.p.grad_weight, c, from[0]);
   if (q.p.grad_bias.data) write(q.p.grad_bias, c, from[1]);
   if (q.p.grad_act_weight.data) write(q.p.grad_act_weight, c, from[2]);
@@ -202,8 +201,7 @@ FN_DEVICE void write_parameter_gradients(const StagedBackwardArguments<T>& q, in
 
 // From the partial sums of groups `first`, `first + step`, ...: with each thread taking its share, all of them.
 template <class T, class A = opmath_t<T>>
-FN_DEVICE void add_groups(const StagedBackwardArguments<T>& q, int64_t c, int first, int step,
-                          A (&to)[kSums]) {
+FN_DEVICE void add_groups(const StagedBackwardArguments<T>& q, int64_t c, int first, int step, A (&to)[kSums]) {
   for (int64_t group = first; group < q.groups.count; group += step) {
     A sums[kSums] = {};
     for (int chunk = 0; chunk < q.chunks.count; ++chunk) {

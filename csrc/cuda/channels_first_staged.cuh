@@ -1,6 +1,6 @@
 // Channels-first kernels for every chain: the same two passes forward and backward as in channels_first.cuh, streaming
-// or resident, over the groups of a batch too. What differs is what a tile goes through: a program's stages, one by one,
-// and noise that may be a number. `before` is computed anew in every pass, from x, and costs no pass of its own.
+// or resident, over the groups of a batch too. What differs is what a tile goes through: a program's stages, one by
+// one, and noise that may be a number. `before` is computed anew in every pass, from x, and costs no pass of its own.
 //
 // Blocks: x = teams of adjacent channels, of one group after another; y = chunk.
 #pragma once
@@ -9,8 +9,8 @@
 
 namespace fusednorm::cuda {
 
-// The tiles of one tensor that are on their way: as many as elsewhere forward, half of them backward, where up to three
-// tensors are read.
+// The tiles of one tensor that are on their way: as many as elsewhere forward; fewer of them backward, where up to
+// three tensors are read.
 template <class T, int V, int Share = 1>
 struct Queue {
   static constexpr int kLength = kTilesInFlight<T, V> / Share > 0 ? kTilesInFlight<T, V> / Share : 1;
@@ -143,12 +143,25 @@ FN_DEVICE uint32_t restore_noise(const StagedBackwardArguments<T>& q, const Stag
   return q.program.noisy ? team.draw(q.program, seed, tile, m).keep : kKeepAll;
 }
 
+template <int V, class T>
+FN_DEVICE auto in_registers(const Fragment<T, V>& from) {
+  return [&](opmath_t<T>(&to)[kFragment]) { widen_fragment<V>(from, to); };
+}
+template <class T, int V>
+FN_DEVICE auto on_shelf(const Shelf<T, V>& shelf, const Tile& tile) {
+  return [shelf, visit = tile.visit](opmath_t<T>(&to)[kFragment]) {
+    Fragment<T, V> from;
+    shelf.get(visit, from);
+    widen_fragment<V>(from, to);
+  };
+}
+
 // u - mean of a tile, and v: what enters an activation behind the norm, unless `saved` bits make that superfluous.
-template <int V, class T, class A = opmath_t<T>>
+template <int V, class T, class X, class A = opmath_t<T>>
 FN_DEVICE void recompute(const StagedBackwardArguments<T>& q, const StagedTeam<T, V>& team, const Affine<A>& affine,
-                         const A (&m)[kFragment], bool saved, const Fragment<T, V>& x, const Fragment<T, V>& residual,
+                         const A (&m)[kFragment], bool saved, X x, const Fragment<T, V>& residual,
                          A (&centred)[kFragment], A (&v)[kFragment]) {
-  widen_fragment<V>(x, v);
+  x(v);
   run(
       q.program, saved ? q.program.to_norm : q.program.to_act, team.weight, m, true, false, v,
       [&](A(&u)[kFragment]) {
@@ -161,15 +174,16 @@ FN_DEVICE void recompute(const StagedBackwardArguments<T>& q, const StagedTeam<T
       [&](A(&sum)[kFragment]) { add_fragment<V>(residual, sum); });
 }
 
-// Adds a tile's sums. Rows that are not there were read as zeros, so their dz is one.
-template <int V, class T, class A = opmath_t<T>>
+// Adds a tile's sums. Rows that are not there were read as zeros, so their dz is one. x(to) and g(to) fetch the tile's
+// values, when they are needed: from registers, or from where they have been put away.
+template <int V, class T, class X, class G, class A = opmath_t<T>>
 FN_DEVICE void add_tile(const StagedBackwardArguments<T>& q, const StagedTeam<T, V>& team, const Affine<A>& affine,
-                        const A (&m)[kFragment], uint32_t pass, const Fragment<T, V>& x, const Fragment<T, V>& g,
-                        const Fragment<T, V>& residual, A (&sums)[kSums]) {
+                        const A (&m)[kFragment], uint32_t pass, X x, G g, const Fragment<T, V>& residual,
+                        A (&sums)[kSums]) {
   A v[kFragment], dz[kFragment], centred[kFragment], part[kSums] = {};
   const bool saved = q.p.mask && q.program.saves_pass;
   recompute<V>(q, team, affine, m, saved, x, residual, centred, v);
-  widen_fragment<V>(g, dz);
+  g(dz);
   run_back(q.program, q.program.back_to_norm, team.weight, m, saved, pass, v, dz, Nothing{}, Nothing{},
            [&](const A(&z)[kFragment], const A(&gradient)[kFragment]) {
 #pragma unroll
@@ -181,7 +195,7 @@ FN_DEVICE void add_tile(const StagedBackwardArguments<T>& q, const StagedTeam<T,
     part[1] = math::fma(dz[i], centred[i], part[1]);
   }
   if (q.program.has_weight && !q.program.act_after) {
-    widen_fragment<V>(x, v);
+    x(v);
     weight_factors(q.program, m, v);
 #pragma unroll
     for (int i = 0; i < kFragment; ++i) {
@@ -194,21 +208,20 @@ FN_DEVICE void add_tile(const StagedBackwardArguments<T>& q, const StagedTeam<T,
   for (int i = 0; i < kSums; ++i) sums[i] += part[i];
 }
 
-template <int V, class T, class A = opmath_t<T>>
+template <int V, class T, class X, class G, class A = opmath_t<T>>
 FN_DEVICE void input_gradient_tile(const StagedBackwardArguments<T>& q, const StagedTeam<T, V>& team,
                                    const Affine<A>& affine, const math::InputGradient<A>& k, const A (&m)[kFragment],
-                                   uint32_t pass, const Tile& tile, const Fragment<T, V>& x, const Fragment<T, V>& g,
-                                   const Fragment<T, V>& residual) {
+                                   uint32_t pass, const Tile& tile, X x, G g, const Fragment<T, V>& residual) {
   A v[kFragment], gradient[kFragment], centred[kFragment];
   const bool saved = q.p.mask && q.program.saves_pass;
   recompute<V>(q, team, affine, m, saved, x, residual, centred, v);
-  widen_fragment<V>(g, gradient);
+  g(gradient);
   run_back(
       q.program, q.p.dx ? q.program.back : q.program.back_to_norm, team.weight, m, saved, pass, v, gradient,
       [&](A(&entering)[kFragment], A(&dz)[kFragment]) {
 #pragma unroll
         for (int i = 0; i < kFragment; ++i) dz[i] = math::apply_input_gradient(dz[i], centred[i], k.a, k.b, k.c);
-        widen_fragment<V>(x, entering);
+        x(entering);
         if (is(q.program.before, Stage::drop)) multiply(entering, m);
       },
       [&](const A(&added)[kFragment]) {
@@ -273,8 +286,8 @@ channels_first_staged_apply(StagedForwardArguments<T> q) {
   };
   if (q.training) moments = merged(q.partials);
   if (q.matches()) matched = merged(q.matched_partials);
-  const Affine<A> affine = finish_statistics(q, team.group, team.window.rows, team.c, moments, matched,
-                                             team.leads() && chunk == 0);
+  const Affine<A> affine =
+      finish_statistics(q, team.group, team.window.rows, team.c, moments, matched, team.leads() && chunk == 0);
   const Seed seed = seed_of(q.program);
   Queue<T, V> x, residual;
   team.template each<Queue<T, V>::kLength>(
@@ -309,7 +322,8 @@ channels_first_staged_gradient_sums(StagedBackwardArguments<T> q) {
         A m[kFragment];
         uint32_t pass;
         restore_noise(q, team, seed, tile, m, pass);
-        add_tile<V>(q, team, affine, m, pass, x.tile[0], g.tile[0], residual.tile[0], sums);
+        add_tile<V>(q, team, affine, m, pass, in_registers<V>(x.tile[0]), in_registers<V>(g.tile[0]), residual.tile[0],
+                    sums);
       },
       [&] {
         x.move();
@@ -365,7 +379,8 @@ channels_first_staged_input_gradient(StagedBackwardArguments<T> q) {
         A m[kFragment];
         uint32_t pass;
         restore_noise(q, team, seed, tile, m, pass);
-        input_gradient_tile<V>(q, team, affine, k, m, pass, tile, x.tile[0], g.tile[0], residual.tile[0]);
+        input_gradient_tile<V>(q, team, affine, k, m, pass, tile, in_registers<V>(x.tile[0]),
+                               in_registers<V>(g.tile[0]), residual.tile[0]);
       },
       [&] {
         x.move();
@@ -398,8 +413,8 @@ channels_first_staged_resident_forward(StagedForwardArguments<T> q) {
   const Pair<A> moments = merged(m);
   Pair<A> matched{0, 0};
   if (q.matches()) matched = merged(own_matched);
-  const Affine<A> affine = finish_statistics(q, team.group, team.window.rows, team.c, moments, matched,
-                                             team.leads() && chunk == 0);
+  const Affine<A> affine =
+      finish_statistics(q, team.group, team.window.rows, team.c, moments, matched, team.leads() && chunk == 0);
   Queue<T, V> residual;
   team.template each<Queue<T, V>::kLength>(
       [&](int u, const Tile& tile) {
@@ -428,8 +443,8 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
   const Affine<A> affine = saved_statistics(q, team.group, team.c);
   const Seed seed = seed_of(q.program);
   A sums[kSums] = {};
-  Queue<T, V, 2> x, g, residual;
-  team.template each<Queue<T, V, 2>::kLength>(
+  Queue<T, V, kTilesInFlight<T, V>> x, g, residual;
+  team.template each<Queue<T, V, kTilesInFlight<T, V>>::kLength>(
       [&](int u, const Tile& tile) {
         team.read(q.p.x, tile, x.tile[u]);
         team.read(q.p.g, tile, g.tile[u]);
@@ -438,10 +453,10 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
       [&](const Tile& tile) {
         A m[kFragment];
         uint32_t pass;
-        const uint32_t keep = restore_noise(q, team, seed, tile, m, pass);
-        add_tile<V>(q, team, affine, m, pass, x.tile[0], g.tile[0], residual.tile[0], sums);
         shelf_x.put(tile.visit, x.tile[0]);
         shelf_g.put(tile.visit, g.tile[0]);
+        const uint32_t keep = restore_noise(q, team, seed, tile, m, pass);
+        add_tile<V>(q, team, affine, m, pass, on_shelf(shelf_x, tile), on_shelf(shelf_g, tile), residual.tile[0], sums);
         shelf_keep[tile.visit * threads] = static_cast<uint8_t>(keep);
       },
       [&] {
@@ -467,7 +482,7 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
     write_parameter_gradients(q, team.c, gradients);
   }
   const math::InputGradient<A> k = coefficients(q, team.group, team.window.rows, team.c, sums);
-  team.template each<Queue<T, V, 2>::kLength>(
+  team.template each<Queue<T, V, kTilesInFlight<T, V>>::kLength>(
       [&](int u, const Tile& tile) {
         if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
       },
@@ -480,9 +495,8 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
         } else if (q.program.noisy) {
           team.draw(q.program, seed, tile, m);
         }
-        shelf_x.get(tile.visit, x.tile[0]);
-        shelf_g.get(tile.visit, g.tile[0]);
-        input_gradient_tile<V>(q, team, affine, k, m, pass, tile, x.tile[0], g.tile[0], residual.tile[0]);
+        input_gradient_tile<V>(q, team, affine, k, m, pass, tile, on_shelf(shelf_x, tile), on_shelf(shelf_g, tile),
+                               residual.tile[0]);
       },
       [&] { residual.move(); });
 }

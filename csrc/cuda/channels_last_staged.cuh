@@ -19,9 +19,9 @@ constexpr int kStagedColumns = 2;  // V at most: sums, coefficients and weights 
 template <class T, int V>
 constexpr int kFragmentRows = kFragment / V;
 
-// The rows that a thread asks for before it uses any: some bytes of a tensor, but a fragment at least. Forward, and
+// The rows that a thread asks for before it uses any: some bytes of a tensor, but a fragment at least, and not more
 // backward, where up to three tensors are read.
-constexpr int kForwardBytes = 64, kBackwardBytes = 32;
+constexpr int kForwardBytes = 64, kBackwardBytes = 0;
 template <class T, int V, int Bytes>
 constexpr int kRowsInFlight = std::clamp<int>(Bytes / (V * sizeof(T)), kFragmentRows<T, V>, kRows);
 
@@ -36,6 +36,13 @@ FN_DEVICE int column_scratch() {
 }
 constexpr int64_t multiplier_bytes(int V, int threads) { return int64_t{V} * kRows * threads * sizeof(float); }
 
+// A group of 8 rows, of which [from, to) belong to the chunk.
+struct Eight {
+  int64_t row;
+  int from, to;
+  FN_DEVICE bool there(int i) const { return i >= from && i < to; }
+};
+
 template <class T, int V>
 struct StagedColumns : Columns<T, V> {
   using A = opmath_t<T>;
@@ -46,19 +53,23 @@ struct StagedColumns : Columns<T, V> {
   FN_DEVICE explicit StagedColumns(const Arguments& q)
       : Columns<T, V>(q.shape, q.groups.block_x()), group(q.groups.group()), window(q.chunks, q.groups, group) {}
 
-  FN_DEVICE bool there(int64_t row) const { return row >= window.first && row < window.end(blockIdx.y); }
-  // Rows from `row` on, in place of the fragments' first ones, `at` and up.
+  FN_DEVICE Eight eight(int64_t row) const {
+    const int64_t end = window.end(blockIdx.y);
+    return {row, row < window.first ? static_cast<int>(window.first - row) : 0,
+            row + kRows < end ? kRows : static_cast<int>(end - row)};
+  }
+  // Rows from the group's row `at` on.
   template <int N>
-  FN_DEVICE void read(const T* p, int64_t row, Pack<T, V> (&to)[N]) const {
+  FN_DEVICE void read(const T* p, const Eight& rows, int at, Pack<T, V> (&to)[N]) const {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      to[i] = there(row + i) ? load<V>(p + (row + i) * this->C + c) : Pack<T, V>{};
+      to[i] = rows.there(at + i) ? load<V>(p + (rows.row + at + i) * this->C + c) : Pack<T, V>{};
     }
   }
-  FN_DEVICE void write(T* p, int64_t row, const A (&from)[kFragment]) const {
+  FN_DEVICE void write(T* p, const Eight& rows, int at, const A (&from)[kFragment]) const {
 #pragma unroll
     for (int i = 0; i < kFragmentRows<T, V>; ++i) {
-      if (there(row + i)) store<V>(p + (row + i) * this->C + c, narrow<T, V>(from + i * V));
+      if (rows.there(at + i)) store<V>(p + (rows.row + at + i) * this->C + c, narrow<T, V>(from + i * V));
     }
   }
   FN_DEVICE void weights(const Vector& act_weight, A (&to)[V]) const {
@@ -88,24 +99,25 @@ struct RowQueue {
   }
 };
 
-// begin(row) for the thread's groups of 8 rows; then read(row) for as many rows as are in flight, and f(row), next() for
-// their fragments; finally end(row).
+// begin(rows) for the thread's groups of 8 rows; then read(rows, at) for as many rows as are in flight, and f(rows,
+// at), move() for their fragments, at: their first row in the group; finally end(rows).
 template <int Bytes, class T, int V, class Begin, class Read, class F, class Move, class End>
 FN_DEVICE void each_fragment(const StagedColumns<T, V>& columns, bool descending, Begin begin, Read read, F f,
                              Move move, End end) {
-  columns.each_group(columns.window, descending, [&](int64_t group) {
-    begin(group);
+  columns.each_group(columns.window, descending, [&](int64_t row) {
+    const auto rows = columns.eight(row);
+    begin(rows);
 #pragma unroll 1
-    for (int64_t row = group; row < group + kRows;) {
-      read(row);
+    for (int at = 0; at < kRows;) {
+      read(rows, at);
 #pragma unroll 1
       for (int i = 0; i < kRowsInFlight<T, V, Bytes>; i += kFragmentRows<T, V>) {
-        f(row);
+        f(rows, at);
         move();
-        row += kFragmentRows<T, V>;
+        at += kFragmentRows<T, V>;
       }
     }
-    end(group);
+    end(rows);
   });
 }
 
@@ -217,15 +229,13 @@ FN_DEVICE Decisions<V> load_decisions(const uint8_t* mask, const Columns<T, V>& 
   return bits;
 }
 
-
 // ---- forward ------------------------------------------------------------------------------------------------------
 // Adds a fragment to the moments of its columns.
-template <class T, int V, class A = opmath_t<T>>
-FN_DEVICE void merge_values(Moments<A> (&m)[V], const A (&u)[kFragment], const StagedColumns<T, V>& columns,
-                            int64_t row) {
+template <int V, class A>
+FN_DEVICE void merge_values(Moments<A> (&m)[V], const A (&u)[kFragment], const Eight& rows, int at) {
 #pragma unroll
-  for (int i = 0; i < kFragmentRows<T, V>; ++i) {
-    if (!columns.there(row + i)) continue;
+  for (int i = 0; i < kFragment / V; ++i) {
+    if (!rows.there(at + i)) continue;
     const A share = A(1) / (m[0].count + A(1));  // all columns have as many
 #pragma unroll
     for (int v = 0; v < V; ++v) m[v] = math::merge(m[v], Moments<A>{A(1), u[i * V + v], A(0)}, share);
@@ -257,25 +267,25 @@ channels_last_staged_statistics(StagedForwardArguments<T> q) {
   RowNoise<T, V> noise{column_scratch<A, V>()};
   each_fragment<kForwardBytes>(
       columns, false,
-      [&](int64_t row) {
-        if (q.program.noisy_before) noise.draw(q.program, seed, columns, row, q.shape.S);
+      [&](const Eight& rows) {
+        if (q.program.noisy_before) noise.draw(q.program, seed, columns, rows.row, q.shape.S);
         if (q.p.mask && q.program.saves_keep && q.program.noisy_before) {
-          save_decisions(q.p.mask, columns, row, noise.keep);
+          save_decisions(q.p.mask, columns, rows.row, noise.keep);
         }
       },
-      [&](int64_t row) { columns.read(q.p.x, row, x.row); },
-      [&](int64_t row) {
+      [&](const Eight& rows, int at) { columns.read(q.p.x, rows, at, x.row); },
+      [&](const Eight& rows, int at) {
         A u[kFragment], multiplier[kFragment];
-        if (q.program.noisy_before) noise.fragment(q.program, row % kRows, multiplier);
+        if (q.program.noisy_before) noise.fragment(q.program, at, multiplier);
 #pragma unroll 1
         for (bool noisy = !q.matches();; noisy = true) {
           x.widen_to(u);
           run(q.program, q.program.before, weight, multiplier, noisy, false, u, Nothing{}, Nothing{});
-          noisy ? merge_values(m, u, columns, row) : merge_values(matched, u, columns, row);
+          noisy ? merge_values(m, u, rows, at) : merge_values(matched, u, rows, at);
           if (noisy) break;
         }
       },
-      [&] { x.move(); }, [](int64_t) {});
+      [&] { x.move(); }, [](const Eight&) {});
   write_moments(q, columns, m, q.partials);
   if (q.matches()) write_moments(q, columns, matched, q.matched_partials);
 }
@@ -306,23 +316,22 @@ channels_last_staged_apply(StagedForwardArguments<T> q) {
   Decisions<V> pass(0u);
   each_fragment<kForwardBytes>(
       columns, true,
-      [&](int64_t row) {
+      [&](const Eight& rows) {
         if (saved) {
-          noise.keep = load_decisions<V>(q.p.mask, columns, row);
+          noise.keep = load_decisions<V>(q.p.mask, columns, rows.row);
         } else if (q.program.noisy) {
-          noise.draw(q.program, seed, columns, row, q.shape.S);
-          if (saves_keep) save_decisions(q.p.mask, columns, row, noise.keep);
+          noise.draw(q.program, seed, columns, rows.row, q.shape.S);
+          if (saves_keep) save_decisions(q.p.mask, columns, rows.row, noise.keep);
         }
         pass = Decisions<V>(0u);
       },
-      [&](int64_t row) {
-        columns.read(q.p.x, row, x.row);
-        if (q.p.residual) columns.read(q.p.residual, row, residual.row);
+      [&](const Eight& rows, int at) {
+        columns.read(q.p.x, rows, at, x.row);
+        if (q.p.residual) columns.read(q.p.residual, rows, at, residual.row);
       },
-      [&](int64_t row) {
+      [&](const Eight& rows, int at) {
         A v[kFragment], multiplier[kFragment];
-        const int in_group = row % kRows;
-        if (q.program.noisy) noise.fragment(q.program, in_group, multiplier);
+        if (q.program.noisy) noise.fragment(q.program, at, multiplier);
         x.widen_to(v);
         uint32_t bits = run(
             q.program, q.program.all, weight, multiplier, true, saves_pass, v,
@@ -332,23 +341,23 @@ channels_last_staged_apply(StagedForwardArguments<T> q) {
             },
             [&](A(&sum)[kFragment]) { residual.add_to(sum); });
         if (saves_pass) {
-          if (q.program.saves_keep) bits &= fragment_bits(noise.keep, in_group);
-          add_bits(pass, bits, in_group);
+          if (q.program.saves_keep) bits &= fragment_bits(noise.keep, at);
+          add_bits(pass, bits, at);
         }
-        columns.write(q.p.y, row, v);
+        columns.write(q.p.y, rows, at, v);
       },
       [&] {
         x.move();
         residual.move();
       },
-      [&](int64_t row) {
-        if (saves_pass) save_decisions(q.p.mask, columns, row, pass);
+      [&](const Eight& rows) {
+        if (saves_pass) save_decisions(q.p.mask, columns, rows.row, pass);
       });
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------------
-// f(row, m, pass, v, g, u - mean, x) for the thread's fragments of a chunk. v: what enters an activation behind the
-// norm; pass: bits that may replace it.
+// f(rows, at, m, pass, v, g, u - mean, x) for the thread's fragments of a chunk. v: what enters an activation behind
+// the norm; pass: bits that may replace it.
 template <class T, int V, class A, class F>
 FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedColumns<T, V>& columns,
                              const Affine<A> (&affine)[V], const A (&weight)[V], bool descending, F f) {
@@ -359,23 +368,22 @@ FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedCo
   Decisions<V> pass(0u);
   each_fragment<kBackwardBytes>(
       columns, descending,
-      [&](int64_t row) {
-        if (q.p.mask) pass = load_decisions<V>(q.p.mask, columns, row);
+      [&](const Eight& rows) {
+        if (q.p.mask) pass = load_decisions<V>(q.p.mask, columns, rows.row);
         if (saved_keep) {
           noise.keep = pass;
         } else if (q.program.noisy) {
-          noise.draw(q.program, seed, columns, row, q.shape.S);
+          noise.draw(q.program, seed, columns, rows.row, q.shape.S);
         }
       },
-      [&](int64_t row) {
-        columns.read(q.p.x, row, x.row);
-        columns.read(q.p.g, row, g.row);
-        if (q.p.residual) columns.read(q.p.residual, row, residual.row);
+      [&](const Eight& rows, int at) {
+        columns.read(q.p.x, rows, at, x.row);
+        columns.read(q.p.g, rows, at, g.row);
+        if (q.p.residual) columns.read(q.p.residual, rows, at, residual.row);
       },
-      [&](int64_t row) {
+      [&](const Eight& rows, int at) {
         A v[kFragment], gradient[kFragment], centred[kFragment], multiplier[kFragment];
-        const int in_group = row % kRows;
-        if (q.program.noisy) noise.fragment(q.program, in_group, multiplier);
+        if (q.program.noisy) noise.fragment(q.program, at, multiplier);
         x.widen_to(v);
         run(
             q.program, saved_pass ? q.program.to_norm : q.program.to_act, weight, multiplier, true, false, v,
@@ -388,14 +396,14 @@ FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedCo
             },
             [&](A(&sum)[kFragment]) { residual.add_to(sum); });
         g.widen_to(gradient);
-        f(row, multiplier, fragment_bits(pass, in_group), v, gradient, centred, x);
+        f(rows, at, multiplier, fragment_bits(pass, at), v, gradient, centred, x);
       },
       [&] {
         x.move();
         g.move();
         residual.move();
       },
-      [](int64_t) {});
+      [](const Eight&) {});
 }
 
 template <class T, int V, class A = opmath_t<T>>
@@ -417,33 +425,32 @@ channels_last_staged_gradient_sums(StagedBackwardArguments<T> q) {
   for (int v = 0; v < V; ++v) affine[v] = saved_statistics(q, columns.group, columns.c + v);
   columns.weights(q.p.act_weight, weight);
   const bool saved = q.p.mask && q.program.saves_pass;
-  each_gradient(
-      q, columns, affine, weight, false,
-      [&](int64_t row, const A(&m)[kFragment], uint32_t pass, A(&v)[kFragment], A(&dz)[kFragment],
-          const A(&centred)[kFragment], const auto& x) {
-        run_back(q.program, q.program.back_to_norm, weight, m, saved, pass, v, dz, Nothing{}, Nothing{},
-                 [&](const A(&z)[kFragment], const A(&gradient)[kFragment]) {
+  each_gradient(q, columns, affine, weight, false,
+                [&](const Eight& rows, int at, const A(&m)[kFragment], uint32_t pass, A(&v)[kFragment],
+                    A(&dz)[kFragment], const A(&centred)[kFragment], const auto& x) {
+                  run_back(q.program, q.program.back_to_norm, weight, m, saved, pass, v, dz, Nothing{}, Nothing{},
+                           [&](const A(&z)[kFragment], const A(&gradient)[kFragment]) {
 #pragma unroll
-                   for (int i = 0; i < kFragment; ++i) {
-                     sums[2][i % V] += math::Prelu::weight_gradient(z[i], gradient[i]);
-                   }
-                 });
+                             for (int i = 0; i < kFragment; ++i) {
+                               sums[2][i % V] += math::Prelu::weight_gradient(z[i], gradient[i]);
+                             }
+                           });
 #pragma unroll
-        for (int i = 0; i < kFragment; ++i) {
-          sums[0][i % V] += dz[i];
-          sums[1][i % V] = math::fma(dz[i], centred[i], sums[1][i % V]);
-        }
-        if (q.program.has_weight && !q.program.act_after) {
-          x.widen_to(v);
-          weight_factors(q.program, m, v);
+                  for (int i = 0; i < kFragment; ++i) {
+                    sums[0][i % V] += dz[i];
+                    sums[1][i % V] = math::fma(dz[i], centred[i], sums[1][i % V]);
+                  }
+                  if (q.program.has_weight && !q.program.act_after) {
+                    x.widen_to(v);
+                    weight_factors(q.program, m, v);
 #pragma unroll
-          for (int i = 0; i < kFragment; ++i) {
-            sums[2][i % V] = math::fma(dz[i], v[i], sums[2][i % V]);
-            sums[3][i % V] = math::fma(centred[i], v[i], sums[3][i % V]);
-            sums[4][i % V] += v[i];
-          }
-        }
-      });
+                    for (int i = 0; i < kFragment; ++i) {
+                      sums[2][i % V] = math::fma(dz[i], v[i], sums[2][i % V]);
+                      sums[3][i % V] = math::fma(centred[i], v[i], sums[3][i % V]);
+                      sums[4][i % V] += v[i];
+                    }
+                  }
+                });
   column_sums(q, sums);
   if (!columns.leads()) return;
 #pragma unroll
@@ -516,26 +523,25 @@ channels_last_staged_input_gradient(StagedBackwardArguments<T> q) {
   }
   columns.weights(q.p.act_weight, weight);
   const bool saved = q.p.mask && q.program.saves_pass;
-  each_gradient(
-      q, columns, affine, weight, true,
-      [&](int64_t row, const A(&m)[kFragment], uint32_t pass, A(&v)[kFragment], A(&gradient)[kFragment],
-          const A(&centred)[kFragment], const auto& x) {
-        run_back(
-            q.program, q.p.dx ? q.program.back : q.program.back_to_norm, weight, m, saved, pass, v, gradient,
-            [&](A(&entering)[kFragment], A(&dz)[kFragment]) {
+  each_gradient(q, columns, affine, weight, true,
+                [&](const Eight& rows, int at, const A(&m)[kFragment], uint32_t pass, A(&v)[kFragment],
+                    A(&gradient)[kFragment], const A(&centred)[kFragment], const auto& x) {
+                  run_back(
+                      q.program, q.p.dx ? q.program.back : q.program.back_to_norm, weight, m, saved, pass, v, gradient,
+                      [&](A(&entering)[kFragment], A(&dz)[kFragment]) {
 #pragma unroll
-              for (int i = 0; i < kFragment; ++i) {
-                dz[i] = math::apply_input_gradient(dz[i], centred[i], k[i % V].a, k[i % V].b, k[i % V].c);
-              }
-              x.widen_to(entering);
-              if (is(q.program.before, Stage::drop)) multiply(entering, m);
-            },
-            [&](const A(&added)[kFragment]) {
-              if (q.p.grad_residual) columns.write(q.p.grad_residual, row, added);
-            },
-            Nothing{});
-        if (q.p.dx) columns.write(q.p.dx, row, gradient);
-      });
+                        for (int i = 0; i < kFragment; ++i) {
+                          dz[i] = math::apply_input_gradient(dz[i], centred[i], k[i % V].a, k[i % V].b, k[i % V].c);
+                        }
+                        x.widen_to(entering);
+                        if (is(q.program.before, Stage::drop)) multiply(entering, m);
+                      },
+                      [&](const A(&added)[kFragment]) {
+                        if (q.p.grad_residual) columns.write(q.p.grad_residual, rows, at, added);
+                      },
+                      Nothing{});
+                  if (q.p.dx) columns.write(q.p.dx, rows, at, gradient);
+                });
 }
 
 // ---- noise alone --------------------------------------------------------------------------------------------------
@@ -548,19 +554,19 @@ channels_last_noise(StagedForwardArguments<T> q) {
   RowQueue<T, V, kForwardBytes> x;
   RowNoise<T, V> noise{column_scratch<A, V>()};
   each_fragment<kForwardBytes>(
-      columns, false, [&](int64_t row) { noise.draw(q.program, seed, columns, row, q.shape.S); },
-      [&](int64_t row) {
-        if (q.p.x) columns.read(q.p.x, row, x.row);
+      columns, false, [&](const Eight& rows) { noise.draw(q.program, seed, columns, rows.row, q.shape.S); },
+      [&](const Eight& rows, int at) {
+        if (q.p.x) columns.read(q.p.x, rows, at, x.row);
       },
-      [&](int64_t row) {
+      [&](const Eight& rows, int at) {
         A v[kFragment], m[kFragment];
-        noise.fragment(q.program, row % kRows, m);
+        noise.fragment(q.program, at, m);
         x.widen_to(v);
 #pragma unroll
         for (int i = 0; i < kFragment; ++i) v[i] = q.p.x ? v[i] * m[i] : m[i];
-        columns.write(q.p.y, row, v);
+        columns.write(q.p.y, rows, at, v);
       },
-      [&] { x.move(); }, [](int64_t) {});
+      [&] { x.move(); }, [](const Eight&) {});
 }
 
 }  // namespace fusednorm::cuda

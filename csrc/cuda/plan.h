@@ -74,8 +74,7 @@ inline Plan plan_channels_last(const Shape& shape, const Cut& part, int vector, 
   Plan plan{};
   plan.blocks_x = ceil_div(vectors, 32);
   plan.threads_x = static_cast<int>(ceil_div(vectors, plan.blocks_x));
-  plan.threads_y =
-      static_cast<int>(std::clamp<int64_t>(ceil_div(part.span(), 8), 1, machine.threads / plan.threads_x));
+  plan.threads_y = static_cast<int>(std::clamp<int64_t>(ceil_div(part.span(), 8), 1, machine.threads / plan.threads_x));
   cut(plan, part.span(), wanted_chunks(plan.blocks_x * part.groups, kColumnBlocks, machine), plan.threads_y * 8);
   return plan;
 }

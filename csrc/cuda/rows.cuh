@@ -101,11 +101,18 @@ struct Visits {
     }
   }
 
-  // read(u, tile) for u < Ahead, then f(tile) and next() for each of these in a loop that is not unrolled: f is long, and
-  // finds what was read for its tile at u = 0, since next() moves everything by one.
+  // read(u, tile) for u < Ahead, then f(tile) and next() for each of these in a loop that is not unrolled: f is long,
+  // and finds what was read for its tile at u = 0, since next() moves everything by one.
   template <int Ahead, class Read, class F, class Next>
   FN_DEVICE void each(const Samples& samples, Read read, F f, Next move) const {
     Tile ahead = start, tile = start;
+    if constexpr (Ahead == 1) {  // no second place to keep
+      for (; tile.visit < count; advance(tile, samples)) {
+        read(0, tile);
+        f(tile);
+      }
+      return;
+    }
     while (tile.visit < count) {
 #pragma unroll
       for (int u = 0; u < Ahead; ++u) {
@@ -273,7 +280,7 @@ struct Drawn {
 // The multipliers of a tile's fragment.
 template <int V, class A>
 FN_DEVICE Drawn draw_fragment(const Program<A>& q, Seed seed, const Samples& samples, const Tile& tile, int64_t row,
-                                 int64_t c, A (&m)[kFragment]) {
+                              int64_t c, A (&m)[kFragment]) {
   if (q.one_channel) c = 0;
   if (q.noise == Noise::bernoulli) {
     const Draws draws(q, seed, samples, row, c);

@@ -210,11 +210,11 @@ class Case {
 
   void start() {
     if (operation_ == "update_statistics") {
-      return update_statistics(context_, {mutable_vector("running_mean"), mutable_vector("running_var"),
-                                          data<int64_t>("batches"), vector("mean"), vector("var"), int64_t(number("C")),
-                                          int64_t(number("groups")), int64_t(number("count")),
-                                          int64_t(number("last_count")), number("cumulative") != 0,
-                                          number("momentum")});
+      return update_statistics(
+          context_,
+          {mutable_vector("running_mean"), mutable_vector("running_var"), data<int64_t>("batches"), vector("mean"),
+           vector("var"), int64_t(number("C")), int64_t(number("groups")), int64_t(number("count")),
+           int64_t(number("last_count")), number("cumulative") != 0, number("momentum")});
     }
     if (operation_ == "draw_seed") {
       const int64_t* state = data<int64_t>("state");  // seed, offset, offset within a graph
