@@ -16,8 +16,10 @@ template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
 // Whether all of the tensors can be accessed V values at a time: their addresses, and the length of what is contiguous.
+// Channels-last, a mask is read and written V bytes at a time.
 template <class T>
-bool vectorises(const Shape& shape, std::initializer_list<const T*> tensors) {
+bool vectorises(const Shape& shape, std::initializer_list<const T*> tensors, const uint8_t* mask) {
+  if (shape.channels_last && reinterpret_cast<uintptr_t>(mask) % kVector<T> != 0) return false;
   for (const T* p : tensors) {
     if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
   }
@@ -96,12 +98,33 @@ inline Cut group_of(const Call& call, const Shape& shape) {
   return call.groups == 1 ? whole(shape) : Cut{call.ghost * shape.S, call.groups};
 }
 
-template <class Arguments>
-void run(const Context& context, const char* name, const Plan& plan, int chunks, size_t shared, unsigned cluster,
-         void (*kernel)(Arguments), const Arguments& arguments, int64_t groups = 1) {
+inline Launch launch_of(const Context& context, const Plan& plan, int chunks, size_t shared, unsigned cluster,
+                        int64_t groups) {
   const dim3 grid(static_cast<unsigned>(plan.blocks_x * groups), static_cast<unsigned>(chunks));
   const dim3 block(static_cast<unsigned>(plan.threads_x), static_cast<unsigned>(plan.threads_y));
-  launch(name, Launch{grid, block, shared, cluster, context.stream}, kernel, arguments);
+  return {grid, block, shared, cluster, context.stream, context.machine.shared_per_block};
+}
+template <class Arguments>
+void run(const Context& context, const char* name, const Plan& plan, int chunks, size_t shared,
+         void (*kernel)(Arguments), const Arguments& arguments, int64_t groups = 1) {
+  launch(name, launch_of(context, plan, chunks, shared, 1, groups), kernel, arguments);
+}
+
+// Runs a resident kernel, which keeps so many tensors, if there is a plan for it and room for its clusters. `set` takes
+// the plan into the arguments.
+template <class T, class Arguments, class Set>
+bool run_resident(const Context& context, const char* name, const Shape& shape, const Cut& part, int tensors,
+                  void (*kernel)(Arguments), Arguments& arguments, Set set) {
+  Plan plan;
+  const double bytes_per_row = tensors * sizeof(T) + (tensors > 1 ? 1.0 / 8 : 0.0);
+  if (!plan_resident(shape, part, sizeof(T), bytes_per_row, kResidentScratch, context.machine, plan)) return false;
+  const int64_t visits = most_visits(plan.chunk_rows, plan.threads_x);
+  const size_t shared = kResidentScratch + shelf_bytes<T>(visits, plan.threads_x * plan.threads_y, tensors);
+  const Launch at = launch_of(context, plan, plan.chunks, shared, plan.chunks, part.groups);
+  if (!can_hold(name, at, kernel)) return false;
+  set(plan);
+  launch(name, at, kernel, arguments);
+  return true;
 }
 
 template <class A>
@@ -122,33 +145,27 @@ void forward(const Context& context, const Call& call, const Forward<T>& p) {
   const auto cut = [&](const Plan& plan) { q.chunks = {q.shape.rows(), plan.chunk_rows, plan.chunks}; };
 
   if (q.shape.channels_last) {
-    const Plan plan = plan_channels_last(q.shape, whole(q.shape), V, context.machine);
+    const Plan plan = plan_channels_last(q.shape, whole(q.shape), V, sizeof(T), context.machine);
     const size_t scratch = sizeof(A) * V * plan.threads_x * plan.threads_y;
     cut(plan);
     if (q.training) {
       q.partials = partials<A>(context, plan, q.shape.C);
-      run(context, "channels_last_statistics", plan, plan.chunks, scratch, 1, channels_last_statistics<T, V>, q);
+      run(context, "channels_last_statistics", plan, plan.chunks, scratch, channels_last_statistics<T, V>, q);
     }
-    run(context, "channels_last_apply", plan, plan.chunks, scratch, 1, channels_last_apply<T, V>, q);
+    run(context, "channels_last_apply", plan, plan.chunks, scratch, channels_last_apply<T, V>, q);
     return;
   }
-  Plan plan;
-  if (q.training &&
-      plan_resident(q.shape, whole(q.shape), sizeof(T), sizeof(T), kResidentScratch, context.machine, plan)) {
-    cut(plan);
-    const size_t shelf =
-        shelf_bytes<T>(most_visits(plan.chunk_rows, plan.threads_x), plan.threads_x * plan.threads_y, 1);
-    run(context, "channels_first_resident_forward", plan, plan.chunks, kResidentScratch + shelf, plan.chunks,
-        channels_first_resident_forward<T, V>, q);
+  if (q.training && run_resident<T>(context, "channels_first_resident_forward", q.shape, whole(q.shape), 1,
+                                    channels_first_resident_forward<T, V>, q, cut)) {
     return;
   }
-  plan = plan_channels_first(q.shape, whole(q.shape), sizeof(T), kForwardBlocks, context.machine);
+  const Plan plan = plan_channels_first(q.shape, whole(q.shape), sizeof(T), kBlocks<T>, context.machine);
   cut(plan);
   if (q.training) {
     q.partials = partials<A>(context, plan, q.shape.C);
-    run(context, "channels_first_statistics", plan, plan.chunks, kTeamScratch, 1, channels_first_statistics<T, V>, q);
+    run(context, "channels_first_statistics", plan, plan.chunks, kTeamScratch, channels_first_statistics<T, V>, q);
   }
-  run(context, "channels_first_apply", plan, plan.chunks, kTeamScratch, 1, channels_first_apply<T, V>, q);
+  run(context, "channels_first_apply", plan, plan.chunks, kTeamScratch, channels_first_apply<T, V>, q);
 }
 
 template <class T, int V>
@@ -165,36 +182,30 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
   const auto chunks_of_dx = [&](const Plan& plan) { return p.dx ? plan.chunks : 1; };  // 1: only to merge the sums
 
   if (q.shape.channels_last) {
-    const Plan plan = plan_channels_last(q.shape, whole(q.shape), V, context.machine);
+    const Plan plan = plan_channels_last(q.shape, whole(q.shape), V, sizeof(T), context.machine);
     const size_t scratch = sizeof(A) * V * plan.threads_x * plan.threads_y;
     cut(plan);
     if (gathers) {
       q.partials = partials<A>(context, plan, q.shape.C);
-      run(context, "channels_last_gradient_sums", plan, plan.chunks, scratch, 1, channels_last_gradient_sums<T, V>, q);
+      run(context, "channels_last_gradient_sums", plan, plan.chunks, scratch, channels_last_gradient_sums<T, V>, q);
     }
-    run(context, "channels_last_input_gradient", plan, chunks_of_dx(plan), scratch, 1,
+    run(context, "channels_last_input_gradient", plan, chunks_of_dx(plan), scratch,
         channels_last_input_gradient<T, V>, q);
     return;
   }
-  Plan plan;
   if (gathers && p.dx &&
-      plan_resident(q.shape, whole(q.shape), sizeof(T), 2 * sizeof(T) + 1.0 / 8, kResidentScratch, context.machine,
-                    plan)) {
-    cut(plan);
-    const size_t shelf =
-        shelf_bytes<T>(most_visits(plan.chunk_rows, plan.threads_x), plan.threads_x * plan.threads_y, 2);
-    run(context, "channels_first_resident_backward", plan, plan.chunks, kResidentScratch + shelf, plan.chunks,
-        channels_first_resident_backward<T, V>, q);
+      run_resident<T>(context, "channels_first_resident_backward", q.shape, whole(q.shape), 2,
+                      channels_first_resident_backward<T, V>, q, cut)) {
     return;
   }
-  plan = plan_channels_first(q.shape, whole(q.shape), sizeof(T), kBackwardBlocks, context.machine);
+  const Plan plan = plan_channels_first(q.shape, whole(q.shape), sizeof(T), kBackwardBlocks, context.machine);
   cut(plan);
   if (gathers) {
     q.partials = partials<A>(context, plan, q.shape.C);
-    run(context, "channels_first_gradient_sums", plan, plan.chunks, kTeamScratch, 1, channels_first_gradient_sums<T, V>,
+    run(context, "channels_first_gradient_sums", plan, plan.chunks, kTeamScratch, channels_first_gradient_sums<T, V>,
         q);
   }
-  run(context, "channels_first_input_gradient", plan, chunks_of_dx(plan), kTeamScratch, 1,
+  run(context, "channels_first_input_gradient", plan, chunks_of_dx(plan), kTeamScratch,
       channels_first_input_gradient<T, V>, q);
 }
 
@@ -241,37 +252,33 @@ void forward_staged(const Context& context, const Call& call, const Forward<T>& 
 
   if (q.shape.channels_last) {
     constexpr int kV = V < kStagedColumns ? V : kStagedColumns;
-    const Plan plan = plan_channels_last(q.shape, part, kV, context.machine);
+    const Plan plan = plan_channels_last(q.shape, part, kV, sizeof(T), context.machine);
     const size_t shared = column_bytes<T, kV>(plan, q.program);
     apply_plan(q, part, plan);
     if (q.training) {
       gather(plan);
-      run(context, "channels_last_staged_statistics", plan, plan.chunks, shared, 1,
+      run(context, "channels_last_staged_statistics", plan, plan.chunks, shared,
           channels_last_staged_statistics<T, kV>, q, part.groups);
     }
-    run(context, "channels_last_staged_apply", plan, plan.chunks, shared, 1, channels_last_staged_apply<T, kV>, q,
+    run(context, "channels_last_staged_apply", plan, plan.chunks, shared, channels_last_staged_apply<T, kV>, q,
         part.groups);
     return;
   }
-  Plan plan;
+  const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
   if constexpr (V > 1) {
-    if (q.training && plan_resident(q.shape, part, sizeof(T), sizeof(T), kResidentScratch, context.machine, plan)) {
-      apply_plan(q, part, plan);
-      const size_t shelf =
-          shelf_bytes<T>(most_visits(plan.chunk_rows, plan.threads_x), plan.threads_x * plan.threads_y, 1);
-      run(context, "channels_first_staged_resident_forward", plan, plan.chunks, kResidentScratch + shelf, plan.chunks,
-          channels_first_staged_resident_forward<T, V>, q, part.groups);
+    if (q.training && run_resident<T>(context, "channels_first_staged_resident_forward", q.shape, part, 1,
+                                      channels_first_staged_resident_forward<T, V>, q, set)) {
       return;
     }
   }
-  plan = plan_channels_first(q.shape, part, sizeof(T), kBackwardBlocks, context.machine);
+  const Plan plan = plan_channels_first(q.shape, part, sizeof(T), kBackwardBlocks, context.machine);
   apply_plan(q, part, plan);
   if (q.training) {
     gather(plan);
-    run(context, "channels_first_staged_statistics", plan, plan.chunks, kTeamScratch, 1,
+    run(context, "channels_first_staged_statistics", plan, plan.chunks, kTeamScratch,
         channels_first_staged_statistics<T, V>, q, part.groups);
   }
-  run(context, "channels_first_staged_apply", plan, plan.chunks, kTeamScratch, 1, channels_first_staged_apply<T, V>, q,
+  run(context, "channels_first_staged_apply", plan, plan.chunks, kTeamScratch, channels_first_staged_apply<T, V>, q,
       part.groups);
 }
 
@@ -293,38 +300,34 @@ void backward_staged(const Context& context, const Call& call, const Backward<T>
 
   if (q.shape.channels_last) {
     constexpr int kV = V < kStagedColumns ? V : kStagedColumns;
-    const Plan plan = plan_channels_last(q.shape, part, kV, context.machine);
+    const Plan plan = plan_channels_last(q.shape, part, kV, sizeof(T), context.machine);
     const size_t shared = column_bytes<T, kV>(plan, q.program);
     apply_plan(q, part, plan);
     if (gathers) {
       gather(plan);
-      run(context, "channels_last_staged_gradient_sums", plan, plan.chunks, shared, 1,
+      run(context, "channels_last_staged_gradient_sums", plan, plan.chunks, shared,
           channels_last_staged_gradient_sums<T, kV>, q, part.groups);
     }
-    run(context, "channels_last_staged_input_gradient", plan, second(plan), shared, 1,
+    run(context, "channels_last_staged_input_gradient", plan, second(plan), shared,
         channels_last_staged_input_gradient<T, kV>, q, second_groups);
     return;
   }
-  Plan plan;
+  const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
   if constexpr (V > 1) {
     if (gathers && elements && part.groups == 1 &&
-        plan_resident(q.shape, part, sizeof(T), 2 * sizeof(T) + 1.0 / 8, kResidentScratch, context.machine, plan)) {
-      apply_plan(q, part, plan);
-      const size_t shelf =
-          shelf_bytes<T>(most_visits(plan.chunk_rows, plan.threads_x), plan.threads_x * plan.threads_y, 2);
-      run(context, "channels_first_staged_resident_backward", plan, plan.chunks, kResidentScratch + shelf, plan.chunks,
-          channels_first_staged_resident_backward<T, V>, q);
+        run_resident<T>(context, "channels_first_staged_resident_backward", q.shape, part, 2,
+                        channels_first_staged_resident_backward<T, V>, q, set)) {
       return;
     }
   }
-  plan = plan_channels_first(q.shape, part, sizeof(T), kBackwardBlocks, context.machine);
+  const Plan plan = plan_channels_first(q.shape, part, sizeof(T), kBackwardBlocks, context.machine);
   apply_plan(q, part, plan);
   if (gathers) {
     gather(plan);
-    run(context, "channels_first_staged_gradient_sums", plan, plan.chunks, kTeamScratch, 1,
+    run(context, "channels_first_staged_gradient_sums", plan, plan.chunks, kTeamScratch,
         channels_first_staged_gradient_sums<T, V>, q, part.groups);
   }
-  run(context, "channels_first_staged_input_gradient", plan, second(plan), kTeamScratch, 1,
+  run(context, "channels_first_staged_input_gradient", plan, second(plan), kTeamScratch,
       channels_first_staged_input_gradient<T, V>, q, second_groups);
 }
 
@@ -336,41 +339,56 @@ void noise_alone(const Context& context, const Call& call, const T* x, T* y) {
   const Cut part = whole(q.shape);
   if (q.shape.channels_last) {
     constexpr int kV = V < kStagedColumns ? V : kStagedColumns;
-    const Plan plan = plan_channels_last(q.shape, part, kV, context.machine);
+    const Plan plan = plan_channels_last(q.shape, part, kV, sizeof(T), context.machine);
     apply_plan(q, part, plan);
-    run(context, "channels_last_noise", plan, plan.chunks, column_bytes<T, kV>(plan, q.program), 1,
+    run(context, "channels_last_noise", plan, plan.chunks, column_bytes<T, kV>(plan, q.program),
         channels_last_noise<T, kV>, q);
     return;
   }
   const Plan plan = plan_channels_first(q.shape, part, sizeof(T), kBackwardBlocks, context.machine);
   apply_plan(q, part, plan);
-  run(context, "channels_first_noise", plan, plan.chunks, 0, 1, channels_first_noise<T, V>, q);
+  run(context, "channels_first_noise", plan, plan.chunks, 0, channels_first_noise<T, V>, q);
 }
 
 // ---- what backend.h offers ----------------------------------------------------------------------------------------
-// f(V) with as many values at a time as the tensors allow.
-template <class T, class F>
-void with_vector(const Shape& shape, std::initializer_list<const T*> tensors, F f) {
-  vectorises<T>(shape, tensors) ? f(std::integral_constant<int, kVector<T>>{}) : f(std::integral_constant<int, 1>{});
+// f(V) with as many values at a time as the tensors allow, V or one.
+template <int V, class T, class F>
+void with_vector(const Shape& shape, std::initializer_list<const T*> tensors, const uint8_t* mask, F f) {
+  if constexpr (V > 1) {
+    if (vectorises<T>(shape, tensors, mask)) return f(std::integral_constant<int, V>{});
+  }
+  f(std::integral_constant<int, 1>{});
 }
+// Programs in float64 are there for completeness.
+template <class T>
+constexpr int kStagedVector = sizeof(T) == 8 ? 1 : kVector<T>;
 
 template <class T>
 void forward(const Context& context, const Call& call, const Forward<T>& p) {
-  with_vector<T>(simplified(call), {p.x, p.y, p.residual}, [&](auto vector) {
-    is_plain(call) ? forward<T, vector>(context, call, p) : forward_staged<T, vector>(context, call, p);
-  });
+  const Shape shape = simplified(call);
+  if (is_plain(call)) {
+    with_vector<kVector<T>, T>(shape, {p.x, p.y}, p.mask, [&](auto vector) { forward<T, vector>(context, call, p); });
+  } else {
+    with_vector<kStagedVector<T>, T>(shape, {p.x, p.y, p.residual}, p.mask,
+                                     [&](auto vector) { forward_staged<T, vector>(context, call, p); });
+  }
 }
 
 template <class T>
 void backward(const Context& context, const Call& call, const Backward<T>& p) {
-  with_vector<T>(simplified(call), {p.x, p.g, p.dx, p.residual, p.grad_residual}, [&](auto vector) {
-    is_plain(call) ? backward<T, vector>(context, call, p) : backward_staged<T, vector>(context, call, p);
-  });
+  const Shape shape = simplified(call);
+  if (is_plain(call)) {
+    with_vector<kVector<T>, T>(shape, {p.x, p.g, p.dx}, p.mask, [&](auto vector) { backward<T, vector>(context, call, p); });
+  } else {
+    with_vector<kStagedVector<T>, T>(shape, {p.x, p.g, p.dx, p.residual, p.grad_residual}, p.mask,
+                                     [&](auto vector) { backward_staged<T, vector>(context, call, p); });
+  }
 }
 
 template <class T>
 void noise(const Context& context, const Call& call, const T* x, T* y) {
-  with_vector<T>(simplified(call), {x, y}, [&](auto vector) { noise_alone<T, vector>(context, call, x, y); });
+  with_vector<kStagedVector<T>, T>(simplified(call), {x, y}, nullptr,
+                                   [&](auto vector) { noise_alone<T, vector>(context, call, x, y); });
 }
 
 }  // namespace fusednorm::cuda

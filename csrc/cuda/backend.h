@@ -12,7 +12,7 @@ namespace fusednorm::cuda {
 
 enum class DType : int { float32, float64, bfloat16, float16 };
 
-// Which kernels a channels-first call gets: residency.h has the rule behind `automatic`.
+// Which kernels a channels-first call gets: plan.h has the rule behind `automatic`.
 enum class Residency : int { automatic, never, always_if_it_fits };
 
 struct Machine {
@@ -77,6 +77,9 @@ struct Backward {
   Vector act_weight;              // (C,) or null
   MutableVector grad_act_weight;  // (C,) out, or null
 };
+
+// Whether the kernels that run on the current device, which has clusters, were compiled for them.
+bool compiled_for_clusters();
 
 // The numel of the shape is not 0. Launch failures throw std::runtime_error.
 template <class T>

@@ -149,20 +149,31 @@ FN_DEVICE uint32_t passes(const Program<A>& q, const A (&v)[N]) {
   return bits;
 }
 
-// The multipliers of decisions, and the drawn ones of a Philox call's rows (of two calls for Gaussian noise).
+// The multipliers of decisions.
 template <int N, class A>
 FN_DEVICE void multipliers(const Stages<A>& stages, uint32_t keep, A (&m)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) m[i] = keep >> i & 1u ? stages.multiplier : A(0);
 }
+// What a Philox call's 8 rows draw: decisions, or else all ones and multipliers in m. Gaussian noise takes two calls, of
+// which a loop makes one code.
 template <class A>
-FN_DEVICE void draw_multipliers(const Program<A>& q, Seed seed, uint64_t call, uint32_t c,
-                                float (&m)[math::kRowsPerCall]) {
-  if (q.noise == Noise::gaussian) {
-    math::gaussian8(seed, call, c, q.strength, m);
-  } else {
-    math::uniform8(seed, call, c, q.strength, m);
+FN_DEVICE uint32_t draw_call(const Program<A>& q, Seed seed, uint64_t call, uint32_t c,
+                             float (&m)[math::kRowsPerCall]) {
+#pragma unroll 1
+  for (uint32_t stage = 0; stage < 2; ++stage) {
+    math::Counter x = math::counter(call, c, stage);
+    math::philox4x32<math::kPhiloxRounds>(x.word, seed);
+    if (q.noise == Noise::bernoulli) return math::keep8(x.word, q.threshold);
+    if (q.noise == Noise::uniform) {
+      math::uniform8(x.word, q.strength, m);
+      break;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) m[i] = m[4 + i];
+    math::gaussian4(x.word, q.strength, m + 4);
   }
+  return kKeepAll;
 }
 
 // NaN and infinity stay visible forward; backward, a dropped element's gradient is 0 whatever comes in.

@@ -124,31 +124,43 @@ FN_DEVICE void merge_column(const Moments<A> (&own)[V], int64_t rows, A (&mean)[
   column_sum(m2);
 }
 
+// V adjacent pairs, 16 bytes at a time.
+template <int V, class A>
+FN_DEVICE void read_pairs(const Pair<A>* from, Pair<A> (&to)[V]) {
+  constexpr int kValues = V > 1 ? 16 / sizeof(A) : 2;
+#pragma unroll
+  for (int i = 0; i < 2 * V; i += kValues) {
+    const Pack<A, kValues> pack = load<kValues>(reinterpret_cast<const A*>(from) + i);
+#pragma unroll
+    for (int j = 0; j < kValues; j += 2) to[(i + j) / 2] = {pack.word[j], pack.word[j + 1]};
+  }
+}
+
 // The moments of each channel from those of its chunks.
 template <int V, class A, class Chunks>
 FN_DEVICE void merge_chunks(const Chunks& chunks, const Pair<A>* partials, int64_t C, int64_t c, A (&mean)[V],
                             A (&m2)[V]) {
-  const auto part = [&](int i, int v) {
-    const Pair<A> p = partials[i * C + c + v];
-    return Moments<A>{static_cast<A>(chunks.size(i)), p.first, p.second};
-  };
+  Pair<A> parts[V];
+  read_pairs(partials + c, parts);
   A pivot[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    pivot[v] = part(0, v).mean;
+    pivot[v] = parts[v].first;
     mean[v] = m2[v] = 0;
   }
-  for (int i = threadIdx.y; i < chunks.count; i += blockDim.y) {
+  const auto each = [&](auto f) {
+    for (int i = threadIdx.y; i < chunks.count; i += blockDim.y) {
+      const A count = static_cast<A>(chunks.size(i));
+      read_pairs(partials + i * C + c, parts);
 #pragma unroll
-    for (int v = 0; v < V; ++v) mean[v] += from_pivot(part(i, v), pivot[v]);
-  }
+      for (int v = 0; v < V; ++v) f(v, Moments<A>{count, parts[v].first, parts[v].second});
+    }
+  };
+  each([&](int v, const Moments<A>& part) { mean[v] += from_pivot(part, pivot[v]); });
   column_sum(mean);
 #pragma unroll
   for (int v = 0; v < V; ++v) mean[v] = pivot[v] + mean[v] / static_cast<A>(chunks.rows);
-  for (int i = threadIdx.y; i < chunks.count; i += blockDim.y) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) m2[v] += squares(part(i, v), mean[v]);
-  }
+  each([&](int v, const Moments<A>& part) { m2[v] += squares(part, mean[v]); });
   column_sum(m2);
 }
 
@@ -158,11 +170,12 @@ FN_DEVICE void sum_chunks(const Chunks& chunks, const Pair<A>* partials, int64_t
 #pragma unroll
   for (int v = 0; v < V; ++v) first[v] = second[v] = 0;
   for (int i = threadIdx.y; i < chunks.count; i += blockDim.y) {
+    Pair<A> parts[V];
+    read_pairs(partials + i * C + c, parts);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const Pair<A> p = partials[i * C + c + v];
-      first[v] += p.first;
-      second[v] += p.second;
+      first[v] += parts[v].first;
+      second[v] += parts[v].second;
     }
   }
   column_sum(first);

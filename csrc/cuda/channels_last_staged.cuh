@@ -172,11 +172,11 @@ struct RowNoise {
   FN_DEVICE void draw_rows(const Program<A>& q, Seed seed, const StagedColumns<T, V>& columns, int64_t row) {
 #pragma unroll 1
     for (int v = 0; v < V; ++v) {
+      float m[kRows] = {};
+      const uint32_t byte = draw_call(q, seed, row / kRows, channel(q, columns, v), m);
       if (q.noise == Noise::bernoulli) {
-        keep.add(v, math::keep8(seed, row / kRows, channel(q, columns, v), q.threshold));
+        keep.add(v, byte);
       } else {
-        float m[kRows];
-        draw_multipliers(q, seed, row / kRows, channel(q, columns, v), m);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) *at(i, v) = m[i];
       }
@@ -195,15 +195,11 @@ struct RowNoise {
       for (int i = 0; i < kRows; ++i) {
         if (i == 0 || s == 0) {
           const uint32_t own = n % kRows;
-          if (q.noise == Noise::bernoulli) {
-            bit = math::keep8(seed, n / kRows, channel(q, columns, v), q.threshold) >> own & 1u;
-          } else {
-            float drawn[kRows];
-            draw_multipliers(q, seed, n / kRows, channel(q, columns, v), drawn);
+          float drawn[kRows] = {};
+          bit = draw_call(q, seed, n / kRows, channel(q, columns, v), drawn) >> own & 1u;
 #pragma unroll
-            for (uint32_t from = 0; from < kRows; ++from) {
-              if (from == own) m = drawn[from];
-            }
+          for (uint32_t from = 0; from < kRows; ++from) {
+            if (from == own) m = drawn[from];
           }
         }
         if (q.noise == Noise::bernoulli) {
@@ -363,7 +359,7 @@ FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedCo
                              const Affine<A> (&affine)[V], const A (&weight)[V], bool descending, F f) {
   const Seed seed = seed_of(q.program);
   const bool saved_pass = q.p.mask && q.program.saves_pass, saved_keep = q.p.mask && q.program.saves_keep;
-  RowQueue<T, V, kBackwardBytes> x, g, residual;
+  RowQueue<T, V, kBackwardBytes> x, g;
   RowNoise<T, V> noise{column_scratch<A, V>()};
   Decisions<V> pass(0u);
   each_fragment<kBackwardBytes>(
@@ -379,7 +375,6 @@ FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedCo
       [&](const Eight& rows, int at) {
         columns.read(q.p.x, rows, at, x.row);
         columns.read(q.p.g, rows, at, g.row);
-        if (q.p.residual) columns.read(q.p.residual, rows, at, residual.row);
       },
       [&](const Eight& rows, int at) {
         A v[kFragment], gradient[kFragment], centred[kFragment], multiplier[kFragment];
@@ -394,14 +389,17 @@ FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedCo
                 u[i] = affine[i % V](u[i]);
               }
             },
-            [&](A(&sum)[kFragment]) { residual.add_to(sum); });
+            [&](A(&sum)[kFragment]) {  // read here: few orders need it, and ahead of time it would take registers
+              RowQueue<T, V, kBackwardBytes> residual;
+              columns.read(q.p.residual, rows, at, residual.row);
+              residual.add_to(sum);
+            });
         g.widen_to(gradient);
         f(rows, at, multiplier, fragment_bits(pass, at), v, gradient, centred, x);
       },
       [&] {
         x.move();
         g.move();
-        residual.move();
       },
       [](const Eight&) {});
 }

@@ -26,7 +26,7 @@ class On {
   explicit On(const Tensor& t) : guard_(t.device()), bytes_(t.options().dtype(at::kByte)) {
     const cudaDeviceProp& device = *at::cuda::getCurrentDeviceProperties();
     context_.machine = {device.multiProcessorCount, static_cast<int>(device.sharedMemPerBlockOptin),
-                        device.major >= 9 ? kPortableCluster : 1, kThreads, static_cast<Residency>(residency.load())};
+                        has_clusters(device.major) ? kPortableCluster : 1, kThreads, static_cast<Residency>(residency.load())};
     context_.stream = at::cuda::getCurrentCUDAStream().stream();
     context_.workspace = [this](size_t bytes) {
       // Freed when the operator returns and handed out again only behind its kernels, on the same stream.
@@ -39,6 +39,11 @@ class On {
 
  private:
   static constexpr int kThreads = 256, kPortableCluster = 8;
+  static bool has_clusters(int major) {
+    if (major < 9) return false;
+    static const bool compiled = compiled_for_clusters();
+    return compiled;
+  }
   c10::cuda::CUDAGuard guard_;
   at::TensorOptions bytes_;
   std::vector<Tensor> memory_;

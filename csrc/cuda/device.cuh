@@ -11,8 +11,11 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 
 #define FN_DEVICE __device__ __forceinline__
@@ -174,6 +177,7 @@ struct Launch {
   size_t shared;     // bytes of dynamic shared memory
   unsigned cluster;  // blocks of a cluster along grid.y; 1: none
   void* stream;      // cudaStream_t
+  int most_shared;   // bytes that a block may ask for
 };
 
 inline void check(cudaError_t error, const char* what) {
@@ -182,13 +186,24 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("fusednorm: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Every kernel takes one struct by value.
+// Whether the code at hand was compiled for clusters: code of an older architecture also runs on a GPU that has them.
 template <class Arguments>
-void launch(const char* name, const Launch& at, void (*kernel)(Arguments), const Arguments& arguments) {
+bool compiled_for_clusters(void (*kernel)(Arguments)) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return attributes.ptxVersion >= 90;
+}
+
+// A kernel's attributes are shared by all host threads, so always the same is asked for: all shared memory that there
+// is, and the L1 cache made small enough for two blocks with half of it each.
+template <class Arguments>
+cudaLaunchConfig_t configure(const char* name, const Launch& at, void (*kernel)(Arguments),
+                             cudaLaunchAttribute& attribute) {
   if (at.shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at.shared)), name);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.most_shared), name);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), name);
   }
-  cudaLaunchAttribute attribute{};
+  attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {1, at.cluster, 1};
   cudaLaunchConfig_t config{};
@@ -198,6 +213,36 @@ void launch(const char* name, const Launch& at, void (*kernel)(Arguments), const
   config.stream = static_cast<cudaStream_t>(at.stream);
   config.attrs = &attribute;
   config.numAttrs = at.cluster > 1 ? 1 : 0;
+  return config;
+}
+
+// Whether the GPU, or the part of it that this process has, can hold a cluster at all. Asked once for each kind of launch.
+template <class Arguments>
+bool can_hold(const char* name, const Launch& at, void (*kernel)(Arguments)) {
+  if (at.cluster == 1) return true;
+  int device;
+  check(cudaGetDevice(&device), name);
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, unsigned, unsigned, size_t>, bool> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, unknown] = known.try_emplace(
+      {device, reinterpret_cast<const void*>(kernel), at.cluster, at.block.x * at.block.y, at.shared}, false);
+  if (unknown) {
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = configure(name, at, kernel, attribute);
+    int clusters = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (error != cudaSuccess) cudaGetLastError();
+    entry->second = error == cudaSuccess && clusters > 0;
+  }
+  return entry->second;
+}
+
+// Every kernel takes one struct by value.
+template <class Arguments>
+void launch(const char* name, const Launch& at, void (*kernel)(Arguments), const Arguments& arguments) {
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = configure(name, at, kernel, attribute);
   check(cudaLaunchKernelEx(&config, kernel, arguments), name);
 }
 

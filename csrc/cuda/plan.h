@@ -29,6 +29,7 @@ struct Cut {
 // Blocks of 256 threads that a multiprocessor holds at once, which is what the kernels are compiled for: 80 registers a
 // thread forward, channels-first, and 128 elsewhere.
 constexpr int kForwardBlocks = 3, kBackwardBlocks = 2, kColumnBlocks = 2;
+constexpr int kTileRows = 256;  // channels-first, a warp's unit
 constexpr int kMaxChunks = 65535;
 constexpr int64_t kMaxChunkRows = 1 << 30;
 
@@ -64,17 +65,20 @@ inline Plan plan_teams(const Shape& shape, const Cut& part, int bytes, const Mac
 
 inline Plan plan_channels_first(const Shape& shape, const Cut& part, int bytes, int blocks, const Machine& machine) {
   Plan plan = plan_teams(shape, part, bytes, machine);
-  cut(plan, part.span(), wanted_chunks(plan.blocks_x * part.groups, blocks, machine), plan.threads_x * 8);
+  cut(plan, part.span(), wanted_chunks(plan.blocks_x * part.groups, blocks, machine), kTileRows);
   return plan;
 }
 
-// Channels-last: as many threads side by side as a row has vectors, up to a warp, and the columns shared out evenly.
-inline Plan plan_channels_last(const Shape& shape, const Cut& part, int vector, const Machine& machine) {
-  const int64_t vectors = ceil_div(shape.C, vector);
+// Channels-last: threads side by side for 128 bytes of a row, or 64 where that leaves a single block; the columns are
+// shared out evenly. Not more: every block of the second kernel reads the partial sums of its columns' chunks, and the
+// chunks are as many as the blocks side by side are few.
+inline Plan plan_channels_last(const Shape& shape, const Cut& part, int vector, int bytes, const Machine& machine) {
+  const int64_t vectors = ceil_div(shape.C, vector), wide = std::clamp(128 / (vector * bytes), 1, 32);
   Plan plan{};
-  plan.blocks_x = ceil_div(vectors, 32);
+  plan.blocks_x = ceil_div(vectors, vectors > wide ? wide : std::max<int64_t>(wide / 2, 1));
   plan.threads_x = static_cast<int>(ceil_div(vectors, plan.blocks_x));
-  plan.threads_y = static_cast<int>(std::clamp<int64_t>(ceil_div(part.span(), 8), 1, machine.threads / plan.threads_x));
+  plan.threads_y =
+      static_cast<int>(std::clamp<int64_t>(ceil_div(part.span(), 8), 1, machine.threads / plan.threads_x));
   cut(plan, part.span(), wanted_chunks(plan.blocks_x * part.groups, kColumnBlocks, machine), plan.threads_y * 8);
   return plan;
 }
@@ -93,9 +97,10 @@ inline bool plan_resident(const Shape& shape, const Cut& part, int bytes, double
   Plan next = plan_teams(shape, part, bytes, machine);
   bool found = false;
   for (int cluster = 1; cluster <= machine.max_cluster; cluster *= 2) {
-    cut(next, part.span(), cluster, next.threads_x * 8);
+    cut(next, part.span(), cluster, kTileRows);
     if (next.chunks != cluster) continue;  // the channel is too short for so many
-    const double needed = overhead + bytes_per_row * static_cast<double>(next.chunk_rows) * next.threads_y;
+    const int64_t kept = round_up(next.chunk_rows, next.threads_x * 8);  // rows that there is room for
+    const double needed = overhead + bytes_per_row * static_cast<double>(kept) * next.threads_y;
     const int64_t blocks = next.blocks_x * part.groups * cluster;
     if (needed <= machine.shared_per_block && (always || 2 * blocks >= machine.multiprocessors)) {
       plan = next;

@@ -14,7 +14,7 @@ namespace fusednorm::cuda {
 using math::Moments;
 
 template <class A>
-struct Pair {
+struct alignas(2 * sizeof(A)) Pair {  // so that it moves in one access
   A first, second;
 };
 

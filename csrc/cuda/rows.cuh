@@ -11,7 +11,7 @@ namespace fusednorm::cuda {
 
 constexpr int kFragment = 8;
 constexpr int kTile = kFragment * kWarp;
-static_assert(kFragment == math::kRowsPerCall);
+static_assert(kFragment == math::kRowsPerCall && kTile == kTileRows);
 
 // Tiles that a thread asks for before it uses any: 16 registers of them. Memory latency times bandwidth is about 26 kB
 // on a multiprocessor; 768 threads then have 48 kB in flight.
@@ -27,7 +27,7 @@ FN_DEVICE int row_in_tile(int j) {
   return (j * kWarp + lane()) * V;
 }
 
-// The shape's N and S are below 2^31, or N is 1.
+// The shape's S is below 2^31, or N is 1.
 inline Samples samples_of(const Shape& shape) {
   const int64_t S = shape.S, stride = shape.C * S;
   if (shape.N == 1) return {INT32_MAX, stride, 0, true};
@@ -282,22 +282,21 @@ template <int V, class A>
 FN_DEVICE Drawn draw_fragment(const Program<A>& q, Seed seed, const Samples& samples, const Tile& tile, int64_t row,
                               int64_t c, A (&m)[kFragment]) {
   if (q.one_channel) c = 0;
-  if (q.noise == Noise::bernoulli) {
-    const Draws draws(q, seed, samples, row, c);
-    const uint32_t keep = draws.template fragment<V>(samples, tile);
-    multipliers(q, keep, m);
-    return {draws.byte, keep};
-  }
   if (q.noise == Noise::constant) {
     multipliers(q, kKeepAll, m);
     return {kKeepAll, kKeepAll};
   }
   Draws draws(q.draw);
+  float drawn[math::kRowsPerCall] = {};
   const uint64_t call = draws.call(samples, row);
-  float drawn[math::kRowsPerCall];
-  draw_multipliers(q, seed, call, static_cast<uint32_t>(c), drawn);
-  draws.template fragment<V>(samples, tile, drawn, m);
-  return {kKeepAll, kKeepAll};
+  draws.byte = draw_call(q, seed, call, static_cast<uint32_t>(c), drawn);
+  if (q.noise != Noise::bernoulli) {
+    draws.template fragment<V>(samples, tile, drawn, m);
+    return {kKeepAll, kKeepAll};
+  }
+  const uint32_t keep = draws.template fragment<V>(samples, tile);
+  multipliers(q, keep, m);
+  return {draws.byte, keep};
 }
 
 // The inverse of Draws::fragment: from the bits of a fragment to those of the 8 rows of the thread's Philox call.

@@ -5,21 +5,22 @@
 
 namespace fusednorm::cuda {
 
-// torch's running statistics: an exponential average, or the plain one, with the unbiased variance. One block, because
-// its factor comes from num_batches_tracked, which it also advances. Groups follow one another as batches would; those
-// of a few steps are fetched at once, or each step would wait for memory.
+// torch's running statistics: an exponential average, or the plain one, with the unbiased variance. For the plain one a
+// single block, because its factor comes from num_batches_tracked, which it also advances. Groups follow one another as
+// batches would; those of a few steps are fetched at once, or each step would wait for memory.
 FN_KERNEL(256, 1)
 update_statistics_kernel(UpdateStatistics p) {
   constexpr int kAhead = 4;
-  const int64_t before = p.num_batches_tracked ? *p.num_batches_tracked : 0;
-  if (p.num_batches_tracked) {
+  int64_t before = 0;
+  if (p.num_batches_tracked && blockIdx.x == 0) {
+    before = *p.num_batches_tracked;
     barrier();  // all have read
     if (threadIdx.x == 0) *p.num_batches_tracked = before + p.groups;
   }
   if (p.last_count == 0) return;
   const auto unbiased = [](int64_t n) { return n > 1 ? static_cast<double>(n) / static_cast<double>(n - 1) : 1.0; };
   const double usual = unbiased(p.count), last = unbiased(p.last_count);
-  for (int64_t c = threadIdx.x; c < p.C; c += blockDim.x) {
+  for (int64_t c = blockIdx.x * blockDim.x + threadIdx.x; c < p.C; c += gridDim.x * blockDim.x) {
     double running_mean = read<double>(p.running_mean, c), running_var = read<double>(p.running_var, c);
     for (int64_t group = 0; group < p.groups; group += kAhead) {
       double mean[kAhead], var[kAhead];
@@ -44,8 +45,9 @@ update_statistics_kernel(UpdateStatistics p) {
 }
 
 void update_statistics(const Context& context, const UpdateStatistics& p) {
-  launch("update_statistics", Launch{dim3(1), dim3(context.machine.threads), 0, 1, context.stream},
-         update_statistics_kernel, p);
+  const int64_t threads = context.machine.threads, blocks = p.cumulative ? 1 : (p.C + threads - 1) / threads;
+  const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
+  launch("update_statistics", Launch{grid, block, 0, 1, context.stream, 0}, update_statistics_kernel, p);
 }
 
 // The published ten rounds here: a seed must not resemble the draws that are made from it.
@@ -58,8 +60,10 @@ draw_seed_kernel(DrawSeed p) {
   if (threadIdx.x == 0) *p.out = static_cast<int64_t>(uint64_t{x.word[1]} << 32 | x.word[0]);
 }
 
+bool compiled_for_clusters() { return compiled_for_clusters(draw_seed_kernel); }
+
 void draw_seed(const Context& context, const DrawSeed& p) {
-  launch("draw_seed", Launch{dim3(1), dim3(32), 0, 1, context.stream}, draw_seed_kernel, p);
+  launch("draw_seed", Launch{dim3(1), dim3(32), 0, 1, context.stream, 0}, draw_seed_kernel, p);
 }
 
 }  // namespace fusednorm::cuda

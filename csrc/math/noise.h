@@ -66,16 +66,19 @@ FN_INLINE uint32_t keep_threshold(double p) {
 }
 FN_INLINE double keep_scale(uint32_t threshold) { return 65536.0 / threshold; }
 
-// The decisions of one call: bit i for row 8*group + i of channel c.
+// The decisions of one call, from its words: bit i for row 8*group + i of channel c.
+FN_INLINE uint32_t keep8(const uint32_t (&word)[4], uint32_t threshold) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; ++i) {
+    bits |= static_cast<uint32_t>((word[i] & 0xffffu) < threshold) << (2 * i);
+    bits |= static_cast<uint32_t>((word[i] >> 16) < threshold) << (2 * i + 1);
+  }
+  return bits;
+}
 FN_INLINE uint32_t keep8(Seed seed, uint64_t group, uint32_t c, uint32_t threshold) {
   Counter x = counter(group, c);
   philox4x32<kPhiloxRounds>(x.word, seed);
-  uint32_t bits = 0;
-  for (int i = 0; i < 4; ++i) {
-    bits |= static_cast<uint32_t>((x.word[i] & 0xffffu) < threshold) << (2 * i);
-    bits |= static_cast<uint32_t>((x.word[i] >> 16) < threshold) << (2 * i + 1);
-  }
-  return bits;
+  return keep8(x.word, threshold);
 }
 
 // The other noises are multipliers in float, whatever the tensor's type.
@@ -99,23 +102,30 @@ FN_INLINE void gaussian_multipliers(V radius_word, V angle_word, V sigma, V& fir
   second = fma(radius, sine, V(1.0f));
 }
 
+// The multipliers of one call, from its words; of Gaussian noise those of 4 rows.
+FN_INLINE void uniform8(const uint32_t (&word)[4], float beta, float (&m)[kRowsPerCall]) {
+  for (int i = 0; i < 4; ++i) {
+    m[2 * i] = uniform_multiplier(static_cast<float>(word[i] & 0xffffu), beta);
+    m[2 * i + 1] = uniform_multiplier(static_cast<float>(word[i] >> 16), beta);
+  }
+}
+FN_INLINE void gaussian4(const uint32_t (&word)[4], float sigma, float* m) {
+  for (int i = 0; i < 4; i += 2) {
+    gaussian_multipliers(static_cast<float>(word[i]), static_cast<float>(word[i + 1]), sigma, m[i], m[i + 1]);
+  }
+}
+
 // The multipliers of rows [8*group, 8*group + 8) of channel c, one thread's or one lane's worth.
 FN_INLINE void uniform8(Seed seed, uint64_t group, uint32_t c, float beta, float (&m)[kRowsPerCall]) {
   Counter x = counter(group, c);
   philox4x32<kPhiloxRounds>(x.word, seed);
-  for (int i = 0; i < 4; ++i) {
-    m[2 * i] = uniform_multiplier(static_cast<float>(x.word[i] & 0xffffu), beta);
-    m[2 * i + 1] = uniform_multiplier(static_cast<float>(x.word[i] >> 16), beta);
-  }
+  uniform8(x.word, beta, m);
 }
 FN_INLINE void gaussian8(Seed seed, uint64_t group, uint32_t c, float sigma, float (&m)[kRowsPerCall]) {
   for (uint32_t stage = 0; stage < 2; ++stage) {
     Counter x = counter(group, c, stage);
     philox4x32<kPhiloxRounds>(x.word, seed);
-    for (int i = 0; i < 4; i += 2) {
-      gaussian_multipliers(static_cast<float>(x.word[i]), static_cast<float>(x.word[i + 1]), sigma, m[4 * stage + i],
-                           m[4 * stage + i + 1]);
-    }
+    gaussian4(x.word, sigma, m + 4 * stage);
   }
 }
 

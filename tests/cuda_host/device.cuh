@@ -178,7 +178,17 @@ struct Launch {
   size_t shared;
   unsigned cluster;
   void* stream;
+  int most_shared;
 };
+
+template <class Arguments>
+bool compiled_for_clusters(void (*)(Arguments)) {
+  return true;
+}
+template <class Arguments>
+bool can_hold(const char*, const Launch& at, void (*)(Arguments)) {
+  return static_cast<int>(at.cluster) <= host::settings.max_schedulable;
+}
 
 template <class Arguments>
 void launch(const char* name, const Launch& at, void (*kernel)(Arguments), const Arguments& arguments) {

@@ -92,6 +92,7 @@ class Case {
     host::settings.max_threads = machine_.threads;
     host::settings.max_shared = machine_.shared_per_block;
     host::settings.max_cluster = machine_.max_cluster;
+    host::settings.max_schedulable = number("crowded") != 0 ? 1 : 8;
     std::vector<Bytes> workspaces;
     context_ = {machine_, nullptr, [&](size_t bytes) -> void* {
                   workspaces.push_back(filled(bytes, fill));
