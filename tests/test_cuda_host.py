@@ -292,6 +292,7 @@ class Machine:
     cluster: int = 1
     threads: int = 64
     residency: int = 1  # 1: never, 2: wherever it fits
+    crowded: int = 0  # no cluster finds room
 
 
 STREAMING = Machine()
@@ -299,6 +300,7 @@ ONE_BLOCK = Machine(residency=2)
 # So little shared memory that some hundred rows need a cluster.
 PAIRS = Machine(residency=2, cluster=2, shared=9728)
 FOURS = Machine(residency=2, cluster=4, shared=6144)
+CROWDED = Machine(residency=2, cluster=4, shared=6144, crowded=1)
 MACHINES = (STREAMING, ONE_BLOCK, PAIRS, FOURS, Machine(mp=1), Machine(mp=7, threads=128), Machine(threads=32))
 
 
@@ -491,7 +493,7 @@ class Layer(Case):
                 close(value, q.expected[expected], q.scale[expected], name, tolerance)
         self.check_statistics(got)
         if self.after in (("drop",), ("act", "drop")) and q.act is None and q.options["noise"] == "bernoulli":
-            assert torch.equal(self.logical(got["y"]) != 0, q.m != 0), "other values are dropped"
+            assert torch.equal(self.logical(got["y"]) != 0, q.expected["y"] != 0), "other values are dropped"
         if self.saves:
             self.check_mask(got["mask"])
 
@@ -730,6 +732,31 @@ def all_cases():
     return cases + [DrawSeed(7, 8), DrawSeed(-1, 2**40, 12)]
 
 
+def few_staged(dtype, other):
+    """Orders, noises and groups: a case or two for each place where they differ. other: a granularity."""
+
+    def layer(shape, last, act, order, granularity="element", **options):
+        return Layer(shape, last, dtype, act, 0.3, granularity, order=order, **options)
+
+    return [
+        layer((5, 3, 49), False, "prelu", "act-drop-norm-add", kind="gaussian", ghost=2, matched=True),
+        layer((9, 3, 12), False, "prelu", "norm-drop-act", ghost=1),
+        layer((9, 3, 8), False, "relu", "norm-add-act-drop", mask=True),
+        layer((3, 2, 200), False, "prelu", "norm-add-drop-act", kind="uniform", ghost=2, machine=ONE_BLOCK),
+        layer((2, 2, 512), False, "gelu", "drop-norm-add-act", "sample", kind="gaussian", machine=FOURS),
+        layer((2, 2, 512), False, "prelu", "drop-act-norm", matched=True, mask=True, machine=FOURS),
+        layer((20, 3, 49), False, None, "norm-drop-add", other, kind="gaussian"),
+        layer((2, 2, 264), False, "relu", "norm-drop-add-act", mask=True),
+        layer((30, 16, 13), True, "prelu", "drop-act-norm-add", kind="gaussian", ghost=4, matched=True),
+        layer((5, 8, 13), True, "relu", "norm-add-act-drop", mask=True),
+        layer((5, 3, 49), True, "prelu", "norm-drop-add-act", other, kind="uniform"),
+        layer((2, 16, 64), True, ("hardtanh", -0.5, 1.0), "drop-norm-add-act", mask=True),
+        layer((9, 3, 1), True, "elu", "drop-norm-act", "sample", training=False),
+        NoiseItself((2, 3, 300), dtype, 0.3, "gaussian", times_x=True),
+        NoiseItself((9, 4, 13), dtype, 0.3, "uniform", "sample", last=True, times_x=True),
+    ]
+
+
 def few_cases(dtypes):
     """Every kernel once or twice, in few threads."""
     cases = []
@@ -747,9 +774,13 @@ def few_cases(dtypes):
         cases.append(Layer((5, 3, 49), False, dtype, "relu", 0.3, training=False, dx=bool(i)))
         cases.append(Layer((9, 3, 1), True, dtype, "relu", 0.3, training=False, dw=False))
         cases.append(NoiseItself((2, 3, 300), dtype, 0.3))
+    for i, dtype in enumerate(dtypes):
+        cases += few_staged(dtype, other=CHANNEL[i == 0])
+    cases.append(Layer((2, 2, 512), False, dtypes[0], "relu", 0.3, machine=CROWDED))
     # Several visits of a warp, and a sample's end between them.
     cases.append(Layer((4, 16, 300), False, dtypes[0], "relu", 0.3, machine=Machine(mp=1), mask=True))
-    cases += [Statistics(70, torch.float32, torch.float32, 12, 0.1, 3), DrawSeed(7, 8)]
+    cases += [Statistics(70, torch.float32, torch.float32, 12, 0.1, 3, groups=3, last_count=4), DrawSeed(7, 8)]
+    cases.append(Statistics(70, torch.float32, torch.float32, 12, None, 3))
     return cases
 
 

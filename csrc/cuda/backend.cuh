@@ -189,8 +189,8 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
       q.partials = partials<A>(context, plan, q.shape.C);
       run(context, "channels_last_gradient_sums", plan, plan.chunks, scratch, channels_last_gradient_sums<T, V>, q);
     }
-    run(context, "channels_last_input_gradient", plan, chunks_of_dx(plan), scratch,
-        channels_last_input_gradient<T, V>, q);
+    run(context, "channels_last_input_gradient", plan, chunks_of_dx(plan), scratch, channels_last_input_gradient<T, V>,
+        q);
     return;
   }
   if (gathers && p.dx &&
@@ -257,8 +257,8 @@ void forward_staged(const Context& context, const Call& call, const Forward<T>& 
     apply_plan(q, part, plan);
     if (q.training) {
       gather(plan);
-      run(context, "channels_last_staged_statistics", plan, plan.chunks, shared,
-          channels_last_staged_statistics<T, kV>, q, part.groups);
+      run(context, "channels_last_staged_statistics", plan, plan.chunks, shared, channels_last_staged_statistics<T, kV>,
+          q, part.groups);
     }
     run(context, "channels_last_staged_apply", plan, plan.chunks, shared, channels_last_staged_apply<T, kV>, q,
         part.groups);
@@ -378,7 +378,8 @@ template <class T>
 void backward(const Context& context, const Call& call, const Backward<T>& p) {
   const Shape shape = simplified(call);
   if (is_plain(call)) {
-    with_vector<kVector<T>, T>(shape, {p.x, p.g, p.dx}, p.mask, [&](auto vector) { backward<T, vector>(context, call, p); });
+    with_vector<kVector<T>, T>(shape, {p.x, p.g, p.dx}, p.mask,
+                               [&](auto vector) { backward<T, vector>(context, call, p); });
   } else {
     with_vector<kStagedVector<T>, T>(shape, {p.x, p.g, p.dx, p.residual, p.grad_residual}, p.mask,
                                      [&](auto vector) { backward_staged<T, vector>(context, call, p); });

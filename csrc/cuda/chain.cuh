@@ -155,8 +155,8 @@ FN_DEVICE void multipliers(const Stages<A>& stages, uint32_t keep, A (&m)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) m[i] = keep >> i & 1u ? stages.multiplier : A(0);
 }
-// What a Philox call's 8 rows draw: decisions, or else all ones and multipliers in m. Gaussian noise takes two calls, of
-// which a loop makes one code.
+// What a Philox call's 8 rows draw: decisions, or else all ones and multipliers in m. Gaussian noise takes two calls,
+// of which a loop makes one code.
 template <class A>
 FN_DEVICE uint32_t draw_call(const Program<A>& q, Seed seed, uint64_t call, uint32_t c,
                              float (&m)[math::kRowsPerCall]) {

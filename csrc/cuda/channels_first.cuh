@@ -136,8 +136,8 @@ FN_DEVICE void local_gradient(const BackwardArguments<T>& q, const Affine<A>& af
   activation_gradient(q.stages, z, dz);
 }
 
-// Adds a tile's sums of dz and dz*(x - mean). Rows that are not there were read as zeros, so their dz is one too: 0 times
-// the derivative at z(0), which is finite unless z(0) is beyond all that a float32 activation takes (1e13).
+// Adds a tile's sums of dz and dz*(x - mean). Rows that are not there were read as zeros, so their dz is one too: 0
+// times the derivative at z(0), which is finite unless z(0) is beyond all that a float32 activation takes (1e13).
 template <int V, class T, class A>
 FN_DEVICE void add_tile(Pair<A>& sums, const A (&dz)[kFragment], const Fragment<T, V>& x, A mean) {
   Pair<A> part{0, 0};  // apart first: a long sum of short ones rounds less than a long one

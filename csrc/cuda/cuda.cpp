@@ -26,7 +26,8 @@ class On {
   explicit On(const Tensor& t) : guard_(t.device()), bytes_(t.options().dtype(at::kByte)) {
     const cudaDeviceProp& device = *at::cuda::getCurrentDeviceProperties();
     context_.machine = {device.multiProcessorCount, static_cast<int>(device.sharedMemPerBlockOptin),
-                        has_clusters(device.major) ? kPortableCluster : 1, kThreads, static_cast<Residency>(residency.load())};
+                        has_clusters(device.major) ? kPortableCluster : 1, kThreads,
+                        static_cast<Residency>(residency.load())};
     context_.stream = at::cuda::getCurrentCUDAStream().stream();
     context_.workspace = [this](size_t bytes) {
       // Freed when the operator returns and handed out again only behind its kernels, on the same stream.

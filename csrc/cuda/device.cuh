@@ -216,7 +216,8 @@ cudaLaunchConfig_t configure(const char* name, const Launch& at, void (*kernel)(
   return config;
 }
 
-// Whether the GPU, or the part of it that this process has, can hold a cluster at all. Asked once for each kind of launch.
+// Whether the GPU, or the part of it that this process has, can hold a cluster at all. Asked once for each kind of
+// launch.
 template <class Arguments>
 bool can_hold(const char* name, const Launch& at, void (*kernel)(Arguments)) {
   if (at.cluster == 1) return true;

@@ -77,8 +77,7 @@ inline Plan plan_channels_last(const Shape& shape, const Cut& part, int vector, 
   Plan plan{};
   plan.blocks_x = ceil_div(vectors, vectors > wide ? wide : std::max<int64_t>(wide / 2, 1));
   plan.threads_x = static_cast<int>(ceil_div(vectors, plan.blocks_x));
-  plan.threads_y =
-      static_cast<int>(std::clamp<int64_t>(ceil_div(part.span(), 8), 1, machine.threads / plan.threads_x));
+  plan.threads_y = static_cast<int>(std::clamp<int64_t>(ceil_div(part.span(), 8), 1, machine.threads / plan.threads_x));
   cut(plan, part.span(), wanted_chunks(plan.blocks_x * part.groups, kColumnBlocks, machine), plan.threads_y * 8);
   return plan;
 }
@@ -98,7 +97,7 @@ inline bool plan_resident(const Shape& shape, const Cut& part, int bytes, double
   bool found = false;
   for (int cluster = 1; cluster <= machine.max_cluster; cluster *= 2) {
     cut(next, part.span(), cluster, kTileRows);
-    if (next.chunks != cluster) continue;  // the channel is too short for so many
+    if (next.chunks != cluster) continue;                                // the channel is too short for so many
     const int64_t kept = round_up(next.chunk_rows, next.threads_x * 8);  // rows that there is room for
     const double needed = overhead + bytes_per_row * static_cast<double>(kept) * next.threads_y;
     const int64_t blocks = next.blocks_x * part.groups * cluster;

@@ -142,4 +142,71 @@ MUTATIONS = (
         "uint32_t bits = 0; if (tile.left <= 8 * lane()) return bits;",
         says="returned|deadlock|divergence",
     ),
+    # Groups: their rows, and whose results are whose.
+    Mutation("group_begins_between_calls", "channel.cuh", "first / 8 * 8 + i * length", "first + i * length"),
+    Mutation(
+        "last_group_is_short",
+        "channel.cuh",
+        "last(first + cut.rows < groups.rows ? first + cut.rows : groups.rows)",
+        "last(first + cut.rows)",
+        "asan",
+        OVERFLOW,
+    ),
+    Mutation("rows_of_the_group_before", "rows.cuh", "i >= skip && i < left", "i < left"),
+    Mutation("no_row_of_the_group_before", "rows.cuh", "return skip == 0 && Tile::full();", "return Tile::full();"),
+    Mutation("columns_of_the_group_before", "channels_last_staged.cuh", "i >= from && i < to", "i < to"),
+    Mutation("every_other_group", "channel.cuh", "group += step) {", "group += 2 * step) {"),
+    Mutation(
+        "every_group_writes", "channels_first_staged.cuh", "team.group == 0 && chunk == 0", "chunk == 0", "tsan", RACE
+    ),
+    Mutation(
+        "small_sums",
+        "backend.cuh",
+        "(q.program.has_weight ? kSums : 2) * part.groups",
+        "2 * part.groups",
+        "asan",
+        OVERFLOW,
+    ),
+    Mutation("last_group_counts", "state.cu", "group + i == p.groups - 1 ? last : usual", "usual"),
+    # Programs.
+    Mutation("matched_statistics_are_noisy", "chain.cuh", "is(steps, Stage::drop) && noisy", "is(steps, Stage::drop)"),
+    Mutation("no_residual_gradient", "chain.cuh", "if (is(steps, Stage::add)) added(g);", ""),
+    Mutation("weight_before_the_norm", "channel.cuh", "k.c * sums[4]", "A(0)"),
+    Mutation(
+        "act_behind_noise",
+        "channels_first_staged.cuh",
+        "if (is(q.program.before, Stage::drop)) multiply(entering, m);",
+        "",
+    ),
+    Mutation("pass_without_keep", "channels_first_staged.cuh", "pass &= keep;", ""),
+    Mutation("pass_in_other_rows", "rows.cuh", "vector / kWarp * V", "vector % 2 * V"),
+    Mutation("saved_twice", "channels_last_staged.cuh", "pass = Decisions<V>(0u); },", "},"),
+    # Noise that is a number.
+    Mutation("four_rows_twice", "chain.cuh", "m[i] = m[4 + i];", ""),
+    Mutation("channels_differ_by_sample", "rows.cuh", "if (q.one_channel) c = 0;", ""),
+    Mutation(
+        "first_sample_of_a_call",
+        "rows.cuh",
+        "(skipped + tile.samples_on(samples, i)) % kTile; float",
+        "tile.samples_on(samples, i); float",
+    ),
+    Mutation(
+        "another_thread's_multipliers",
+        "channels_last_staged.cuh",
+        "(row * V + v) * threads + thread;",
+        "(row * V + v) * threads;",
+        "tsan",
+        RACE,
+    ),
+    Mutation(
+        "small_multipliers",
+        "channels_last_staged.cuh",
+        "int64_t{V} * kRows * threads * sizeof(float)",
+        "int64_t{V} * threads * sizeof(float)",
+        says="beyond its end",
+    ),
+    # Launches.
+    Mutation(
+        "no_room_for_clusters", "backend.cuh", "if (!can_hold(name, at, kernel)) return false;", "", says="find room"
+    ),
 )

@@ -450,6 +450,9 @@ void check_launch(const Grid& g) {
   if (threads == 0 || threads > unsigned(settings.max_threads)) refuse("threads", threads, settings.max_threads);
   if (g.shared > size_t(settings.max_shared)) refuse("bytes of shared memory", g.shared, settings.max_shared);
   if (g.cluster > unsigned(settings.max_cluster)) refuse("blocks of a cluster", g.cluster, settings.max_cluster);
+  if (g.cluster > unsigned(settings.max_schedulable)) {
+    refuse("blocks of a cluster that find room", g.cluster, settings.max_schedulable);
+  }
   if (g.cluster == 0 || g.grid.y % g.cluster) refuse("grid.y is no multiple of the cluster", g.grid.y, g.cluster);
   if (g.grid.x == 0 || g.grid.x > 0x7fffffffu) refuse("grid.x", g.grid.x, 0x7fffffff);
   if (g.grid.y == 0 || g.grid.y > 65535) refuse("grid.y", g.grid.y, 65535);

@@ -59,7 +59,7 @@ struct Settings {
   int max_shared = 227 * 1024;
   int max_cluster = 8;
   int max_schedulable = 8;  // blocks of a cluster that find room, as where a process has a part of a GPU
-  int seconds = 60;  // processor time that a launch may take
+  int seconds = 60;         // processor time that a launch may take
 };
 extern Settings settings;
 void set_order(const char* name);  // "forward", "reverse" or "random:SEED"
