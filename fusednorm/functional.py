@@ -344,15 +344,10 @@ class _Dropout(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, seed, *ctx.chain = inputs
         ctx.save_for_backward(seed)
-        ctx.save_for_forward(seed)
 
     @staticmethod
     def backward(ctx, grad_output):
         return _differentiable(_Dropout, grad_output, *ctx.saved_tensors, *ctx.chain), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx, tangent, *_):
-        return _dropout(tangent, *ctx.saved_tensors, *ctx.chain)
 
 
 # ---- arguments ------
@@ -606,7 +601,10 @@ def dropout(input, p=0.5, training=True, *, noise="bernoulli", granularity="elem
     seed = _seed(seed, input, live)
     if seed is None:
         seed = _seed_tensor(0, input.device)  # for everything dropped: looked at by nobody
-    if torch.is_grad_enabled() and input.requires_grad or _in_forward_mode():
+    if _in_forward_mode():  # through plain torch, which carries tangents; torch.compile refuses a jvp of our own
+        m = _noise(seed, input.shape, float(p), noise, granularity, _opmath(input))
+        output = (reference.in_opmath(input) * m).to(input.dtype)
+    elif torch.is_grad_enabled() and input.requires_grad:
         output = _differentiable(_Dropout, input, seed, float(p), noise, granularity)
     else:
         output = _dropout(input, seed, float(p), noise, granularity)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DEVICE, FLOATS, channels_last, dtype_id, lay_out, leaf, rng_state, same_bits
+from common import DEVICE, FLOATS, channels_last, dtype_id, generator, lay_out, leaf, rng_state, same_bits
+from sklearn.datasets import load_digits
 from torch import nn
 
 import fusednorm
@@ -295,6 +296,7 @@ class TestAsChildren:
 
     @pytest.mark.parametrize("order", ["norm-act-drop", "drop-norm-act", "norm-drop-act", "act-drop-norm"])
     @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 7), (6, 5, 4, 4), (6, 5, 3, 2, 2)], ids=str)
+    @pytest.mark.filterwarnings("ignore:dropout")  # torch's own remarks on unusual ranks
     @pytest.mark.parametrize("drop", [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d])
     def test_torchs_dropouts_at_every_rank(self, drop, shape, order):
         """What is dropped with what is what the stock module drops together, or the stock module's own error."""
@@ -302,13 +304,6 @@ class TestAsChildren:
             len(shape)
         ](5, act="tanh", drop=drop(0.5), order=order)
         x = torch.randn(shape) + 3
-
-        def groups(y):  # how elements are tied together, by where they are zero
-            return (y == 0).flatten(2) if y.dim() > 2 else (y == 0)
-
-        if order.endswith("norm"):
-            assert torch.isfinite(layer(x)).all()
-            return
         try:
             stock = drop(0.5)(x)
         except RuntimeError:
@@ -317,8 +312,8 @@ class TestAsChildren:
             return
         y = layer(x)
         assert torch.isfinite(y).all()
-        if order == "norm-act-drop" and x.dim() > 2:
-            tied = [groups(v).all(-1) | ~groups(v).any(-1) for v in (stock, y)]
+        if order.startswith("norm") and x.dim() > 2:
+            tied = [(v == 0).flatten(2).all(-1) | ~(v == 0).flatten(2).any(-1) for v in (stock, y)]
             assert bool(tied[0].all()) == bool(tied[1].all())
 
 
@@ -401,30 +396,35 @@ class TestEvalMatchedStatistics:
         outputs = [layer(x, seed=2) for layer in layers]
         assert torch.equal(*outputs)
 
-    def test_a_small_training_run(self):
-        """Regression behind a dropout: matched statistics make evaluation lose less (Li et al., Fig. 5)."""
-        losses = {}
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_a_small_training_run(self, seed):
+        """Digits, dropout ahead of the one norm: after equal training, evaluation has the lower loss, nearly that after
+        recalibration, which needs the data once more. (In deep nets the noise of earlier layers shifts the later ones'
+        variances too: there only recalibration helps.)"""
+        digits = load_digits()
+        data, target = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+        order = torch.randperm(len(data), generator=generator(seed))
+        train, test = order[:1200], order[1200:]
+        losses, weights = {}, {}
         for matched in (False, True):
-            torch.manual_seed(1)
-            x = torch.randn(2048, 16)
-            target = (x @ torch.randn(16, 4)) / 4
-            model = nn.Sequential(
-                nn.Linear(16, 64),
-                FusedBatchNorm1d(64, act="relu", drop=0.5, order="act-drop-norm", eval_matched_stats=matched),
-                nn.Linear(64, 4),
-            )
-            optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-            for _ in range(12):
-                for batch in torch.randperm(2048).split(128):
+            torch.manual_seed(seed)
+            layer = FusedBatchNorm1d(128, act="relu", drop=0.5, order="drop-norm-act", eval_matched_stats=matched)
+            model = nn.Sequential(nn.Linear(64, 128, bias=False), layer, nn.Linear(128, 10))
+            optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+            for _ in range(8):
+                for batch in train[torch.randperm(len(train))].split(64):
                     optimizer.zero_grad()
-                    F.mse_loss(model(x[batch]), target[batch]).backward()
+                    F.cross_entropy(model(data[batch]), target[batch]).backward()
                     optimizer.step()
             model.eval()
-            real = torch.relu(model[0](x)).var(0)
-            losses[matched] = float(F.mse_loss(model(x), target)), float((real / model[1].running_var).median())
-        assert losses[True][1] == pytest.approx(1, abs=0.1)
-        assert losses[False][1] < 0.6
-        assert losses[True][0] != losses[False][0]
+            weights[matched] = [p.detach() for p in model.parameters()]
+            with torch.no_grad():
+                losses[matched] = F.cross_entropy(model(data[test]), target[test])
+                fusednorm.recalibrate(model, [data[train]], progress=False)
+                losses["recalibrated"] = F.cross_entropy(model(data[test]), target[test])
+        assert all(torch.equal(a, b) for a, b in zip(*weights.values(), strict=True))
+        assert losses[True] < 0.85 * losses[False]
+        assert losses[True] < 1.1 * losses["recalibrated"]
 
     def test_needs_a_fused_noise(self):
         class Own(nn.Dropout):
