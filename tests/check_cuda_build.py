@@ -51,12 +51,17 @@ def check_fake():
         a, b, mean, var = torch.empty(4, 3, device="cuda").unbind()
         batches = torch.zeros((), dtype=torch.int64, device="cuda")
         seed = call(ops.draw_seed, x)
-        chain = (True, 1e-5, "norm-act-drop", "relu", [], "bernoulli", 0.3, "element", 1)
-        y, save_mean, invstd, save_var, mask = call(ops.forward, x, a, b, mean, var, None, seed, *chain, True)
-        grads = call(ops.backward, y, x, a, b, None, save_mean, invstd, mask, seed, *chain, [True, True, True, False])
-        assert [g.shape for g in (y, *grads[:3])] == [x.shape, x.shape, a.shape, b.shape]
-        call(ops.update_stats_, mean, var, batches, save_mean, save_var, 100, 0.1)
+        weight = torch.empty(3, device="cuda")
+        chain = (seed, True, 1e-5, "act-norm-drop-add", "prelu", [], "bernoulli", 0.3, "element", 2)
+        y, save_mean, invstd, var_seen, mean_seen, mask = call(
+            ops.forward, x, a, b, mean, var, x, weight, *chain, True, True
+        )
+        assert save_mean.shape == invstd.shape == var_seen.shape == (2, 3)
+        grads = call(ops.backward, y, x, a, b, None, weight, save_mean, invstd, mask, *chain, [True] * 5)
+        assert [g.shape for g in (y, *grads)] == [x.shape, x.shape, a.shape, b.shape, x.shape, weight.shape]
+        call(ops.update_stats_, mean, var, batches, save_mean, var_seen, 50, 50, 0.1)
         call(ops.noise, seed, [4, 3, 5, 5], 0.3, "bernoulli", "element", torch.float32)
+        assert call(ops.dropout, x, seed, 0.3, "gaussian", "sample").shape == x.shape
         module = fusednorm.FusedBatchNorm2d(3, act="relu", drop=0.3, device="cuda")
         assert module(x).shape == x.shape
     assert called == set(operators()), f"not tried with fake tensors: {set(operators()) - called}"
