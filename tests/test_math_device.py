@@ -10,7 +10,7 @@ pytestmark = pytest.mark.cpu
 
 MATH = Path(__file__).resolve().parent.parent / "csrc" / "math"
 
-# Uses every header, the draws, and value and gradient of every activation in the list, for both scalar types.
+# Uses every header, the noise, and value and gradient of every activation in the list, for both scalar types.
 SOURCE = """
 {includes}
 
@@ -31,6 +31,11 @@ __global__ void apply(const V* x, const V* g, V* y, V* moments, int64_t seed, do
   const V z = normalize(x[r], V(1), V(2), V(3));
   y[r] = kept ? V(keep_scale(threshold)) * all(z, g[r], parameters, Activations{{}}) : V(0);
   const Moments<double> merged = merge(Moments<double>{{1, double(x[r]), 0}}, Moments<double>{{1, double(g[r]), 0}});
+  float uniform[8], gaussian[8];
+  uniform8(split_seed(seed), r, blockIdx.y, 0.5f, uniform);
+  gaussian8(split_seed(seed), r, blockIdx.y, 0.5f, gaussian);
+  for (int i = 0; i < 8; ++i) y[r] += uniform[i] * gaussian[i];
+  y[r] += Prelu::weight_gradient(z, g[r]);
   const InputGradient coefficients = input_gradient(2.0, 1.0, 3.0, 4.0, 5.0);
   moments[r] = V(merged.mean) + apply_input_gradient(z, z, V(coefficients.a), V(coefficients.b), V(coefficients.c));
 }}

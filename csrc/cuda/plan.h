@@ -23,7 +23,7 @@ struct Plan {
 // groups. Chunks begin at multiples of 8 rows of the whole batch, so up to 7 rows of them may lie before the group.
 struct Cut {
   int64_t rows, groups;
-  int64_t span() const { return groups > 1 ? rows + 7 : rows; }
+  int64_t span() const { return groups > 1 && rows % 8 != 0 ? rows + 7 : rows; }
 };
 
 // Blocks of 256 threads that a multiprocessor holds at once, which is what the kernels are compiled for: 80 registers a
