@@ -101,29 +101,30 @@ struct Visits {
     }
   }
 
-  // read(u, tile) for u < Ahead, then f(tile) and next() for each of these in a loop that is not unrolled: f is long,
-  // and finds what was read for its tile at u = 0, since next() moves everything by one.
-  template <int Ahead, class Read, class F, class Next>
-  FN_DEVICE void each(const Samples& samples, Read read, F f, Next move) const {
-    Tile ahead = start, tile = start;
+  // read(u, tile) for u < Ahead, then f(tile) and move() for each of these in a loop that is not unrolled: f is long,
+  // and finds what was read for its tile at u = 0, since move() shifts everything by one.
+  template <int Ahead, class Read, class F, class Move>
+  FN_DEVICE void each(const Samples& samples, Read read, F f, Move move) const {
+    Tile tile = start;
     if constexpr (Ahead == 1) {  // no second place to keep
       for (; tile.visit < count; advance(tile, samples)) {
         read(0, tile);
         f(tile);
       }
-      return;
-    }
-    while (tile.visit < count) {
+    } else {
+      Tile ahead = start;
+      while (tile.visit < count) {
 #pragma unroll
-      for (int u = 0; u < Ahead; ++u) {
-        if (ahead.visit < count) read(u, ahead);
-        advance(ahead, samples);
-      }
+        for (int u = 0; u < Ahead; ++u) {
+          if (ahead.visit < count) read(u, ahead);
+          advance(ahead, samples);
+        }
 #pragma unroll 1
-      for (int u = 0; u < Ahead; ++u) {
-        if (tile.visit < count) f(tile);
-        advance(tile, samples);
-        move();
+        for (int u = 0; u < Ahead; ++u) {
+          if (tile.visit < count) f(tile);
+          advance(tile, samples);
+          move();
+        }
       }
     }
   }
