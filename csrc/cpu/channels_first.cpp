@@ -149,15 +149,15 @@ struct Coefficients {
 template <class T>
 void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
   using A = opmath_t<T>;
-  const Plan plan(call.chain, false, p.mask != nullptr);
+  const Plan plan(call.chain, false, p.mask != nullptr, call.training && std::is_same_v<T, A>), second = plan.second();
   const Channels<T> channels(call, plan.tile_elements(kTile));
   const int64_t tiles = channels.tiles();
   ChannelVectors<A> vectors(call.shape.C);
   const bool before = call.chain.before[0] != Stage::none, noisy = call.chain.before_has(Stage::drop);
   const bool keeps_noise = p.mask && plan.saves_at < 0;  // drawn in the first pass, read in the second
   const auto tile_of = [&](Step at, const Draws& draws) {
-    return Tile<T>{
-        kRun, 1, channels.rows(at.tile), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws};
+    return Tile<T>{kRun, 1, channels.rows(at.tile), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr,
+                   draws};
   };
   const auto draw = [&](Step at, DrawBuffer& buffer) {
     const Draws draws = channels.draw(at.c, at.tile, buffer);
@@ -167,7 +167,7 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
     return draws;
   };
   const auto gather = [&](Step at) {
-    alignas(64) T buffer[kTile];
+    alignas(64) T buffer[kTile], out[kTile];
     const T* x = channels.load(p.x, at.c, at.tile, buffer);
     const int64_t n = channels.rows(at.tile);
     const double count = static_cast<double>(n);
@@ -180,9 +180,11 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
     Workspace<A> workspace;
     const Tile<T> tile = tile_of(at, noisy ? draw(at, drawn) : Draws{});
     Stages<T> stages(plan, tile, workspace);
-    kernels_for<A>().moments_run(stages.ahead({x, 0}).p, n, &s.u.mean, &s.u.m2);
+    const View<T> left{plan.once ? channels.target(p.y, at.c, at.tile, out) : nullptr, 0};
+    kernels_for<A>().moments_run(stages.ahead({x, 0}, left).p, n, &s.u.mean, &s.u.m2);
+    if (plan.once) channels.store(p.y, at.c, at.tile, left.p);
     if (p.clean_mean) {
-      kernels_for<A>().moments_run(stages.ahead({x, 0}, false).p, n, &s.clean.mean, &s.clean.m2);
+      kernels_for<A>().moments_run(stages.ahead({x, 0}, {}, false).p, n, &s.clean.mean, &s.clean.m2);
     }
     return s;
   };
@@ -200,12 +202,12 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
     Workspace<A> workspace;
     uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : nullptr;
     Draws draws{mask, 0, nullptr, 0};
-    if (!(keeps_noise && call.training)) draws = plan.drops() ? draw(at, drawn) : Draws{};
+    if (!(keeps_noise && call.training)) draws = second.drops() ? draw(at, drawn) : Draws{};
     const Tile<T> tile = tile_of(at, draws);
     T* y = channels.target(p.y, at.c, at.tile, out);
     const T* residual = p.residual ? channels.load(p.residual, at.c, at.tile, more) : nullptr;
-    Stages<T>(plan, tile, workspace)
-        .forward({channels.load(p.x, at.c, at.tile, in), 0}, {residual, 0}, {y, 0}, mask, 0);
+    Stages<T>(second, tile, workspace)
+        .forward({channels.load(plan.once ? p.y : p.x, at.c, at.tile, in), 0}, {residual, 0}, {y, 0}, mask, 0);
     channels.store(p.y, at.c, at.tile, y);
   };
   two_passes<Statistics>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(), call.training,
@@ -215,7 +217,8 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
 template <class T>
 void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
   using A = opmath_t<T>;
-  const Plan plan(call.chain, true, p.mask != nullptr);
+  const bool gathers = p.grad_weight != nullptr;
+  const Plan plan(call.chain, true, p.mask != nullptr, gathers && p.dx && std::is_same_v<T, A>), second = plan.second();
   const Channels<T> channels(call, plan.tile_elements(kTile));
   const int64_t tiles = channels.tiles();
   ChannelVectors<A> vectors(call.shape.C);
@@ -226,38 +229,51 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
     View<const T> x, residual, g;
   };
   struct Buffers {
-    alignas(64) T x[kTile], residual[kTile], g[kTile];
+    alignas(64) T x[kTile], residual[kTile], g[kTile], dx[kTile], grad_residual[kTile];
     DrawBuffer drawn;
     Workspace<A> workspace;
   };
-  const auto inputs = [&](Step at, Buffers& b) {
+  const auto inputs = [&](Step at, const T* g, Buffers& b) {
     return Inputs{{channels.load(p.x, at.c, at.tile, b.x), 0},
                   {p.residual ? channels.load(p.residual, at.c, at.tile, b.residual) : nullptr, 0},
-                  {channels.load(p.g, at.c, at.tile, b.g), 0}};
+                  {channels.load(g, at.c, at.tile, b.g), 0}};
   };
-  const auto tile_of = [&](Step at, Buffers& b) {
+  const auto tile_of = [&](Step at, const Plan& pass, Buffers& b) {
     const uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : nullptr;
-    const Draws draws = plan.mask_is_noise()   ? Draws{mask, 0, nullptr, 0}
-                        : plan.backward_draws() ? channels.draw(at.c, at.tile, b.drawn)
-                                                : Draws{};
-    return Tile<T>{kRun,
-                   1,
-                   channels.rows(at.tile),
-                   vectors.at(at.c),
-                   p.act_weight ? p.act_weight + at.c : nullptr,
-                   draws,
-                   mask,
-                   0};
+    const Draws draws = plan.mask_is_noise() ? Draws{mask, 0, nullptr, 0}
+                        : pass.drops()       ? channels.draw(at.c, at.tile, b.drawn)
+                                             : Draws{};
+    return Tile<T>{
+        kRun, 1, channels.rows(at.tile), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws,
+        mask, 0};
+  };
+  const auto outputs = [&](Step at, const Plan& pass, Buffers& b) {
+    const auto target = [&](T* base, T* buffer) {
+      return View<T>{base ? channels.target(base, at.c, at.tile, buffer) : nullptr, 0};
+    };
+    Gradients<T> to{};
+    to.dx = target(p.dx, b.dx);
+    if (&pass == &plan || !plan.once) to.residual = target(p.grad_residual, b.grad_residual);
+    if (p.grad_act_weight) to.act_weight = &weight_sums[at.c * tiles + at.tile];
+    to.a = &coefficients.a[at.c];
+    to.b = &coefficients.b[at.c];
+    to.c = &coefficients.c[at.c];
+    return to;
+  };
+  const auto store = [&](Step at, const Gradients<T>& to) {
+    if (to.dx.p) channels.store(p.dx, at.c, at.tile, to.dx.p);
+    if (to.residual.p) channels.store(p.grad_residual, at.c, at.tile, to.residual.p);
   };
   const auto gather = [&](Step at) {
     Buffers b;
-    const Inputs in = inputs(at, b);
-    const Tile<T> tile = tile_of(at, b);
+    const Inputs in = inputs(at, p.g, b);
+    const Tile<T> tile = tile_of(at, plan, b);
+    const Gradients<T> to = plan.once ? outputs(at, plan, b) : Gradients<T>{};
     GradientSums sums{0, 0};
-    Stages<T>(plan, tile, b.workspace).gradient_sums(in.x, in.residual, in.g, &sums.dz, &sums.dz_xmu);
+    Stages<T>(plan, tile, b.workspace).gradient_sums(in.x, in.residual, in.g, &sums.dz, &sums.dz_xmu, to);
+    store(at, to);
     return sums;
   };
-  const bool gathers = p.grad_weight != nullptr;
   const auto finish = [&](int64_t c, const GradientSums* partials) {
     GradientSums sums{0, 0};
     for (int64_t tile = 0; gathers && tile < tiles; ++tile) {
@@ -272,21 +288,11 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
   const auto emit = [&](Step at) {
     if (!emits(p)) return;
     Buffers b;
-    alignas(64) T dx[kTile], grad_residual[kTile];
-    const Inputs in = inputs(at, b);
-    const Tile<T> tile = tile_of(at, b);
-    const auto target = [&](T* base, T* buffer) {
-      return base ? channels.target(base, at.c, at.tile, buffer) : nullptr;
-    };
-    const Gradients<T> to{{target(p.dx, dx), 0},
-                          {target(p.grad_residual, grad_residual), 0},
-                          p.grad_act_weight ? &weight_sums[at.c * tiles + at.tile] : nullptr,
-                          &coefficients.a[at.c],
-                          &coefficients.b[at.c],
-                          &coefficients.c[at.c]};
-    Stages<T>(plan, tile, b.workspace).gradient(in.x, in.residual, in.g, to);
-    if (p.dx) channels.store(p.dx, at.c, at.tile, to.dx.p);
-    if (p.grad_residual) channels.store(p.grad_residual, at.c, at.tile, to.residual.p);
+    const Inputs in = inputs(at, plan.once ? p.dx : p.g, b);
+    const Tile<T> tile = tile_of(at, second, b);
+    const Gradients<T> to = outputs(at, second, b);
+    Stages<T>(second, tile, b.workspace).gradient(in.x, in.residual, in.g, to);
+    store(at, to);
   };
   two_passes<GradientSums>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(), gathers, gather,
                            finish, emit);

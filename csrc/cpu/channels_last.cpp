@@ -83,7 +83,7 @@ void for_channels(int64_t channels, int64_t work, const F& f) {
 template <class T>
 void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
   using A = opmath_t<T>;
-  const Plan plan(call.chain, false, p.mask != nullptr);
+  const Plan plan(call.chain, false, p.mask != nullptr, call.training && std::is_same_v<T, A>), second = plan.second();
   const Matrix matrix(call, plan.staged);
   const int64_t C = call.shape.C, ld = matrix.ld();
   const bool serial = C * call.shape.rows() < kSerial;
@@ -93,12 +93,9 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
   const bool before = call.chain.before[0] != Stage::none, noisy = call.chain.before_has(Stage::drop);
   const bool keeps_noise = p.mask && plan.saves_at < 0;  // drawn in the first pass, read in the second
   const auto tile_of = [&](const Matrix::Tile& t, const Draws& draws) {
-    return Tile<T>{kColumns,
-                   t.rows,
-                   t.columns,
-                   vectors.at(t.column),
-                   act_weight.empty() ? nullptr : act_weight.data() + t.column,
-                   draws};
+    return Tile<T>{
+        kColumns, t.rows, t.columns, vectors.at(t.column), act_weight.empty() ? nullptr : act_weight.data() + t.column,
+        draws};
   };
   const auto draw = [&](const Matrix::Tile& t, DrawBuffer& buffer) {
     const Draws draws = matrix.draw(t, buffer);
@@ -123,8 +120,8 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
         if (!before) return merge(x, partials);
         const Tile<T> tile = tile_of(t, noisy ? draw(t, drawn) : Draws{});
         Stages<T> stages(plan, tile, workspace);
-        merge(stages.ahead(x), partials);
-        if (p.clean_mean) merge(stages.ahead(x, false), clean);
+        merge(stages.ahead(x, {plan.once ? p.y + matrix.offset(t) : nullptr, ld}), partials);
+        if (p.clean_mean) merge(stages.ahead(x, {}, false), clean);
       });
     });
   }
@@ -155,11 +152,11 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
       const int64_t at = matrix.offset(t);
       uint32_t* mask = p.mask ? p.mask + matrix.mask_offset(t) : nullptr;
       Draws draws{mask, matrix.mask_ld(), nullptr, 0};
-      if (!(keeps_noise && call.training)) draws = plan.drops() ? draw(t, drawn) : Draws{};
+      if (!(keeps_noise && call.training)) draws = second.drops() ? draw(t, drawn) : Draws{};
       const Tile<T> tile = tile_of(t, draws);
-      Stages<T>(plan, tile, workspace)
-          .forward({p.x + at, ld}, {p.residual ? p.residual + at : nullptr, ld}, {p.y + at, ld}, mask,
-                   matrix.mask_ld());
+      Stages<T>(second, tile, workspace)
+          .forward({(plan.once ? p.y : p.x) + at, ld}, {p.residual ? p.residual + at : nullptr, ld}, {p.y + at, ld},
+                   mask, matrix.mask_ld());
     });
   });
 }
@@ -167,19 +164,19 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
 template <class T>
 void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
   using A = opmath_t<T>;
-  const Plan plan(call.chain, true, p.mask != nullptr);
+  const bool serial = call.shape.C * call.shape.rows() < kSerial, gathers = p.grad_weight != nullptr;
+  const Plan plan(call.chain, true, p.mask != nullptr, gathers && p.dx && std::is_same_v<T, A>), second = plan.second();
   const Matrix matrix(call, plan.staged);
   const int64_t C = call.shape.C, ld = matrix.ld();
-  const bool serial = C * call.shape.rows() < kSerial, gathers = p.grad_weight != nullptr;
   Partials partials(gathers ? matrix.chunks() : 0, C);
   ChannelVectors<A> vectors(C);
   for (int64_t c = 0; c < C; ++c) load_statistics(p, c, vectors);
   const std::vector<A> act_weight = padded_copy(p.act_weight, C);
-  const auto tile_of = [&](const Matrix::Tile& t, DrawBuffer& drawn) {
+  const auto tile_of = [&](const Matrix::Tile& t, const Plan& pass, DrawBuffer& drawn) {
     const uint32_t* mask = p.mask ? p.mask + matrix.mask_offset(t) : nullptr;
-    const Draws draws = plan.mask_is_noise()   ? Draws{mask, matrix.mask_ld(), nullptr, 0}
-                        : plan.backward_draws() ? matrix.draw(t, drawn)
-                                                : Draws{};
+    const Draws draws = plan.mask_is_noise() ? Draws{mask, matrix.mask_ld(), nullptr, 0}
+                        : pass.drops()       ? matrix.draw(t, drawn)
+                                             : Draws{};
     return Tile<T>{kColumns,
                    t.rows,
                    t.columns,
@@ -189,23 +186,35 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
                    mask,
                    matrix.mask_ld()};
   };
-  const auto in = [&](const T* base, const Matrix::Tile& t) {
-    return View<const T>{base ? base + matrix.offset(t) : nullptr, ld};
+  const auto at = [&](auto* base, const Matrix::Tile& t) {
+    return View<std::remove_pointer_t<decltype(base)>>{base ? base + matrix.offset(t) : nullptr, ld};
+  };
+  std::vector<A> a(padded(C)), b(padded(C)), c_(padded(C));
+  std::vector<double> weight_sums(p.grad_act_weight ? matrix.chunks() * padded(C) : 0);
+  const auto outputs = [&](const Matrix::Tile& t, int64_t chunk, const Plan& pass) {
+    Gradients<T> to{};
+    to.dx = at(p.dx, t);
+    if (&pass == &plan || !plan.once) to.residual = at(p.grad_residual, t);
+    if (p.grad_act_weight) to.act_weight = weight_sums.data() + chunk * padded(C) + t.column;
+    to.a = a.data() + t.column;
+    to.b = b.data() + t.column;
+    to.c = c_.data() + t.column;
+    return to;
   };
   if (gathers) {
     for_tasks(matrix.panels(), serial, false, [&](int64_t panel) {
       DrawBuffer drawn;
       Workspace<A> workspace;
-      const int64_t at = matrix.chunk_of(panel) * partials.ld;
+      const int64_t chunk = matrix.chunk_of(panel), into = chunk * partials.ld;
       matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
-        const Tile<T> tile = tile_of(t, drawn);
+        const Tile<T> tile = tile_of(t, plan, drawn);
         Stages<T>(plan, tile, workspace)
-            .gradient_sums(in(p.x, t), in(p.residual, t), in(p.g, t), partials.first.data() + at + t.column,
-                           partials.second.data() + at + t.column);
+            .gradient_sums(at(p.x, t), at(p.residual, t), at(p.g, t), partials.first.data() + into + t.column,
+                           partials.second.data() + into + t.column,
+                           plan.once ? outputs(t, chunk, plan) : Gradients<T>{});
       });
     });
   }
-  std::vector<A> a(padded(C)), b(padded(C)), c_(padded(C));
   for_channels(C, matrix.chunks(), [&](int64_t begin, int64_t end) {
     double *dz = partials.first.data(), *dz_xmu = partials.second.data();
     for (int64_t chunk = 1; gathers && chunk < matrix.chunks(); ++chunk) {
@@ -223,19 +232,14 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
     }
   });
   if (!emits(p)) return;
-  std::vector<double> weight_sums(p.grad_act_weight ? matrix.chunks() * padded(C) : 0);
   for_tasks(matrix.panels(), serial, true, [&](int64_t panel) {
     DrawBuffer drawn;
     Workspace<A> workspace;
     matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
-      const Tile<T> tile = tile_of(t, drawn);
-      const auto out = [&](T* base) { return View<T>{base ? base + matrix.offset(t) : nullptr, ld}; };
-      double* sums =
-          p.grad_act_weight ? weight_sums.data() + matrix.chunk_of(panel) * padded(C) + t.column : nullptr;
-      Stages<T>(plan, tile, workspace)
-          .gradient(in(p.x, t), in(p.residual, t), in(p.g, t),
-                    {out(p.dx), out(p.grad_residual), sums, a.data() + t.column, b.data() + t.column,
-                     c_.data() + t.column});
+      const Tile<T> tile = tile_of(t, second, drawn);
+      Stages<T>(second, tile, workspace)
+          .gradient(at(p.x, t), at(p.residual, t), at(plan.once ? static_cast<const T*>(p.dx) : p.g, t),
+                    outputs(t, matrix.chunk_of(panel), second));
     });
   });
   for (int64_t c = 0; p.grad_act_weight && c < C; ++c) {

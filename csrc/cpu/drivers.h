@@ -33,12 +33,12 @@ struct ForwardPointers {
 template <class T>
 struct BackwardPointers {
   using A = opmath_t<T>;
-  const T *x, *g, *residual;                             // (N, C, S) in the shape's layout; residual: or null
-  T *dx, *grad_residual;                                 // same, or null
-  const A *weight, *bias, *act_weight;                   // (C,) or null
-  const A *mean, *invstd;                                // (C,)
-  double *grad_weight, *grad_bias, *grad_act_weight;     // (C,) out, or null: not needed
-  const uint32_t* mask;                                  // or null: redraw
+  const T *x, *g, *residual;                          // (N, C, S) in the shape's layout; residual: or null
+  T *dx, *grad_residual;                              // same, or null
+  const A *weight, *bias, *act_weight;                // (C,) or null
+  const A *mean, *invstd;                             // (C,)
+  double *grad_weight, *grad_bias, *grad_act_weight;  // (C,) out, or null: not needed
+  const uint32_t* mask;                               // or null: redraw
 };
 
 struct Call {  // what both directions need beside the pointers: of one group of the batch

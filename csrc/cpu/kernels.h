@@ -76,25 +76,29 @@ struct Backward {
   const A* c;
 };
 
-// The stages of a chain that Apply and Backward do not cover, over values in opmath type. None needs its operands to be
-// distinct: a stage may work in place.
+// [add] [act] [drop] or [add] [drop] [act] in opmath type: the stages that Apply and Backward do not cover. A stage may
+// work in place.
 template <class A>
 struct Elementwise {
   int64_t rows, cols;
-  const A* x;  // [rows, ldx] what enters the activation, or (with `add`) a part of it
+  const A* x;  // [rows, ldx]
   int64_t ldx;
   const A* add;  // [rows, ldadd] forward: added to x first; or null
   int64_t ldadd;
   const A* g;  // [rows, ldg] backward: the gradient
   int64_t ldg;
-  A* y;  // [rows, ldy] activation(x + add) * multiplier where kept; backward: g * multiplier * activation'(x) likewise
+  A* y;  // [rows, ldy] forward: activation(x + add) * factor or activation((x + add) * factor); backward: their
+         // gradient
   int64_t ldy;
   A activation[2];
-  const A* act_weight;   // PReLU: per-channel
-  A multiplier;          // as in Apply
-  const uint32_t* keep;
+  const A* act_weight;  // PReLU: per-channel
+  bool factor_first;
+  const float* m;  // [rows, ldm] the factor, or null: the multiplier where kept
+  int64_t ldm;
+  A multiplier;
+  const uint32_t* keep;  // [rows, ldkeep] bits, or null: everything is kept
   int64_t ldkeep;
-  uint32_t* save;
+  uint32_t* save;  // as in Apply
   int64_t ldsave;
   double* sum;  // of weight_sums: [1 or cols] += sum of g times the activation's derivative by its weight
 };

@@ -313,13 +313,29 @@ struct StageParameters<A, math::Prelu, span> {
   FN_INLINE math::Parameters<Vec<A>> operator[](int64_t column) const { return {slope[column], slope[column]}; }
 };
 
+// A block's factors.
+template <class A>
+struct Factor {
+  Block<float> rest;
+  const float* m;
+  uint32_t keep;
+  Vec<A> multiplier;
+  template <class Arguments>
+  FN_INLINE Factor(const Arguments& q, int64_t row, int64_t i)
+      : m(q.m ? rest.at(q.m + row * q.ldm + i, q.cols - i) : nullptr),
+        keep(q.keep ? q.keep[row * q.ldkeep + i / kBlock] : ~0u),
+        multiplier(q.multiplier) {}
+  template <class Index>
+  FN_INLINE Vec<A> operator[](Index v) const {
+    return m ? load_floats<A>(m + v * Vec<A>::width) : select(from_bits<A>(keep, v), multiplier, Vec<A>(0.0f));
+  }
+};
+
 template <class A, class Activation, Span span>
 void stage_value(const Elementwise<A>& q) {
   using V = Vec<A>;
   const StageParameters<A, Activation, span> parameters(q);
-  const V multiplier(q.multiplier);
   for (int64_t row = 0; row < q.rows; ++row) {
-    const uint32_t* bits = q.keep ? q.keep + row * q.ldkeep : nullptr;
     for (int64_t i = 0; i < q.cols; i += kBlock) {
       const int64_t rest = q.cols - i;
       Block<A> in, more;
@@ -327,17 +343,21 @@ void stage_value(const Elementwise<A>& q) {
       const A* x = in.at(q.x + row * q.ldx + i, rest);
       const A* add = q.add ? more.at(q.add + row * q.ldadd + i, rest) : nullptr;
       A* y = rest < kBlock ? out : q.y + row * q.ldy + i;
-      const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
+      const Factor<A> factor(q, row, i);
       uint32_t saved = 0;
       for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         V z = V::load(x + v * V::width);
         if (add) z = z + V::load(add + v * V::width);
-        const Mask<A> kept = from_bits<A>(keep, v);
+        if (q.factor_first) z = z * factor[v];
         const auto p = parameters[i + v * V::width];
-        (Activation::value(z, p) * select(kept, multiplier, V(0.0f))).store(y + v * V::width);
-        if constexpr (Activation::one_bit) saved |= to_bits(both(kept, Activation::passes(z, p))) << (v * V::width);
+        V value = Activation::value(z, p);
+        if (!q.factor_first) value = value * factor[v];
+        value.store(y + v * V::width);
+        if constexpr (Activation::one_bit) {
+          saved |= to_bits(both(from_bits<A>(factor.keep, v), Activation::passes(z, p))) << (v * V::width);
+        }
       });
-      if (q.save) q.save[row * q.ldsave + i / kBlock] = Activation::one_bit ? saved : keep;
+      if (q.save) q.save[row * q.ldsave + i / kBlock] = Activation::one_bit ? saved : factor.keep;
       if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
     }
   }
@@ -347,9 +367,7 @@ template <class A, class Activation, Span span>
 void stage_gradient(const Elementwise<A>& q) {
   using V = Vec<A>;
   const StageParameters<A, Activation, span> parameters(q);
-  const V multiplier(q.multiplier);
   for (int64_t row = 0; row < q.rows; ++row) {
-    const uint32_t* bits = q.keep ? q.keep + row * q.ldkeep : nullptr;
     for (int64_t i = 0; i < q.cols; i += kBlock) {
       const int64_t rest = q.cols - i;
       Block<A> in, gradient;
@@ -357,11 +375,11 @@ void stage_gradient(const Elementwise<A>& q) {
       const A* x = in.at(q.x + row * q.ldx + i, rest);
       const A* g = gradient.at(q.g + row * q.ldg + i, rest);
       A* y = rest < kBlock ? out : q.y + row * q.ldy + i;
-      const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
+      const Factor<A> factor(q, row, i);
       for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
-        const V dy = V::load(g + v * V::width) * multiplier;
-        const V dz = Activation::gradient(V::load(x + v * V::width), dy, parameters[i + v * V::width]);
-        select(from_bits<A>(keep, v), dz, V(0.0f)).store(y + v * V::width);
+        const V z = V::load(x + v * V::width), m = factor[v], dy = V::load(g + v * V::width) * m;
+        // The factor is linear: it does not matter on which side of the activation's gradient it comes.
+        Activation::gradient(q.factor_first ? z * m : z, dy, parameters[i + v * V::width]).store(y + v * V::width);
       });
       if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
     }
@@ -380,7 +398,8 @@ void weight_sums(const Elementwise<A>& q) {
       const A* g = gradient.at(q.g + row * q.ldg + i, q.cols - i);
       double* to = span == kRun ? lanes : q.sum + i;
       for (int v = 0; v < kVectors<A>; ++v) {
-        add_lanes(to + v * V::width, math::Prelu::weight_gradient(V::load(x + v * V::width), V::load(g + v * V::width)));
+        add_lanes(to + v * V::width,
+                  math::Prelu::weight_gradient(V::load(x + v * V::width), V::load(g + v * V::width)));
       }
     }
   }
@@ -391,21 +410,16 @@ template <class T>
 void scale(const Scale<T>& q) {
   using A = opmath_t<T>;
   using V = Vec<A>;
-  const V multiplier(q.multiplier), one(1.0f);
   for (int64_t row = 0; row < q.rows; ++row) {
-    const uint32_t* bits = q.keep ? q.keep + row * q.ldkeep : nullptr;
     for (int64_t i = 0; i < q.cols; i += kBlock) {
       const int64_t rest = q.cols - i;
       Block<T> in;
-      Block<float> factors;
       alignas(64) T out[kBlock];
       const T* x = q.x ? in.at(q.x + row * q.ldx + i, rest) : nullptr;
-      const float* m = q.m ? factors.at(q.m + row * q.ldm + i, rest) : nullptr;
       T* y = rest < kBlock ? out : q.y + row * q.ldy + i;
-      const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
+      const Factor<A> factor(q, row, i);
       for_vectors<true, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
-        const V factor = m ? load_floats<A>(m + v * V::width) : select(from_bits<A>(keep, v), multiplier, V(0.0f));
-        ((x ? V::load(x + v * V::width) : one) * factor).store(y + v * V::width);
+        ((x ? V::load(x + v * V::width) : V(1.0f)) * factor[v]).store(y + v * V::width);
       });
       if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
     }

@@ -400,15 +400,19 @@ FN_INLINE Vec<float> words_as_floats(Word::Raw w) {
 // v[i] becomes the transpose of the 4 x 4 matrix in every 128 bits.
 FN_INLINE void transpose4(Vec<float> (&v)[4]) {
 #if FN_VECTOR_BYTES == 64
-  const __m512d a = (__m512d)_mm512_unpacklo_ps(v[0].raw, v[1].raw), b = (__m512d)_mm512_unpackhi_ps(v[0].raw, v[1].raw);
-  const __m512d c = (__m512d)_mm512_unpacklo_ps(v[2].raw, v[3].raw), d = (__m512d)_mm512_unpackhi_ps(v[2].raw, v[3].raw);
+  const __m512d a = (__m512d)_mm512_unpacklo_ps(v[0].raw, v[1].raw),
+                b = (__m512d)_mm512_unpackhi_ps(v[0].raw, v[1].raw);
+  const __m512d c = (__m512d)_mm512_unpacklo_ps(v[2].raw, v[3].raw),
+                d = (__m512d)_mm512_unpackhi_ps(v[2].raw, v[3].raw);
   v[0] = Vec<float>((__m512)_mm512_unpacklo_pd(a, c));
   v[1] = Vec<float>((__m512)_mm512_unpackhi_pd(a, c));
   v[2] = Vec<float>((__m512)_mm512_unpacklo_pd(b, d));
   v[3] = Vec<float>((__m512)_mm512_unpackhi_pd(b, d));
 #elif FN_VECTOR_BYTES == 32
-  const __m256d a = (__m256d)_mm256_unpacklo_ps(v[0].raw, v[1].raw), b = (__m256d)_mm256_unpackhi_ps(v[0].raw, v[1].raw);
-  const __m256d c = (__m256d)_mm256_unpacklo_ps(v[2].raw, v[3].raw), d = (__m256d)_mm256_unpackhi_ps(v[2].raw, v[3].raw);
+  const __m256d a = (__m256d)_mm256_unpacklo_ps(v[0].raw, v[1].raw),
+                b = (__m256d)_mm256_unpackhi_ps(v[0].raw, v[1].raw);
+  const __m256d c = (__m256d)_mm256_unpacklo_ps(v[2].raw, v[3].raw),
+                d = (__m256d)_mm256_unpackhi_ps(v[2].raw, v[3].raw);
   v[0] = Vec<float>((__m256)_mm256_unpacklo_pd(a, c));
   v[1] = Vec<float>((__m256)_mm256_unpackhi_pd(a, c));
   v[2] = Vec<float>((__m256)_mm256_unpacklo_pd(b, d));
@@ -428,7 +432,8 @@ FN_INLINE void draws_of_words(Word::Raw first, Word::Raw second, Vec<float> (&dr
 #if FN_VECTOR_BYTES == 64
   const __m512i low = _mm512_unpacklo_epi64((__m512i)first, (__m512i)second);
   const __m512i high = _mm512_unpackhi_epi64((__m512i)first, (__m512i)second);
-  const auto widen = [](__m256i h) FN_LAMBDA_INLINE { return Vec<float>(_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(h))); };
+  const auto widen = [](__m256i h)
+                         FN_LAMBDA_INLINE { return Vec<float>(_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(h))); };
   draws[0] = widen(_mm512_castsi512_si256(low));
   draws[1] = widen(_mm512_extracti64x4_epi64(low, 1));
   draws[2] = widen(_mm512_castsi512_si256(high));
@@ -436,7 +441,8 @@ FN_INLINE void draws_of_words(Word::Raw first, Word::Raw second, Vec<float> (&dr
 #elif FN_VECTOR_BYTES == 32
   const __m256i low = _mm256_unpacklo_epi64((__m256i)first, (__m256i)second);
   const __m256i high = _mm256_unpackhi_epi64((__m256i)first, (__m256i)second);
-  const auto widen = [](__m128i h) FN_LAMBDA_INLINE { return Vec<float>(_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(h))); };
+  const auto widen = [](__m128i h)
+                         FN_LAMBDA_INLINE { return Vec<float>(_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(h))); };
   draws[0] = widen(_mm256_castsi256_si128(low));
   draws[1] = widen(_mm256_castsi256_si128(high));
   draws[2] = widen(_mm256_extracti128_si256(low, 1));

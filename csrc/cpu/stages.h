@@ -42,62 +42,103 @@ void multiply(View<const E> x, View<E> y, double multiplier, int64_t rows, int64
 struct Plan {
   // `gate`: a saved bit stands for the activation, and perhaps for the noise.
   enum Step : uint8_t { none, add, act, drop, gate };
-  // The steps that one kernel takes, up to `end`: [add] [act] [drop or gate].
+  struct Steps {
+    Step at[3];
+    int count;
+    bool has(Step step) const { return std::find(at, at + count, step) != at + count; }
+  };
+  // The steps [begin, end) that one kernel takes: [add] and then [act] [drop or gate], or [drop] [act].
   struct Segment {
-    bool add, act;
+    bool add, act, drop_first;
     Step drop;
-    int end;
+    int begin, end;
   };
 
   Chain chain;
-  Step steps[3];  // behind the norm
-  int count;
+  bool is_backward;
+  Steps before, after;
   bool bits;                   // noise is bits, or one multiplier for all
   bool saves_act, saves_drop;  // what a bit of the mask stands for
   int saves_at;                // the step whose kernel writes the mask; -1: the noise is drawn into it before the norm
   bool masked;
   Segment norm;
   bool staged;
+  // Whether the first pass leaves its work where the second pass writes: forward u, or backward the gradient behind the
+  // norm. The second pass then draws nothing, and finds no steps there.
+  bool once;
 
-  // `masked`: a forward that saves a mask, or a backward that reads it.
-  Plan(const Chain& c, bool is_backward, bool masked) : chain(c), count(0), masked(masked) {
+  // `masked`: a forward that saves a mask, or a backward that reads it. `reuses`: the first pass may write where the
+  // second will, in full precision.
+  Plan(const Chain& c, bool backward, bool masked, bool reuses)
+      : chain(c), is_backward(backward), before{}, after{}, masked(masked), norm{}, once(false) {
     const int act_at = c.after_at(Stage::act), drop_at = c.after_at(Stage::drop);
     bits = c.noise == Noise::bernoulli || c.noise == Noise::constant;
     saves_drop = c.saves_keep();
     // The decision of a noise that stands next to an activation of one bit is joined with it.
-    saves_act = c.saves_pass() ||
-                (saves_drop && c.one_bit && act_at >= 0 && drop_at >= 0 && std::abs(act_at - drop_at) == 1);
+    saves_act =
+        c.saves_pass() || (saves_drop && c.one_bit && act_at >= 0 && drop_at >= 0 && std::abs(act_at - drop_at) == 1);
     saves_at = saves_act && saves_drop ? std::max(act_at, drop_at) : saves_act ? act_at : drop_at;
     const bool gated = is_backward && masked && saves_act;
+    const auto step = [](Stage stage) { return stage == Stage::add ? add : stage == Stage::act ? act : drop; };
+    for (int i = 0; i < 2 && c.before[i] != Stage::none; ++i) before.at[before.count++] = step(c.before[i]);
     for (int i = 0; i < 3 && c.after[i] != Stage::none; ++i) {
       if (gated && i == saves_at) {
-        steps[count++] = gate;
+        after.at[after.count++] = gate;
       } else if (!(gated && (i == act_at || (i == drop_at && saves_drop)))) {
-        steps[count++] = c.after[i] == Stage::add ? add : c.after[i] == Stage::act ? act : drop;
+        after.at[after.count++] = step(c.after[i]);
       }
     }
-    norm = segment(0, true);
-    const bool ends_in_add = is_backward && norm.end + 1 == count && steps[norm.end] == add;
-    staged = c.before[0] != Stage::none || !(norm.end == count || ends_in_add);
+    norm = norm_segment();
+    const bool ends_in_add = is_backward && norm.end + 1 == after.count && after.at[norm.end] == add;
+    staged = before.count > 0 || !(norm.end == after.count || ends_in_add);
+    if (is_backward) {
+      once = reuses && staged && norm.end < after.count && !ends_in_add;
+      if (once && !norm.act) norm = {};  // its noise, if any, is taken in the first pass, too
+    } else {
+      once = reuses && before.has(drop) && !bits;
+    }
   }
 
-  Segment segment(int i, bool at_norm) const {
+  // The second pass, where the first has left its work.
+  Plan second() const {
+    Plan plan = *this;
+    if (once) (is_backward ? plan.after.count : plan.before.count) = is_backward ? norm.end : 0;
+    return plan;
+  }
+
+  Segment segment(const Steps& steps, int i) const {
     Segment s{};
-    const auto next = [&](Step step) { return i < count && steps[i] == step; };
-    s.add = !at_norm && next(add);
-    i += s.add;
-    s.act = next(act) && !(at_norm && chain.has_weight);
-    i += s.act;
-    if (next(gate) || (next(drop) && bits)) s.drop = steps[i++];
+    s.begin = i;
+    const auto next = [&](Step step) { return i < steps.count && steps.at[i] == step; };
+    const auto take = [&](Step step) { return next(step) ? ++i, true : false; };
+    const auto take_drop = [&] {
+      if (next(drop) || next(gate)) s.drop = steps.at[i++];
+    };
+    s.add = take(add);
+    s.act = take(act);
+    // PReLU stands alone: the gradient of its weight needs what comes in and goes out.
+    if (!(s.act && chain.has_weight)) take_drop();
+    s.drop_first = !s.act && s.drop == drop && !chain.has_weight && take(act);
+    s.act = s.act || s.drop_first;
     s.end = i;
     return s;
   }
 
   int64_t tile_elements(int64_t fused) const { return staged ? std::min(fused, kStageElements) : fused; }
-  bool drops() const { return chain.before_has(Stage::drop) || chain.after_at(Stage::drop) >= 0; }
-  // Backward: whether the mask is the noise, and where not, whether there is any to draw.
+  bool drops() const { return before.has(drop) || after.has(drop); }
+  // Backward: the mask is the noise.
   bool mask_is_noise() const { return masked && saves_drop && !saves_act; }
-  bool backward_draws() const { return drops() && !(masked && saves_drop); }
+
+ private:
+  // What the norm's own kernel takes along: [act] [drop in bits].
+  Segment norm_segment() const {
+    Segment s{};
+    const auto next = [&](Step step) { return s.end < after.count && after.at[s.end] == step; };
+    s.act = next(act) && !chain.has_weight;
+    s.end += s.act;
+    if (next(gate) || (next(drop) && bits)) s.drop = after.at[s.end++];
+    return s;
+  }
 };
 
 // The parts of a tile of one thread, in first-level cache.
@@ -143,25 +184,22 @@ class Stages {
         w_(workspace),
         ld_(tile.span == kRun ? kStageElements : padded(tile.cols)) {}
 
-  // u = before(x), without the noise if asked.
-  In ahead(View<const T> x, bool noisy = true) { return before(widened(x, w_.x), noisy).u; }
+  // u = before(x), without the noise if asked; left where the second pass looks for it.
+  In ahead(View<const T> x, View<T> left = {}, bool noisy = true) {
+    return before(widened(x, w_.x), left.p ? in_place(left, w_.u) : Out{w_.u, ld_}, noisy).u;
+  }
 
   void forward(View<const T> x, View<const T> residual, View<T> y, uint32_t* save, int64_t ldsave) {
     if (!plan_.staged) return norm<T>(x, y, plan_.norm, save, ldsave);
     Out out = in_place(y, w_.v);
-    const auto saves = [&](int begin, int end) {
-      return plan_.masked && begin <= plan_.saves_at && plan_.saves_at < end ? save : nullptr;
+    const auto saves = [&](const Plan::Segment& s) {
+      return plan_.masked && s.begin <= plan_.saves_at && plan_.saves_at < s.end ? save : nullptr;
     };
-    norm<A>(before(widened(x, w_.x)).u, out, plan_.norm, saves(0, plan_.norm.end), ldsave);
-    for (int i = plan_.norm.end; i < plan_.count;) {
-      const Plan::Segment s = plan_.segment(i, false);
-      if (s.end == i) {
-        multiply(out, out);
-        ++i;
-        continue;
-      }
-      uint32_t* const to = saves(i, s.end);
-      value(out, s.add ? widened(residual, w_.residual) : In{}, out, s.act, s.drop == Plan::drop, to, ldsave);
+    norm<A>(before(widened(x, w_.x), {w_.u, ld_}).u, out, plan_.norm, saves(plan_.norm), ldsave);
+    for (int i = plan_.norm.end; i < plan_.after.count;) {
+      const Plan::Segment s = plan_.segment(plan_.after, i);
+      uint32_t* const to = saves(s);
+      value(out, residual, out, s, to, ldsave);
       // The noise of an earlier kernel joins the bits of this activation.
       if (to && plan_.saves_act && plan_.saves_drop && s.drop == Plan::none) join(to, ldsave);
       i = s.end;
@@ -169,7 +207,8 @@ class Stages {
     narrow(out, y);
   }
 
-  void gradient_sums(View<const T> x, View<const T> residual, View<const T> g, double* sum_dz, double* sum_dz_xmu) {
+  void gradient_sums(View<const T> x, View<const T> residual, View<const T> g, double* sum_dz, double* sum_dz_xmu,
+                     const Gradients<T>& to) {
     const auto sums = [&](auto u, auto dz) {
       auto q = norm_gradient(u, dz);
       q.sum_dz = sum_dz;
@@ -178,8 +217,8 @@ class Stages {
       kernels_for<E>().gradient_sums[tile_.span][norm_activation()](q);
     };
     if (!plan_.staged) return sums(x, g);
-    const In u = before(widened(x, w_.x)).u;
-    sums(u, behind_norm(u, residual, g, {}));
+    const In u = before(widened(x, w_.x), {w_.u, ld_}).u;
+    sums(u, behind_norm(u, residual, g, to));
   }
 
   void gradient(View<const T> x, View<const T> residual, View<const T> g, const Gradients<T>& to) {
@@ -198,94 +237,77 @@ class Stages {
       if (to.dx.p) input_gradient(x, g, to.dx);
       return;
     }
-    const Before b = before(widened(x, w_.x));
-    const In dz = behind_norm(b.u, residual, g, to);
-    const bool sums_before = to.act_weight && chain_.before_has(Stage::act);
+    const Before b = before(widened(x, w_.x), {w_.u, ld_});
+    Gradients<T> behind = to;
+    behind.dx = {};
+    const In dz = behind_norm(b.u, residual, g, behind);
+    const bool sums_before = to.act_weight && plan_.before.has(Plan::act);
     if (!to.dx.p && !sums_before) return;
-    Out du = to.dx.p ? in_place(to.dx, w_.g) : Out{w_.g, ld_};
+    const Out du = to.dx.p ? in_place(to.dx, w_.g) : Out{w_.g, ld_};
     input_gradient(b.u, dz, du);
-    for (int i = 1; i >= 0; --i) {
-      if (chain_.before[i] == Stage::drop) {
-        if (i == 1 && joins()) {
-          value_gradient(b.entering, du, du, Plan::drop);
-          break;
-        }
-        multiply(du, du);
-      } else if (chain_.before[i] == Stage::act) {
-        if (to.act_weight) weight_sums(b.entering, du, to.act_weight);
-        value_gradient(b.entering, du, du, Plan::none);
-      }
+    for (int i = b.count - 1; i >= 0; --i) {
+      const Plan::Segment& s = b.segments[i];
+      if (s.act && to.act_weight) weight_sums(b.entering, du, to.act_weight);
+      value_gradient(b.entering, du, du, s);
     }
     if (to.dx.p) narrow(du, to.dx);
   }
 
  private:
   struct Before {
-    In u, entering;  // the activation
+    In u, entering;  // the kernel of the activation
+    Plan::Segment segments[2];
+    int count;
   };
 
-  // An activation and the noise in bits behind it are one kernel, unless sums want the gradient between the two.
-  bool joins() const { return plan_.bits && !chain_.has_weight; }
-
-  Before before(In x, bool noisy = true) {
-    Before b{x, x};
-    for (int i = 0; i < 2; ++i) {
-      if (chain_.before[i] == Stage::drop && noisy) {
-        const Out out{chain_.before[1] == Stage::act ? w_.entering : w_.u, ld_};
-        multiply(b.u, out);
-        b.u = out;
-      } else if (chain_.before[i] == Stage::act) {
-        b.entering = b.u;
-        const Out out{w_.u, ld_};
-        const bool joined = noisy && chain_.before[1] == Stage::drop && joins();
-        value(b.u, {}, out, true, joined, nullptr, 0);
-        b.u = out;
-        if (joined) break;
-      }
+  Before before(In x, Out last, bool noisy = true) {
+    Before b{x, x, {}, 0};
+    for (int i = 0; i < plan_.before.count; i = b.segments[b.count++].end) {
+      Plan::Segment& s = b.segments[b.count] = plan_.segment(plan_.before, i);
+      if (s.act) b.entering = b.u;
+      if (!noisy) s.drop = Plan::none;
+      if (!s.act && s.drop == Plan::none) continue;
+      // Only where two kernels run, and the second has the activation, is what enters it not x.
+      const Out out = s.end < plan_.before.count && !s.act ? Out{w_.entering, ld_} : last;
+      value(b.u, {}, out, s, nullptr, 0);
+      b.u = out;
     }
     return b;
   }
 
-  // From grad_output to the gradient behind the norm's own kernel.
+  // From grad_output to the gradient behind the norm's own kernel, which is left in to.dx if the plan says so.
   In behind_norm(In u, View<const T> residual, View<const T> grad_output, const Gradients<T>& to) {
-    const int first = plan_.norm.end;
-    In v{};  // what enters the activation
-    for (int i = first; i < plan_.count; ++i) {
-      if (plan_.steps[i] == Plan::act) v = entering(u, residual, i);
+    Plan::Segment segments[3];
+    int count = 0;
+    In v{};  // what enters the kernel of the activation
+    for (int i = plan_.norm.end; i < plan_.after.count; i = segments[count++].end) {
+      segments[count] = plan_.segment(plan_.after, i);
+      if (segments[count].act) v = entering(u, residual, segments[count]);
     }
     In g = widened(grad_output, w_.g);
-    const Out out{w_.g, ld_};
-    for (int i = plan_.count - 1; i >= first; --i) {
-      const Plan::Step step = plan_.steps[i];
-      if (step == Plan::add) {
-        if (to.residual.p) leave(g, to.residual);
-        continue;
+    const Out out = plan_.once && to.dx.p ? in_place(to.dx, w_.g) : Out{w_.g, ld_};
+    while (count-- > 0) {
+      const Plan::Segment& s = segments[count];
+      if (s.act && to.act_weight) weight_sums(v, g, to.act_weight);
+      if (s.act || s.drop != Plan::none) {
+        value_gradient(s.act ? v : g, g, out, s);
+        g = out;
       }
-      if (step == Plan::act) {
-        if (to.act_weight) weight_sums(v, g, to.act_weight);
-        value_gradient(v, g, out, Plan::none);
-      } else if (step == Plan::drop && i > first && plan_.steps[i - 1] == Plan::act && joins()) {
-        value_gradient(v, g, out, Plan::drop);
-        --i;
-      } else {
-        step == Plan::gate ? value_gradient(g, g, out, Plan::gate, false) : multiply(g, out);
-      }
-      g = out;
+      if (s.add && to.residual.p) leave(g, to.residual);
     }
     return g;
   }
 
-  // What enters the activation at step `at`, as forward computed it.
-  In entering(In u, View<const T> residual, int at) {
+  // What enters the kernel of segment s behind its addition, as forward computed it.
+  In entering(In u, View<const T> residual, const Plan::Segment& s) {
     const Out out{w_.v, ld_};
     norm<A>(u, out, plan_.norm, nullptr, 0);
-    for (int i = plan_.norm.end; i < at; ++i) {
-      if (plan_.steps[i] == Plan::add) {
-        value(out, widened(residual, w_.residual), out, false, false, nullptr, 0);
-      } else {
-        multiply(out, out);
-      }
+    for (int i = plan_.norm.end; i < s.begin;) {
+      const Plan::Segment earlier = plan_.segment(plan_.after, i);
+      value(out, residual, out, earlier, nullptr, 0);
+      i = earlier.end;
     }
+    if (s.add) value(out, residual, out, {true, false, false, Plan::none, 0, 0}, nullptr, 0);
     return out;
   }
 
@@ -296,7 +318,8 @@ class Stages {
   template <class Arguments>
   void set_factor(Arguments& q, Plan::Step step) const {
     q.multiplier = 1;
-    if (step == Plan::drop || (step == Plan::gate && plan_.saves_drop)) q.multiplier = static_cast<A>(chain_.multiplier);
+    if (step == Plan::drop || (step == Plan::gate && plan_.saves_drop))
+      q.multiplier = static_cast<A>(chain_.multiplier);
     if (step == Plan::drop) {
       q.keep = tile_.draws.keep;
       q.ldkeep = tile_.draws.ldkeep;
@@ -339,7 +362,7 @@ class Stages {
     return q;
   }
 
-  Elementwise<A> elementwise(In x, Out y) const {
+  Elementwise<A> elementwise(In x, Out y, const Plan::Segment& s) const {
     Elementwise<A> q{};
     q.rows = tile_.rows;
     q.cols = tile_.cols;
@@ -349,33 +372,37 @@ class Stages {
     q.ldy = y.ld;
     std::copy_n(chain_.parameters, 2, q.activation);
     q.act_weight = tile_.act_weight;
+    q.factor_first = s.drop_first && s.drop != Plan::none;
+    set_factor(q, s.drop);
+    if (s.drop == Plan::drop) {
+      q.m = tile_.draws.m;
+      q.ldm = tile_.draws.ldm;
+    }
     return q;
   }
-  void value(In x, In add, Out y, bool act, bool drop, uint32_t* save, int64_t ldsave) {
-    Elementwise<A> q = elementwise(x, y);
-    q.add = add.p;
-    q.ldadd = add.ld;
-    set_factor(q, drop ? Plan::drop : Plan::none);
+  void value(In x, View<const T> residual, Out y, const Plan::Segment& s, uint32_t* save, int64_t ldsave) {
+    Elementwise<A> q = elementwise(x, y, s);
+    if (s.add) {
+      const In add = widened(residual, w_.residual);
+      q.add = add.p;
+      q.ldadd = add.ld;
+    }
     q.save = save;
     q.ldsave = ldsave;
-    elementwise_for<A>().value[tile_.span][activation(act)](q);
+    elementwise_for<A>().value[tile_.span][activation(s.act)](q);
   }
-  void value_gradient(In x, In g, Out y, Plan::Step drop, bool act = true) {
-    Elementwise<A> q = elementwise(x, y);
+  void value_gradient(In x, In g, Out y, const Plan::Segment& s) {
+    Elementwise<A> q = elementwise(x, y, s);
     q.g = g.p;
     q.ldg = g.ld;
-    set_factor(q, drop);
-    elementwise_for<A>().gradient[tile_.span][activation(act)](q);
+    elementwise_for<A>().gradient[tile_.span][activation(s.act)](q);
   }
   void weight_sums(In x, In g, double* sum) {
-    Elementwise<A> q = elementwise(x, {});
+    Elementwise<A> q = elementwise(x, {}, {});
     q.g = g.p;
     q.ldg = g.ld;
     q.sum = sum;
     elementwise_for<A>().weight_sums[tile_.span](q);
-  }
-  void multiply(In x, Out y) {
-    cpu::multiply<A>(x, y, chain_.multiplier, tile_.rows, tile_.cols, tile_.draws);
   }
 
   void join(uint32_t* save, int64_t ldsave) const {

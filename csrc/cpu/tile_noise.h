@@ -158,8 +158,7 @@ class TileNoise {
     kernels().multipliers_run[kind()](low(), high(), static_cast<uint32_t>(c), group, chain_.strength, out, n);
   }
   void multipliers_columns(int64_t c, int64_t group, float* out, int64_t ld) const {
-    kernels().multipliers_columns[kind()](low(), high(), static_cast<uint32_t>(c), group, chain_.strength, out,
-                                          ld, ld);
+    kernels().multipliers_columns[kind()](low(), high(), static_cast<uint32_t>(c), group, chain_.strength, out, ld, ld);
   }
 
   Chain chain_;
