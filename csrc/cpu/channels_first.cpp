@@ -180,11 +180,17 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
     Workspace<A> workspace;
     const Tile<T> tile = tile_of(at, noisy ? draw(at, drawn) : Draws{});
     Stages<T> stages(plan, tile, workspace);
-    const View<T> left{plan.once ? channels.target(p.y, at.c, at.tile, out) : nullptr, 0};
-    kernels_for<A>().moments_run(stages.ahead({x, 0}, left).p, n, &s.u.mean, &s.u.m2);
-    if (plan.once) channels.store(p.y, at.c, at.tile, left.p);
+    const View<const A> u = stages.ahead({x, 0});
+    kernels_for<A>().moments_run(u.p, n, &s.u.mean, &s.u.m2);
+    if constexpr (std::is_same_v<T, A>) {
+      if (plan.once) {
+        T* y = channels.target(p.y, at.c, at.tile, out);
+        std::copy_n(u.p, n, y);
+        channels.store(p.y, at.c, at.tile, y);
+      }
+    }
     if (p.clean_mean) {
-      kernels_for<A>().moments_run(stages.ahead({x, 0}, {}, false).p, n, &s.clean.mean, &s.clean.m2);
+      kernels_for<A>().moments_run(stages.ahead({x, 0}, false).p, n, &s.clean.mean, &s.clean.m2);
     }
     return s;
   };

@@ -120,8 +120,14 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
         if (!before) return merge(x, partials);
         const Tile<T> tile = tile_of(t, noisy ? draw(t, drawn) : Draws{});
         Stages<T> stages(plan, tile, workspace);
-        merge(stages.ahead(x, {plan.once ? p.y + matrix.offset(t) : nullptr, ld}), partials);
-        if (p.clean_mean) merge(stages.ahead(x, {}, false), clean);
+        const View<const A> u = stages.ahead(x);
+        merge(u, partials);
+        if constexpr (std::is_same_v<T, A>) {
+          for (int64_t row = 0; plan.once && row < t.rows; ++row) {
+            std::copy_n(u.p + row * u.ld, t.columns, p.y + matrix.offset(t) + row * ld);
+          }
+        }
+        if (p.clean_mean) merge(stages.ahead(x, false), clean);
       });
     });
   }

@@ -184,27 +184,28 @@ class Stages {
         w_(workspace),
         ld_(tile.span == kRun ? kStageElements : padded(tile.cols)) {}
 
-  // u = before(x), without the noise if asked; left where the second pass looks for it.
-  In ahead(View<const T> x, View<T> left = {}, bool noisy = true) {
-    return before(widened(x, w_.x), left.p ? in_place(left, w_.u) : Out{w_.u, ld_}, noisy).u;
-  }
+  // u = before(x), without the noise if asked.
+  In ahead(View<const T> x, bool noisy = true) { return before(widened(x, w_.x), noisy).u; }
 
   void forward(View<const T> x, View<const T> residual, View<T> y, uint32_t* save, int64_t ldsave) {
     if (!plan_.staged) return norm<T>(x, y, plan_.norm, save, ldsave);
-    Out out = in_place(y, w_.v);
     const auto saves = [&](const Plan::Segment& s) {
       return plan_.masked && s.begin <= plan_.saves_at && plan_.saves_at < s.end ? save : nullptr;
     };
-    norm<A>(before(widened(x, w_.x), {w_.u, ld_}).u, out, plan_.norm, saves(plan_.norm), ldsave);
+    const auto target = [&](int end) { return last(end == plan_.after.count, y, w_.v); };
+    Out z = target(plan_.norm.end);
+    norm<A>(before(widened(x, w_.x)).u, z, plan_.norm, saves(plan_.norm), ldsave);
     for (int i = plan_.norm.end; i < plan_.after.count;) {
       const Plan::Segment s = plan_.segment(plan_.after, i);
       uint32_t* const to = saves(s);
-      value(out, residual, out, s, to, ldsave);
+      const Out next = target(s.end);
+      value(z, residual, next, s, to, ldsave);
       // The noise of an earlier kernel joins the bits of this activation.
       if (to && plan_.saves_act && plan_.saves_drop && s.drop == Plan::none) join(to, ldsave);
+      z = next;
       i = s.end;
     }
-    narrow(out, y);
+    narrow(z, y);
   }
 
   void gradient_sums(View<const T> x, View<const T> residual, View<const T> g, double* sum_dz, double* sum_dz_xmu,
@@ -217,8 +218,9 @@ class Stages {
       kernels_for<E>().gradient_sums[tile_.span][norm_activation()](q);
     };
     if (!plan_.staged) return sums(x, g);
-    const In u = before(widened(x, w_.x), {w_.u, ld_}).u;
-    sums(u, behind_norm(u, residual, g, to));
+    const In u = before(widened(x, w_.x)).u, dz = behind_norm(u, residual, g, to);
+    sums(u, dz);
+    if (to.dx.p) leave(dz, to.dx);
   }
 
   void gradient(View<const T> x, View<const T> residual, View<const T> g, const Gradients<T>& to) {
@@ -237,18 +239,19 @@ class Stages {
       if (to.dx.p) input_gradient(x, g, to.dx);
       return;
     }
-    const Before b = before(widened(x, w_.x), {w_.u, ld_});
-    Gradients<T> behind = to;
-    behind.dx = {};
-    const In dz = behind_norm(b.u, residual, g, behind);
+    const Before b = before(widened(x, w_.x));
+    const In dz = behind_norm(b.u, residual, g, to);
     const bool sums_before = to.act_weight && plan_.before.has(Plan::act);
     if (!to.dx.p && !sums_before) return;
-    const Out du = to.dx.p ? in_place(to.dx, w_.g) : Out{w_.g, ld_};
+    const auto target = [&](int segment) { return last(to.dx.p && segment == 0, to.dx, w_.g); };
+    Out du = target(b.count);
     input_gradient(b.u, dz, du);
     for (int i = b.count - 1; i >= 0; --i) {
       const Plan::Segment& s = b.segments[i];
       if (s.act && to.act_weight) weight_sums(b.entering, du, to.act_weight);
-      value_gradient(b.entering, du, du, s);
+      const Out next = target(i);
+      value_gradient(b.entering, du, next, s);
+      du = next;
     }
     if (to.dx.p) narrow(du, to.dx);
   }
@@ -260,7 +263,7 @@ class Stages {
     int count;
   };
 
-  Before before(In x, Out last, bool noisy = true) {
+  Before before(In x, bool noisy = true) {
     Before b{x, x, {}, 0};
     for (int i = 0; i < plan_.before.count; i = b.segments[b.count++].end) {
       Plan::Segment& s = b.segments[b.count] = plan_.segment(plan_.before, i);
@@ -268,14 +271,14 @@ class Stages {
       if (!noisy) s.drop = Plan::none;
       if (!s.act && s.drop == Plan::none) continue;
       // Only where two kernels run, and the second has the activation, is what enters it not x.
-      const Out out = s.end < plan_.before.count && !s.act ? Out{w_.entering, ld_} : last;
+      const Out out{s.end < plan_.before.count && !s.act ? w_.entering : w_.u, ld_};
       value(b.u, {}, out, s, nullptr, 0);
       b.u = out;
     }
     return b;
   }
 
-  // From grad_output to the gradient behind the norm's own kernel, which is left in to.dx if the plan says so.
+  // From grad_output to the gradient behind the norm's own kernel.
   In behind_norm(In u, View<const T> residual, View<const T> grad_output, const Gradients<T>& to) {
     Plan::Segment segments[3];
     int count = 0;
@@ -285,7 +288,7 @@ class Stages {
       if (segments[count].act) v = entering(u, residual, segments[count]);
     }
     In g = widened(grad_output, w_.g);
-    const Out out = plan_.once && to.dx.p ? in_place(to.dx, w_.g) : Out{w_.g, ld_};
+    const Out out{w_.g, ld_};
     while (count-- > 0) {
       const Plan::Segment& s = segments[count];
       if (s.act && to.act_weight) weight_sums(v, g, to.act_weight);
@@ -422,12 +425,12 @@ class Stages {
       return x;
     }
   }
-  Out in_place(View<T> y, A* buffer) const {
-    if constexpr (converts) {
-      return {buffer, ld_};
-    } else {
-      return y;
+  // Where a kernel writes: only the last one to memory, which is slow to take what the next would read back.
+  Out last(bool is_last, View<T> y, A* buffer) const {
+    if constexpr (!converts) {
+      if (is_last) return y;
     }
+    return {buffer, ld_};
   }
   void narrow(In x, View<T> y) const {
     if constexpr (converts) kernels_for<T>().narrow(x.p, x.ld, y.p, y.ld, tile_.rows, tile_.cols);
