@@ -27,7 +27,7 @@ class Matrix {
     blocks_ = (columns_ + largest - 1) / largest;
     block_ = padded((columns_ + blocks_ - 1) / blocks_);
     blocks_ = (columns_ + block_ - 1) / block_;
-    tile_rows_ = std::clamp<int64_t>((staged ? kStageElements : kFusedElements) / block_ / 8 * 8, 8, kMaxTileRows);
+    tile_rows_ = std::clamp<int64_t>((staged ? kStageMatrix : kFusedElements) / block_ / 8 * 8, 8, kMaxTileRows);
     chunk_ = std::max<int64_t>(kPanelElements / block_ / kMaxTileRows * kMaxTileRows, kMaxTileRows);
     chunks_ = (rows_ + chunk_ - 1) / chunk_;
   }

@@ -141,11 +141,15 @@ struct Plan {
   }
 };
 
-// The parts of a tile of one thread, in first-level cache.
+// The parts of a tile of one thread, in first-level cache. They begin at different places of a page: a store delays the
+// loads from the same place of another.
 template <class A>
 struct Workspace {
-  alignas(64) A x[kStageElements], entering[kStageElements], u[kStageElements], v[kStageElements], g[kStageElements],
-      residual[kStageElements];
+  struct Part {
+    alignas(64) A values[kStageElements + 320 / sizeof(A)];
+    operator A*() { return values; }
+  };
+  Part x, entering, u, v, g, residual;
 };
 
 template <class T>

@@ -11,9 +11,12 @@
 namespace fusednorm::cpu {
 
 constexpr int64_t kFusedElements = 8192;  // of a tile, at most, that is worked on where it stands
-constexpr int64_t kStageElements = 2048;  // of a tile whose stages go through buffers: they share the first-level cache
-constexpr int64_t kStageColumns = 256;    // and of its columns: a group of 8 rows has to fit
-constexpr int64_t kBlockColumns = 1024;   // of any tile
+// Of a tile whose stages go through buffers, at most: they share the first-level cache. In runs sums cost more the
+// shorter these are.
+constexpr int64_t kStageElements = 2048;
+constexpr int64_t kStageMatrix = 1024;   // the same, of columns
+constexpr int64_t kStageColumns = 128;   // a group of 8 rows has to fit
+constexpr int64_t kBlockColumns = 1024;  // of any tile
 
 constexpr int64_t words_of(int64_t bits) { return (bits + 31) / 32; }
 
