@@ -313,28 +313,43 @@ struct StageParameters<A, math::Prelu, span> {
   FN_INLINE math::Parameters<Vec<A>> operator[](int64_t column) const { return {slope[column], slope[column]}; }
 };
 
-// A block's factors.
-template <class A>
+// A block's factors: one for all, bits, or floats. What a kernel reads in its loops are values of its own: it would
+// have to read arguments again behind every store.
+enum FactorKind { kOne, kBits, kFloats };
+template <class A, FactorKind kind>
 struct Factor {
-  Block<float> rest;
   const float* m;
   uint32_t keep;
   Vec<A> multiplier;
   template <class Arguments>
-  FN_INLINE Factor(const Arguments& q, int64_t row, int64_t i)
-      : m(q.m ? rest.at(q.m + row * q.ldm + i, q.cols - i) : nullptr),
-        keep(q.keep ? q.keep[row * q.ldkeep + i / kBlock] : ~0u),
+  FN_INLINE Factor(const Arguments& q, int64_t row, int64_t i, Block<float>& rest)
+      : m(kind == kFloats ? rest.at(q.m + row * q.ldm + i, q.cols - i) : nullptr),
+        keep(kind == kBits ? q.keep[row * q.ldkeep + i / kBlock] : ~0u),
         multiplier(q.multiplier) {}
   template <class Index>
   FN_INLINE Vec<A> operator[](Index v) const {
-    return m ? load_floats<A>(m + v * Vec<A>::width) : select(from_bits<A>(keep, v), multiplier, Vec<A>(0.0f));
+    if constexpr (kind == kFloats) return load_floats<A>(m + v * Vec<A>::width);
+    if constexpr (kind == kBits) return select(from_bits<A>(keep, v), multiplier, Vec<A>(0.0f));
+    return multiplier;
   }
 };
+// f(kind) for the kind of factor in the arguments.
+template <class Arguments, class F>
+FN_INLINE void for_factor(const Arguments& q, F f) {
+  if (q.m) {
+    f(std::integral_constant<FactorKind, kFloats>{});
+  } else if (q.keep) {
+    f(std::integral_constant<FactorKind, kBits>{});
+  } else {
+    f(std::integral_constant<FactorKind, kOne>{});
+  }
+}
 
-template <class A, class Activation, Span span>
-void stage_value(const Elementwise<A>& q) {
+template <class A, class Activation, Span span, FactorKind kind>
+FN_INLINE void stage_value_rows(const Elementwise<A>& q) {
   using V = Vec<A>;
   const StageParameters<A, Activation, span> parameters(q);
+  const bool first = q.factor_first;
   for (int64_t row = 0; row < q.rows; ++row) {
     for (int64_t i = 0; i < q.cols; i += kBlock) {
       const int64_t rest = q.cols - i;
@@ -343,15 +358,16 @@ void stage_value(const Elementwise<A>& q) {
       const A* x = in.at(q.x + row * q.ldx + i, rest);
       const A* add = q.add ? more.at(q.add + row * q.ldadd + i, rest) : nullptr;
       A* y = rest < kBlock ? out : q.y + row * q.ldy + i;
-      const Factor<A> factor(q, row, i);
+      Block<float> factors;
+      const Factor<A, kind> factor(q, row, i, factors);
       uint32_t saved = 0;
       for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         V z = V::load(x + v * V::width);
         if (add) z = z + V::load(add + v * V::width);
-        if (q.factor_first) z = z * factor[v];
+        if (first) z = z * factor[v];
         const auto p = parameters[i + v * V::width];
         V value = Activation::value(z, p);
-        if (!q.factor_first) value = value * factor[v];
+        if (!first) value = value * factor[v];
         value.store(y + v * V::width);
         if constexpr (Activation::one_bit) {
           saved |= to_bits(both(from_bits<A>(factor.keep, v), Activation::passes(z, p))) << (v * V::width);
@@ -364,9 +380,15 @@ void stage_value(const Elementwise<A>& q) {
 }
 
 template <class A, class Activation, Span span>
-void stage_gradient(const Elementwise<A>& q) {
+void stage_value(const Elementwise<A>& q) {
+  for_factor(q, [&](auto kind) FN_LAMBDA_INLINE { stage_value_rows<A, Activation, span, kind>(q); });
+}
+
+template <class A, class Activation, Span span, FactorKind kind>
+FN_INLINE void stage_gradient_rows(const Elementwise<A>& q) {
   using V = Vec<A>;
   const StageParameters<A, Activation, span> parameters(q);
+  const bool first = q.factor_first;
   for (int64_t row = 0; row < q.rows; ++row) {
     for (int64_t i = 0; i < q.cols; i += kBlock) {
       const int64_t rest = q.cols - i;
@@ -375,15 +397,21 @@ void stage_gradient(const Elementwise<A>& q) {
       const A* x = in.at(q.x + row * q.ldx + i, rest);
       const A* g = gradient.at(q.g + row * q.ldg + i, rest);
       A* y = rest < kBlock ? out : q.y + row * q.ldy + i;
-      const Factor<A> factor(q, row, i);
+      Block<float> factors;
+      const Factor<A, kind> factor(q, row, i, factors);
       for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         const V z = V::load(x + v * V::width), m = factor[v], dy = V::load(g + v * V::width) * m;
         // The factor is linear: it does not matter on which side of the activation's gradient it comes.
-        Activation::gradient(q.factor_first ? z * m : z, dy, parameters[i + v * V::width]).store(y + v * V::width);
+        Activation::gradient(first ? z * m : z, dy, parameters[i + v * V::width]).store(y + v * V::width);
       });
       if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
     }
   }
+}
+
+template <class A, class Activation, Span span>
+void stage_gradient(const Elementwise<A>& q) {
+  for_factor(q, [&](auto kind) FN_LAMBDA_INLINE { stage_gradient_rows<A, Activation, span, kind>(q); });
 }
 
 // Straight to double: these sums are rare.
@@ -406,8 +434,8 @@ void weight_sums(const Elementwise<A>& q) {
   if (span == kRun) *q.sum += sum_lanes(lanes);
 }
 
-template <class T>
-void scale(const Scale<T>& q) {
+template <class T, FactorKind kind>
+FN_INLINE void scale_rows(const Scale<T>& q) {
   using A = opmath_t<T>;
   using V = Vec<A>;
   for (int64_t row = 0; row < q.rows; ++row) {
@@ -417,13 +445,19 @@ void scale(const Scale<T>& q) {
       alignas(64) T out[kBlock];
       const T* x = q.x ? in.at(q.x + row * q.ldx + i, rest) : nullptr;
       T* y = rest < kBlock ? out : q.y + row * q.ldy + i;
-      const Factor<A> factor(q, row, i);
+      Block<float> factors;
+      const Factor<A, kind> factor(q, row, i, factors);
       for_vectors<true, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         ((x ? V::load(x + v * V::width) : V(1.0f)) * factor[v]).store(y + v * V::width);
       });
       if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
     }
   }
+}
+
+template <class T>
+void scale(const Scale<T>& q) {
+  for_factor(q, [&](auto kind) FN_LAMBDA_INLINE { scale_rows<T, kind>(q); });
 }
 
 template <class From, class To>
