@@ -222,9 +222,8 @@ class Stages {
       kernels_for<E>().gradient_sums[tile_.span][norm_activation()](q);
     };
     if (!plan_.staged) return sums(x, g);
-    const In u = before(widened(x, w_.x)).u, dz = behind_norm(u, residual, g, to);
+    const In u = before(widened(x, w_.x)).u, dz = behind_norm(u, residual, g, to, true);
     sums(u, dz);
-    if (to.dx.p) leave(dz, to.dx);
   }
 
   void gradient(View<const T> x, View<const T> residual, View<const T> g, const Gradients<T>& to) {
@@ -282,8 +281,8 @@ class Stages {
     return b;
   }
 
-  // From grad_output to the gradient behind the norm's own kernel.
-  In behind_norm(In u, View<const T> residual, View<const T> grad_output, const Gradients<T>& to) {
+  // From grad_output to the gradient behind the norm's own kernel; in to.dx if the second pass is to find it there.
+  In behind_norm(In u, View<const T> residual, View<const T> grad_output, const Gradients<T>& to, bool leaves = false) {
     Plan::Segment segments[3];
     int count = 0;
     In v{};  // what enters the kernel of the activation
@@ -292,7 +291,7 @@ class Stages {
       if (segments[count].act) v = entering(u, residual, segments[count]);
     }
     In g = widened(grad_output, w_.g);
-    const Out out{w_.g, ld_};
+    const Out out = last(leaves && to.dx.p, to.dx, w_.g);
     while (count-- > 0) {
       const Plan::Segment& s = segments[count];
       if (s.act && to.act_weight) weight_sums(v, g, to.act_weight);
