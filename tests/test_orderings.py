@@ -62,7 +62,7 @@ def trained(orderings, layers, number, activation, dtype):
     return torch.tensor(losses), orderings.logits(net, test.to(dtype))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-3)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-3)], ids=str)
 @pytest.mark.parametrize("activation", ["elu", "relu"])
 @pytest.mark.parametrize("number", range(11))
 def test_stock_and_fused_layers_learn_alike(orderings, number, activation, dtype, tolerance):
@@ -176,7 +176,7 @@ def test_noise_alone_decides_nothing(orderings):
 
 
 def test_another_clear_ranking_is_not_the_tables(orderings):
-    # The table's ranking but for its ends, which trade places.
+    # The table's better half behind its worse one.
     others = sorted(orderings.TABLE, key=lambda k: orderings.ORDERS[k][1])
     losses = {0: 0.0, **{k: i for i, k in enumerate([*others[5:], *others[:5]])}}
     found = verdicts(orderings, planted(orderings, losses))
