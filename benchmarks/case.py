@@ -24,10 +24,11 @@ class Case:
         torch._dynamo.reset()
         self.workload, self.p, self.device = workload, p, device
         self.x = workload.randn(0, device).requires_grad_()
+        self.inputs = (self.x, workload.randn(3, device).requires_grad_()) if workload.adds else (self.x,)
         self.modules = {"fused": build("fused", workload, p, device)}
         self.error, self.wrong = {}, None
         try:
-            self.error = check.fused(self.modules["fused"], workload, p, self.x.detach(), workload.randn(1, device))
+            self.error = check.fused(self.modules["fused"], workload, p, self.inputs, workload.randn(1, device))
         except AssertionError as error:
             if strict:
                 raise
@@ -45,12 +46,12 @@ class Case:
 
     def _prepare(self, provider: str) -> None:
         module = self.modules.get(provider) or build(provider, self.workload, self.p, self.device)
-        y = module(self.x)
+        y = module(*self.inputs)
         self.grads[provider] = self._grad_like(y)
         y.backward(self.grads[provider])
         del y
         self.modules[provider] = module
-        self.saved[provider] = memory.saved_bytes(module, self.x, ignore=memory.vectors(self.workload.channels))
+        self.saved[provider] = memory.saved_bytes(module, *self.inputs, ignore=memory.vectors(self.workload.channels))
 
     def _grad_like(self, y: torch.Tensor) -> torch.Tensor:
         # In a model the gradient arrives in the layout of the layer's own output, and providers may differ in that.
@@ -72,7 +73,8 @@ class Case:
 
     def clear(self) -> None:
         """Forget all gradients: every step, of any provider, starts without."""
-        self.x.grad = None
+        for x in self.inputs:
+            x.grad = None
         for module in self.modules.values():
             for parameter in module.parameters():
                 parameter.grad = None
@@ -82,8 +84,8 @@ class Case:
         module, grad = self.modules[provider].train(mode != "eval"), self.grads[provider]
         if mode == "eval":
             with torch.no_grad():
-                return module(self.x)
-        y = module(self.x)
+                return module(*self.inputs)
+        y = module(*self.inputs)
         if mode == "both":
             y.backward(grad)
         return y

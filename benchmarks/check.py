@@ -69,18 +69,25 @@ def _jump(z: torch.Tensor, act) -> torch.Tensor:
     return jump.masked_fill_(jump < 1e-2, 0.0)
 
 
-def fused(module: nn.Module, workload: Workload, p: float, x: torch.Tensor, grad: torch.Tensor) -> dict[str, float]:
+def fused(module: nn.Module, workload: Workload, p: float, inputs: tuple, grad: torch.Tensor) -> dict[str, float]:
     """Forward, gradients and evaluation of `module` against the reference; at p = 0 against the unfused layers as well.
 
     Returns the errors in units of the tolerance. Raises AssertionError naming every quantity that is off.
     """
     worst = _Worst(workload.dtype)
-    x = x.detach().requires_grad_()
-    y = module(x, seed=SEED)
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    x = inputs[0]
+    y = module(*inputs, seed=SEED)
     y.backward(grad)
     noise = None
     if p:
-        noise = fusednorm.noise(workload.shape, p, seed=SEED, granularity=workload.granularity, device=x.device)
+        noise = fusednorm.noise(
+            workload.shape, p, seed=SEED, kind=workload.noise, granularity=workload.granularity, device=x.device
+        )
+    if workload.order == "drop":
+        worst.add("output", y.detach(), x.detach() * noise)
+        worst.add("grad_x", x.grad, grad * noise)
+        return worst.verdict()
     stock = None
     if p == 0:
         stock = build("eager", workload, p, x.device)
@@ -88,9 +95,10 @@ def fused(module: nn.Module, workload: Workload, p: float, x: torch.Tensor, grad
         y_stock = stock(x_stock)
         y_stock.backward(grad)
     with torch.no_grad():
-        evaluated = module.eval()(x)
+        evaluated = module.eval()(*inputs)
     module.train()
 
+    before, after = fusednorm.reference.parse_order(workload.order)
     exact = {"grad_weight": [], "grad_bias": []}
     slack = {"grad_weight": [], "grad_bias": []}
     width = max(1, CHUNK[x.device.type] * workload.channels // workload.numel)
@@ -98,27 +106,39 @@ def fused(module: nn.Module, workload: Workload, p: float, x: torch.Tensor, grad
         part = slice(start, start + width)
         weight, bias = (v.detach()[part].double().requires_grad_() for v in (module.weight, module.bias))
         stats = module.running_mean[part].double(), module.running_var[part].double()
-        leaf = x.detach()[:, part].double().requires_grad_()
-        plain = {"weight": weight, "bias": bias, "eps": module.eps}
-
-        def reference(leaf=leaf, stats=stats, plain=plain, **arguments):
-            return fusednorm.reference.batch_norm_act_drop(leaf, *stats, **plain, **arguments)
-
+        leaf, *residual = (t.detach()[:, part].double().requires_grad_() for t in inputs)
+        residual = residual[0] if residual else None
         noised = None if noise is None else noise[:, part].double()
-        expected = reference(training=True, act=workload.act, noise=noised)
+        u = fusednorm.reference.run_stages(before, leaf.detach(), workload.act, noised)
+
+        def reference(x, order, stats=stats, weight=weight, bias=bias, **arguments):
+            return fusednorm.reference.batch_norm_act_drop(
+                x, *stats, weight, bias, eps=module.eps, act=workload.act, order=order, **arguments
+            )
+
+        expected = reference(leaf, workload.order, training=True, residual=residual, noise=noised)
         incoming = grad[:, part].double()
         expected.backward(incoming)
         with torch.no_grad():
-            z = reference(training=True)
-            flip = _jump(z, workload.act).mul_(incoming.abs() if noised is None else (incoming * noised).abs())
+            z = reference(u, "norm", training=True)
+            if "act" in after:
+                entering = after[: after.index("act")]
+                v = fusednorm.reference.run_stages(entering, z, workload.act, noised, residual)
+                noisy = noised is not None and "drop" in after
+                flip = _jump(v, workload.act).mul_((incoming * noised if noisy else incoming).abs())
+            else:
+                flip = torch.zeros_like(z)
             xhat = (z - _column(bias, z)) / _column(weight, z)
             over = [d for d in range(z.dim()) if d != 1]
-            slack["grad_x"] = flip * _column(weight / (leaf.var(over, correction=0) + module.eps).sqrt(), z)
+            slack["grad_x"] = flip * _column(weight / (u.var(over, correction=0) + module.eps).sqrt(), z)
             slack["grad_bias"].append(flip.sum(over))
             slack["grad_weight"].append((flip * xhat.abs()).sum(over))
-            worst.add("eval output", evaluated[:, part], reference(training=False, act=workload.act))
+            still = reference(leaf, workload.order, training=False, residual=residual)
+            worst.add("eval output", evaluated[:, part], still)
         worst.add("output", y.detach()[:, part], expected.detach())
         worst.add("grad_x", x.grad[:, part], leaf.grad, slack=slack["grad_x"])
+        if residual is not None:
+            worst.add("grad_residual", inputs[1].grad[:, part], residual.grad, slack=flip)
         exact["grad_weight"].append(weight.grad)
         exact["grad_bias"].append(bias.grad)
         if stock is not None:

@@ -11,6 +11,7 @@ from benchmarks.workloads import MODES, rows
 def pytest_addoption(parser):
     group = parser.getgroup("fusednorm benchmarks")
     group.addoption("--bench-quick", action="store_true", help="the headline rows only, few rounds")
+    group.addoption("--bench-family", action="store_true", help="the orders and noises only")
     group.addoption("--bench-only", action="append", default=[], metavar="NAME", help="this workload (repeatable)")
     group.addoption("--bench-mode", action="append", default=[], choices=MODES, help="this mode (repeatable)")
     group.addoption("--bench-own-p", action="store_true", help="leave out the rows at p = 0")
@@ -41,6 +42,7 @@ def pytest_generate_tests(metafunc):
             modes=option("bench_mode", []) or MODES,
             quick=option("bench_quick", False),
             own_p=option("bench_own_p", False),
+            family=option("bench_family", False),
         )
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None

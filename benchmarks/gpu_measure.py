@@ -63,7 +63,7 @@ def launches(clock: Clock, case: Case, turn: LayerTurn) -> dict:
     kept = []
     with gpu_variants.use(getattr(turn, "variant", gpu_variants.DEFAULT)):
         case.clear()
-        forward = clock.kernels(lambda: kept.append(turn.module(case.x)))
+        forward = clock.kernels(lambda: kept.append(turn.module(*case.inputs)))
         backward = clock.kernels(lambda: kept.pop().backward(turn.grad))
     case.clear()
     return {"forward": forward, "backward": backward}
@@ -77,7 +77,7 @@ def memory_of(case: Case, variants) -> tuple[dict, dict]:
     for variant in variants:
         with gpu_variants.use(variant):
             ignore = vectors(case.workload.channels)
-            saved[variant.name] = saved_bytes(case.modules["fused"].train(), case.x, ignore=ignore) / numel
+            saved[variant.name] = saved_bytes(case.modules["fused"].train(), *case.inputs, ignore=ignore) / numel
             peak[variant.name] = case.peak_mb("fused", "both")
     return saved, peak
 
@@ -109,10 +109,10 @@ def measure_small(clock: Clock, workload, p: float, provider: str, rounds: int) 
 
     def both():
         case.clear()
-        module(case.x).backward(grad)
+        module(*case.inputs).backward(grad)
 
     def forward():
-        return module(case.x)
+        return module(*case.inputs)
 
     steps = 20
     result = {"host_us": {}, "graph_us": {}, "launches": {}, "wrong": case.wrong}

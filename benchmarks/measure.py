@@ -57,24 +57,24 @@ class LayerTurn(Turn):
     def __init__(self, name: str, case: Case, mode: str):
         super().__init__(name)
         self.case, self.mode, self.module, self.grad = case, mode, case.modules[name], case.grads[name]
-        self.leaves = [case.x, *self.module.parameters()]
+        self.leaves = [*case.inputs, *self.module.parameters()]
         self.outputs = []
 
     def prepare(self) -> None:
         self.module.train(self.mode != "eval")
         self.case.clear()
         if self.mode == "backward":
-            self.outputs = [self.module(self.case.x) for _ in range(self.inner)]
+            self.outputs = [self.module(*self.case.inputs) for _ in range(self.inner)]
 
     def run(self) -> None:
-        module, x, grad, leaves, outputs = self.module, self.case.x, self.grad, self.leaves, self.outputs
+        module, inputs, grad, leaves, outputs = self.module, self.case.inputs, self.grad, self.leaves, self.outputs
         if self.mode == "eval":
             with torch.no_grad():
                 for _ in range(self.inner):
-                    outputs[:] = (module(x),)
+                    outputs[:] = (module(*inputs),)
         elif self.mode == "forward":
             for _ in range(self.inner):
-                outputs[:] = (module(x),)
+                outputs[:] = (module(*inputs),)
         elif self.mode == "backward":
             for y in outputs:
                 for leaf in leaves:
@@ -84,7 +84,7 @@ class LayerTurn(Turn):
             for _ in range(self.inner):
                 for leaf in leaves:
                     leaf.grad = None
-                module(x).backward(grad)
+                module(*inputs).backward(grad)
 
     def forget(self) -> None:
         # Memory of one provider must be free before the next one starts, or that one pays for fresh pages.
@@ -159,6 +159,8 @@ def describe(workload, p: float, mode: str) -> dict:
         "layout": workload.layout,
         "act": workload.act,
         "granularity": workload.granularity,
+        "noise": workload.noise,
+        "order": workload.order,
         "p": p,
         "mode": mode,
         "level": machine.level(),

@@ -10,7 +10,7 @@ matplotlib.use("Agg")  # writes files; there may be no display
 
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
 
-from benchmarks.workloads import BY_NAME  # noqa: E402
+from benchmarks.workloads import BY_NAME, FAMILY  # noqa: E402
 
 COLOURS = {"eager": "#8c8c8c", "compile": "#dd8452", "fused": "#4c72b0", "streaming": "#8fb0dc", "resident": "#2b4a80"}
 NAMES = {"eager": "eager", "compile": "torch.compile", "fused": "fusednorm"}
@@ -19,7 +19,8 @@ NAMES = {"eager": "eager", "compile": "torch.compile", "fused": "fusednorm"}
 def _pick(rows: list[dict]) -> list[dict]:
     """Forward + backward at the workload's own p, and one row that shows p = 0; a failed row has nothing to draw."""
     both = [row for row in rows if row["mode"] == "both" and "failed" not in row]
-    return [row for row in both if row["p"] == BY_NAME[row["workload"]].p or row["workload"] == "cnn_f32"]
+    picked = [row for row in both if row["p"] == BY_NAME[row["workload"]].p or row["workload"] == "cnn_f32"]
+    return [row for row in picked if BY_NAME[row["workload"]] not in FAMILY] or picked
 
 
 def _title(row: dict) -> str:

@@ -6,6 +6,8 @@ eager in silence and be timed as something that it is not.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -27,13 +29,73 @@ def _dimension(workload: Workload) -> int:
     return max(len(workload.shape) - 2, 1)
 
 
+class Noise(nn.Module):
+    """What people write for noises that torch has no module for."""
+
+    def __init__(self, kind: str, p: float, granularity: str):
+        super().__init__()
+        self.kind, self.p, self.granularity = kind, p, granularity
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        kept = {"element": x.dim(), "channel": 2, "sample": 1}[self.granularity]
+        m = x.new_empty([*x.shape[:kept], *[1] * (x.dim() - kept)])
+        if self.kind == "bernoulli":
+            m = m.bernoulli_(1 - self.p).div_(1 - self.p)
+        elif self.kind == "uniform":
+            m = m.uniform_(1 - self.p, 1 + self.p)
+        else:
+            m = m.normal_(1, math.sqrt(self.p))
+        return x * m
+
+
+class Stages(nn.Module):
+    """The stock layers one after the other, with an addition among them."""
+
+    def __init__(self, order: str, norm: nn.Module, act: nn.Module, drop: nn.Module):
+        super().__init__()
+        self.norm, self.act, self.drop, self.order = norm, act, drop, order.split("-")
+
+    def forward(self, x, residual=None):
+        for stage in self.order:
+            x = x + residual if stage == "add" else getattr(self, stage)(x)
+        return x
+
+
+class Alone(nn.Module):
+    """The noise without a norm, by the functional."""
+
+    def __init__(self, kind: str, p: float, granularity: str):
+        super().__init__()
+        self.p, self.chain = p, {"noise": kind, "granularity": granularity}
+
+    def forward(self, x, seed=None):
+        return fusednorm.functional.dropout(x, self.p, self.training, **self.chain, seed=seed)
+
+
 def _drop(workload: Workload, p: float) -> nn.Module:
-    if workload.granularity == "channel":
+    if workload.noise == "bernoulli" and workload.granularity == "channel":
         return getattr(nn, f"Dropout{_dimension(workload)}d")(p)
-    return nn.Dropout(p)
+    if workload.noise == "bernoulli" and workload.granularity == "element":
+        return nn.Dropout(p)
+    return Noise(workload.noise, p, workload.granularity)
+
+
+def _fused_drop(workload: Workload, p: float) -> nn.Module:
+    if workload.noise == "uniform":
+        return fusednorm.UniformDropout(p, workload.granularity)
+    if workload.noise == "gaussian":
+        return fusednorm.GaussianDropout(p, workload.granularity)
+    return fusednorm.DropPath(p) if workload.granularity == "sample" else _drop(workload, p)
 
 
 def eager(workload: Workload, p: float) -> nn.Module:
+    if workload.order == "drop":
+        return _drop(workload, p)
+    if workload.order != "norm-act-drop":
+        norm = getattr(nn, f"BatchNorm{_dimension(workload)}d")(workload.channels, **workload.norm)
+        return Stages(workload.order, norm, ACTIVATIONS[workload.act](), _drop(workload, p))
     layers = [getattr(nn, f"BatchNorm{_dimension(workload)}d")(workload.channels, **workload.norm)]
     if workload.act is not None:
         name, *parameters = workload.act if isinstance(workload.act, tuple) else (workload.act,)
@@ -42,9 +104,11 @@ def eager(workload: Workload, p: float) -> nn.Module:
 
 
 def fused(workload: Workload, p: float) -> nn.Module:
+    if workload.order == "drop":
+        return Alone(workload.noise, p, workload.granularity)
     layer = getattr(fusednorm, f"FusedBatchNorm{_dimension(workload)}d")
-    drop = p if workload.granularity == "element" else _drop(workload, p)
-    return layer(workload.channels, **workload.norm, act=workload.act, drop=drop)
+    drop = _fused_drop(workload, p) if "drop" in workload.order else None
+    return layer(workload.channels, **workload.norm, act=workload.act, drop=drop, order=workload.order)
 
 
 def compiled(workload: Workload, p: float, **how) -> nn.Module:
@@ -58,8 +122,7 @@ def build(provider: str, workload: Workload, p: float, device="cpu") -> nn.Modul
     """The layer in training mode, with affine parameters away from 1 and 0 and equal for every provider."""
     module = BUILDERS[provider](workload, p)
     generator = torch.Generator().manual_seed(2)
-    weight, bias = module.parameters()
     with torch.no_grad():
-        weight.uniform_(0.5, 1.5, generator=generator)
-        bias.uniform_(-0.5, 0.5, generator=generator)
+        for parameter, low in zip(module.parameters(), (0.5, -0.5), strict=False):  # weight, bias
+            parameter.uniform_(low, low + 1, generator=generator)
     return module.to(device).train()

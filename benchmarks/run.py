@@ -28,6 +28,7 @@ MODES = ("forward", "backward", "both", "eval")
 def options(arguments=None):
     parser = argparse.ArgumentParser(description="Benchmarks of fusednorm against eager PyTorch and torch.compile.")
     parser.add_argument("--quick", action="store_true", help="headline rows, forward+backward: minutes")
+    parser.add_argument("--family", action="store_true", help="the orders and noises only")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this workload (repeatable)")
     parser.add_argument("--mode", action="append", default=[], choices=MODES, help="this mode (repeatable)")
     parser.add_argument("--own-p", action="store_true", help="leave out the rows at p = 0")
@@ -78,7 +79,7 @@ def measure(args, console) -> tuple[list[dict], int]:
 
     arguments = [str(machine.ROOT / "benchmarks"), "-s", "-q", "--no-header", "--benchmark-quiet", "--bench-force"]
     arguments += [f"--rootdir={machine.ROOT}", "-p", "no:cacheprovider"]
-    arguments += ["--bench-quick"] * args.quick + ["--bench-own-p"] * args.own_p
+    arguments += ["--bench-family"] * args.family + ["--bench-quick"] * args.quick + ["--bench-own-p"] * args.own_p
     arguments += [f"--bench-only={name}" for name in args.only] + [f"--bench-mode={mode}" for mode in args.mode]
     if args.benchmark_json:
         arguments.append(f"--benchmark-json={args.benchmark_json}")
@@ -141,7 +142,9 @@ def main() -> int:
     from benchmarks import plot, table, workloads
 
     try:
-        names = list(dict.fromkeys(row[0].name for row in workloads.rows(args.only, quick=args.quick)))
+        names = list(
+            dict.fromkeys(row[0].name for row in workloads.rows(args.only, quick=args.quick, family=args.family))
+        )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -155,7 +158,12 @@ def main() -> int:
             console.print(f"[bold]{name}[/] ({i + 1} of {len(names)})")
             more, second = measure_in_child(args, name)
             rows, code = rows + more, code or second
-    wanted = not args.no_avx2 and (not args.only or AVX2_ROW in args.only) and (not args.mode or "both" in args.mode)
+    wanted = (
+        not args.no_avx2
+        and not args.family
+        and (not args.only or AVX2_ROW in args.only)
+        and (not args.mode or "both" in args.mode)
+    )
     if wanted and facts["level"] == "avx512" and code in (0, 1):
         more, second = measure_avx2(args, console)
         rows, code = rows + more, code or second

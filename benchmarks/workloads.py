@@ -20,6 +20,8 @@ class Workload:
     dtype: torch.dtype = torch.float32  # of the activations; parameters and buffers stay float32, as under autocast
     channels_last: bool = False  # only the strides change: C becomes innermost
     granularity: str = "element"
+    noise: str = "bernoulli"  # p is its strength: probability, beta or alpha
+    order: str = "norm-act-drop"  # or "drop": the noise alone
     norm: dict = field(default_factory=dict)  # further arguments of the BatchNorm
     source: str = ""
     note: str = ""
@@ -41,9 +43,15 @@ class Workload:
     @property
     def label(self) -> str:
         act = self.act[0] if isinstance(self.act, tuple) else self.act or "no act"
-        drop = ", per-channel drop" if self.granularity == "channel" else ""
+        drop = "" if self.granularity == "element" else f", per-{self.granularity} drop"
+        drop += "" if self.noise == "bernoulli" else f", {self.noise} noise"
+        drop += "" if self.order == "norm-act-drop" else f", {self.order}"
         size = ", ".join(map(str, self.shape))
         return f"({size}) {str(self.dtype).removeprefix('torch.')} {self.layout}, {act}{drop}"
+
+    @property
+    def adds(self) -> bool:
+        return "add" in self.order
 
     def randn(self, seed: int, device="cpu") -> torch.Tensor:
         """Standard normal tensor of this shape, dtype and layout."""
@@ -107,17 +115,62 @@ MODELS = (
     Workload("efficientnet_head", (64, 1280, 7, 7), 0.0, "silu", source="EfficientNet-B0 head norm, silu (no drop)"),
 )
 
-WORKLOADS = HEADLINE + MODELS
+# The headline layer in other orders and with other noises; the first row of each layout is what they are compared with.
+ORDERS = (
+    "norm-act-drop",
+    "norm-drop-act",
+    "act-norm-drop",
+    "drop-norm-act",
+    "act-drop-norm",
+    "drop-act-norm",
+    "norm-act-drop-add",
+    "norm-add-act",
+    "norm-add-act-drop",
+    "norm-drop-add-act",
+    "act-norm-drop-add",
+)
+NOISES = (
+    ("uniform", 0.5, "element", "norm-act-drop"),
+    ("uniform", 0.5, "element", "drop-norm-act"),
+    ("gaussian", 0.1, "element", "norm-act-drop"),
+    ("gaussian", 0.1, "element", "drop-norm-act"),
+    ("bernoulli", 0.1, "channel", "norm-act-drop"),
+    ("bernoulli", 0.1, "sample", "norm-drop-add-act"),
+    ("bernoulli", 0.1, "element", "drop"),
+    ("uniform", 0.5, "element", "drop"),
+    ("gaussian", 0.1, "element", "drop"),
+    ("bernoulli", 0.1, "sample", "drop"),
+)
+FAMILY = tuple(
+    Workload(
+        f"{order}{'' if noise == 'bernoulli' else '_' + noise}{'' if granularity == 'element' else '_' + granularity}"
+        f"{'_last' if last else ''}",
+        (64, 64, 56, 56),
+        p,
+        None if order == "drop" else "relu",
+        channels_last=last,
+        granularity=granularity,
+        noise=noise,
+        order=order,
+    )
+    for last in (False, True)
+    for noise, p, granularity, order in (*(("bernoulli", 0.1, "element", order) for order in ORDERS), *NOISES)
+)
+
+WORKLOADS = HEADLINE + MODELS + FAMILY
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
 
 MODES = ("forward", "backward", "both", "eval")
 
 
-def rows(only=(), modes=MODES, quick: bool = False, own_p: bool = False) -> list[tuple[Workload, float, str]]:
+def rows(
+    only=(), modes=MODES, quick: bool = False, own_p: bool = False, family: bool = False
+) -> list[tuple[Workload, float, str]]:
     """The rows of a run, as (workload, p, mode), all rows of one (workload, p) side by side.
 
     `quick` keeps the headline workloads, forward+backward, at their own p, and one row at p = 0; `own_p` leaves out
-    p = 0. Evaluation does not depend on p (nothing is dropped), so it is one row per workload.
+    p = 0; `family` keeps the orders and noises, which are forward+backward at their own p in any case. Evaluation does
+    not depend on p (nothing is dropped), so it is one row per workload.
     """
     unknown = set(only) - set(BY_NAME)
     if unknown:
@@ -125,6 +178,12 @@ def rows(only=(), modes=MODES, quick: bool = False, own_p: bool = False) -> list
     picked = []
     for workload in WORKLOADS:
         if only and workload.name not in only or quick and not only and workload not in HEADLINE:
+            continue
+        if family and workload not in FAMILY:
+            continue
+        if workload in FAMILY:
+            if "both" in modes:
+                picked.append((workload, workload.p, "both"))
             continue
         for p in dict.fromkeys((workload.p, 0.0)):
             if p != workload.p and (own_p or quick and workload.name != "cnn_f32"):

@@ -126,9 +126,15 @@ Chain make_chain(const Settings& s, const OptionalTensor& act_weight) {
   set_noise(chain, s.noise, s.p, s.granularity);
   set_activation(chain, s, act_weight);
   set_stages(chain, s.order);
-  if (chain.after_at(Stage::drop) < 0 && !chain.before_has(Stage::drop)) {  // not in the order
+  // What the order has no place for is as good as not given.
+  if (chain.after_at(Stage::drop) < 0 && !chain.before_has(Stage::drop)) {
     chain.noise = Noise::constant;
     chain.multiplier = 1;
+  }
+  if (chain.after_at(Stage::act) < 0 && !chain.before_has(Stage::act)) {
+    chain.activation = 0;
+    chain.one_bit = true;
+    chain.has_weight = false;
   }
   TORCH_CHECK_VALUE(s.ghost_batch_size >= 0, "ghost_batch_size: expected 0 or more, but got ", s.ghost_batch_size);
   return chain;
@@ -180,11 +186,13 @@ Tensor dense(const Tensor& x) {
 void check_shape(const Shape& s, const Chain& chain, const Tensor& x) {
   const bool joined = s.channels_last || s.N == 1 || (s.C == 1 && chain.granularity == Granularity::element);
   TORCH_CHECK(!x.is_cuda() || joined || s.S < (int64_t{1} << 31),
-              "input: expected samples of fewer than 2^31 values per channel, but got shape ", x.sizes());
+              "expected samples of fewer than 2^31 values per channel, but got shape ", x.sizes());
 }
 
 // The output's strides are those of empty_like(input), which the fake kernels call too (functional.py).
 Tensor restore_strides(const Tensor& y, const Tensor& input) {
+  // What is dense keeps its strides: spares allocating a tensor just to look at its own.
+  if (y.strides() == input.strides() && input.is_non_overlapping_and_dense()) return y;
   Tensor result = at::empty_like(input);
   return result.strides() == y.strides() ? y : result.copy_(y);
 }
@@ -364,6 +372,7 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
     q.mask = mask.contiguous();
   }
   const int act = q.chain.after_at(Stage::act), add = q.chain.after_at(Stage::add);
+  TORCH_CHECK_VALUE(add >= 0 || !residual.has_value(), "residual: expected None for order '", settings.order, "'");
   if (add >= 0 && act > add && !(masked && q.chain.saves_pass())) {
     q.residual = check_residual(residual, q.x, q.shape.channels_last);
   }
@@ -378,10 +387,9 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
     q.grad_weight = gradient(q.weight.defined() ? q.weight.scalar_type() : opmath(q.x));
     q.grad_bias = gradient(q.bias.defined() ? q.bias.scalar_type() : opmath(q.x));
   }
-  if (output_mask[4] && q.chain.has_weight) {
+  if (output_mask[4] && q.act_weight.defined()) {
     q.grad_act_weight = gradient(act_weight->numel() == 1 ? opmath(q.x) : q.act_weight.scalar_type());
-    // An order without the activation leaves it alone.
-    if (act < 0 && !q.chain.before_has(Stage::act)) q.grad_act_weight.zero_();
+    if (!q.chain.has_weight) q.grad_act_weight.zero_();
   }
   return q;
 }
@@ -426,6 +434,7 @@ NoiseRequest check_noise(const Tensor& seed, at::IntArrayRef size, double p, std
   int64_t spatial = 1;
   for (size_t d = 2; d < own.size(); ++d) spatial *= own[d];
   q.shape = {own[0], own[1], spatial, false};
+  check_shape(q.shape, q.chain, q.y);
   q.chain.granularity = Granularity::element;  // of a tensor whose S, and perhaps C, is 1: the same draws
   return q;
 }

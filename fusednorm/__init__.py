@@ -12,14 +12,20 @@ except ImportError:
 else:
     from . import analysis, functional, recalibration, reference
     from .functional import noise
-    from .modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedBatchNorm3d
+    from .modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedBatchNorm3d, ICLayer
+    from .noises import DropPath, GaussianDropout, UniformDropout, at_alpha
     from .recalibration import recalibrate, restore_running_var
 
     __all__ = [
+        "DropPath",
         "FusedBatchNorm1d",
         "FusedBatchNorm2d",
         "FusedBatchNorm3d",
+        "GaussianDropout",
+        "ICLayer",
+        "UniformDropout",
         "analysis",
+        "at_alpha",
         "functional",
         "noise",
         "recalibrate",

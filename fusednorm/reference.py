@@ -4,6 +4,8 @@ The same formula as the kernels, one line per stage: oracle of the tests, baseli
 double backward differentiates. Imports only torch.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -30,7 +32,8 @@ _APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 def resolve_activation(act):
     """The operator's name and full parameters of `act`: a name, `(name, *parameters)` or None.
 
-    Parameters left out take torch's defaults. `("gelu", "tanh")` is `gelu_tanh`.
+    Parameters left out take torch's defaults. `("gelu", "tanh")` is `gelu_tanh`. The parameter of `("prelu", weight)`
+    is a tensor of one element or C.
 
     Raises:
         ValueError: unknown name, too many parameters, or one that is not a number.
@@ -42,8 +45,12 @@ def resolve_activation(act):
         if given[0] not in _APPROXIMATIONS:
             raise ValueError(f"act: expected 'none' or 'tanh' as the approximation of gelu, but got {given[0]!r}")
         return _APPROXIMATIONS[given[0]], ()
+    if name == "prelu":
+        if len(given) != 1 or not isinstance(given[0], torch.Tensor):
+            raise ValueError(f"act: expected ('prelu', weight) with a tensor, but got {act!r}")
+        return name, tuple(given)
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, but got {name!r}")
+        raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, prelu, but got {name!r}")
     defaults = ACTIVATIONS[name][1]
     if len(given) > len(defaults) or not all(isinstance(g, (int, float)) for g in given):
         raise ValueError(f"act: expected at most {len(defaults)} numbers as parameters of {name!r}, but got {given}")
@@ -53,7 +60,50 @@ def resolve_activation(act):
 def activation(name, z, *parameters):
     """The torch twin of an activation at the pre-activation `z`."""
     name, parameters = resolve_activation((name, *parameters))
+    if name == "prelu":
+        return F.prelu(z, parameters[0].to(z.dtype))
     return ACTIVATIONS[name][0](z, *parameters)
+
+
+# Every order -> the stages before the norm, the stages after it.
+ORDERS = {
+    "-".join(stages): (stages[: stages.index("norm")], stages[stages.index("norm") + 1 :])
+    for count in range(1, 5)
+    for stages in itertools.permutations(("norm", "act", "drop", "add"), count)
+    if "norm" in stages and "add" not in stages[: stages.index("norm")]
+}
+
+
+def parse_order(order):
+    """The stages before and after the norm, as two tuples of "add", "act" and "drop".
+
+    Raises:
+        ValueError: an order without "norm", with a stage twice, with "add" before "norm", or with another word.
+    """
+    if order not in ORDERS:
+        raise ValueError(
+            "order: expected 'norm' and, at most once each, 'act', 'drop' and behind it 'add', joined by '-', "
+            f"but got {order!r}"
+        )
+    return ORDERS[order]
+
+
+def run_stages(stages, v, act=None, noise=None, residual=None):
+    """`v` (N, C, ...) through activation, noise and addition in the order of `stages`."""
+    for stage in stages:
+        if stage == "act":
+            name, parameters = resolve_activation(act)
+            v = activation(name, v, *parameters)
+        elif stage == "add":
+            v = v + residual.to(v.dtype)
+        elif noise is not None:
+            v = v * noise.to(v.dtype)
+    return v
+
+
+def in_opmath(input):
+    """`input` in the type that everything is computed in: float64 for float64, float32 for all others."""
+    return input.double() if input.dtype == torch.float64 else input.float()
 
 
 def per_channel(v, like):
@@ -75,8 +125,9 @@ def batch_norm_act_drop(
     order="norm-act-drop",
     residual=None,
     noise=None,
+    ghost_batch_size=None,
 ):
-    """Batch norm, activation and multiplicative noise `noise`, differentiable any number of times.
+    """Batch norm with an activation, noise and an addition around it, differentiable any number of times.
 
     Computes in float32 (float64 for a float64 input) and rounds once, to the input's dtype, as the kernels do. Does not
     update the running statistics; `momentum` is accepted so that the arguments are those of the functional.
@@ -85,17 +136,35 @@ def batch_norm_act_drop(
         input: (N, C, ...), floating point.
         running_mean, running_var: (C,), used when not training.
         weight, bias: (C,) or None.
+        act: an activation as :func:`resolve_activation` takes it.
+        order: "norm" with "act" and "drop" before or after it and "add" after it, as :func:`parse_order` takes it.
+        residual: (N, C, ...) of what "add" adds.
         noise: the multiplier m, broadcastable to `input`; None for none.
+        ghost_batch_size: samples that statistics are taken over when training; None for the whole batch.
 
     Returns:
         (N, C, ...) in the input's dtype.
 
     Raises:
-        ValueError: an order other than "norm-act-drop", or a residual.
+        ValueError: an order that is none.
     """
-    if order != "norm-act-drop" or residual is not None:
-        raise ValueError("order: expected 'norm-act-drop' without a residual")
-    u = input.double() if input.dtype == torch.float64 else input.float()
+    before, after = parse_order(order)
+    if training and ghost_batch_size and ghost_batch_size < input.size(0):
+        chunks = [
+            (None,) * (input.size(0) // ghost_batch_size + 1)
+            if t is None
+            else t.expand_as(input).split(ghost_batch_size)
+            for t in (input, residual, noise)
+        ]
+        return torch.cat(
+            [
+                batch_norm_act_drop(
+                    x, None, None, weight, bias, True, eps=eps, act=act, order=order, residual=r, noise=m
+                )
+                for x, r, m in zip(*chunks, strict=False)
+            ]
+        )
+    u = run_stages(before, in_opmath(input), act, noise)
     if training:
         axes = [0, *range(2, u.dim())]
         var, mean = torch.var_mean(u, axes, correction=0)
@@ -106,8 +175,4 @@ def batch_norm_act_drop(
         z = z * per_channel(weight.to(u.dtype), u)
     if bias is not None:
         z = z + per_channel(bias.to(u.dtype), u)
-    name, parameters = resolve_activation(act)
-    y = activation(name, z, *parameters)
-    if noise is not None:
-        y = y * noise.to(u.dtype)
-    return y.to(input.dtype)
+    return run_stages(after, z, act, noise, residual).to(input.dtype)

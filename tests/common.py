@@ -114,7 +114,7 @@ def activate(act, z):
     if act is None:
         return z
     name, *parameters = (act,) if isinstance(act, str) else act
-    return reference.activation(name, z, *parameters)
+    return reference.activation(name, z, *(p.detach() if isinstance(p, torch.Tensor) else p for p in parameters))
 
 
 def slope(act, z):
@@ -128,7 +128,8 @@ class Problem:
 
     dtype is the input's, param_dtype and stat_dtype those of the parameters and of the running statistics (default:
     float32, float64 with a float64 input). grad_layout is a layout of `lay_out`, or "scalar" for the gradient of
-    `out.sum()`, all of whose strides are zero.
+    `out.sum()`, all of whose strides are zero. act may be ("prelu", "shared") or ("prelu", "channel"); an order with
+    "add" gets a residual, in the layout residual_layout.
     """
 
     def __init__(
@@ -141,6 +142,11 @@ class Problem:
         granularity="element",
         training=True,
         *,
+        order="norm-act-drop",
+        kind="bernoulli",
+        ghost_batch_size=None,
+        eval_matched_stats=False,
+        residual_layout=None,
         param_dtype=None,
         stat_dtype=None,
         weight=True,
@@ -158,61 +164,94 @@ class Problem:
         x = spread(shape, draw) * (0.5 + torch.rand(channels, generator=draw).view(-1, *[1] * (len(shape) - 2)))
         self.x = leaf(lay_out((x + offset + 0.3).to(dtype), layout))
 
-        def vector(low, high, kind):
-            return (low + (high - low) * torch.rand(channels, generator=draw, dtype=torch.float64)).to(kind)
+        def vector(low, high, kind, count=channels):
+            return (low + (high - low) * torch.rand(count, generator=draw, dtype=torch.float64)).to(kind)
 
         self.weight = leaf(vector(0.4, 1.6, param_dtype)) if weight else None
         self.bias = leaf(vector(-0.6, 0.6, param_dtype)) if bias else None
         self.running_mean = vector(offset - 0.5, offset + 0.5, stat_dtype)
         self.running_var = vector(0.5, 2.0, stat_dtype)
-        self.act, self.p, self.granularity, self.training = act, p, granularity, training
-        self.momentum, self.eps, self.seed = momentum, eps, seed
-        self.options = {"act": act, "p": p, "granularity": granularity, "drop_training": True, "seed": seed}
+        self.training, self.momentum, self.eps, self.seed, self.order = training, momentum, eps, seed, order
+        self.act_weight = self.residual = None
+        act, p = act if "act" in order else None, p if "drop" in order else 0.0
+        if isinstance(act, tuple) and act[0] == "prelu":
+            self.act_weight = leaf(vector(-0.4, 0.6, param_dtype, 1 if act[1] == "shared" else channels))
+        self.act = act
+        grad = torch.randn(shape, generator=draw, dtype=torch.float64)
+        if "add" in order:
+            residual = torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
+            self.residual = leaf(lay_out(residual, residual_layout or layout))
+        self.options = {
+            "p": p,
+            "noise": kind,
+            "granularity": granularity,
+            "drop_training": True,
+            "order": order,
+            "ghost_batch_size": ghost_batch_size,
+            "eval_matched_stats": eval_matched_stats,
+            "seed": seed,
+        }
+        self._exact(noise(shape, p, seed, granularity, kind=kind), grad, dtype, grad_layout)
 
-        m = noise(shape, p, seed, granularity)
-        self._exact(m, torch.randn(shape, generator=draw, dtype=torch.float64), dtype, grad_layout)
+    @property
+    def inputs(self):
+        """Name -> tensor of all that gets a gradient."""
+        names = ("x", "weight", "bias", "residual", "act_weight")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _exact(self, m, grad, dtype, grad_layout):
-        x, mean, var = leaf(double(self.x)), double(self.running_mean), double(self.running_var)
-        weight, bias = double(self.weight), double(self.bias)
-        with torch.no_grad():
-            z = reference.batch_norm_act_drop(x, mean, var, weight, bias, self.training, eps=self.eps)
-            xhat = reference.batch_norm_act_drop(x, mean, var, None, None, self.training, eps=self.eps)
-        # Near a kink of the activation the slope hangs on the last bit of z: those elements get no gradient.
-        kink = (slope(self.act, z - 1e-3) - slope(self.act, z + 1e-3)).abs() > 0.01
-        grad = grad.masked_fill(kink, 0)
+        exact = {name: leaf(double(value)) for name, value in self.inputs.items()}
+        x, residual = exact["x"], exact.get("residual")
+        act = ("prelu", exact["act_weight"]) if "act_weight" in exact else self.act
+        mean, var = double(self.running_mean), double(self.running_var)
+        before, after = reference.parse_order(self.order)
+
+        def norm(u, weight, bias):
+            return reference.batch_norm_act_drop(
+                u,
+                mean,
+                var,
+                weight,
+                bias,
+                self.training,
+                eps=self.eps,
+                order="norm",
+                ghost_batch_size=self.options["ghost_batch_size"],
+            )
+
+        self.u = u = reference.run_stages(before, x, act, m)
+        z = norm(u, exact.get("weight"), exact.get("bias"))
+        y = reference.run_stages(after, z, act, m, residual)
+        if "act" in after:
+            # Near a kink of the activation the slope hangs on the last bit of z: those elements get no gradient.
+            with torch.no_grad():
+                v = reference.run_stages(after[: after.index("act")], z, act, m, residual)
+            kink = (slope(act, v - 1e-3) - slope(act, v + 1e-3)).abs() > 0.01
+            grad = grad.masked_fill(kink, 0)
         if grad_layout == "scalar":
             grad = torch.ones((), dtype=torch.float64).expand(z.shape)
         self.grad = grad.to(dtype) if grad_layout == "scalar" else lay_out(grad.to(dtype), grad_layout or "first")
         grad = double(self.grad)
-
-        inputs = {"x": x, "weight": weight, "bias": bias}
-        inputs = {name: leaf(value) for name, value in inputs.items() if value is not None}
-        y = reference.batch_norm_act_drop(
-            inputs["x"],
-            mean,
-            var,
-            inputs.get("weight"),
-            inputs.get("bias"),
-            self.training,
-            eps=self.eps,
-            act=self.act,
-            noise=m,
-        )
-        self.expected = {"y": y.detach()}
-        self.expected |= dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), grad), strict=True))
+        *grads, dz, du = torch.autograd.grad(y, [*exact.values(), z, u], grad)
+        self.expected = {"y": y.detach()} | dict(zip(exact, grads, strict=True))
 
         # The magnitude that each result is summed from: what its rounding errors scale with.
-        dz = grad * m * slope(self.act, z)
-        rows = [0, *range(2, z.dim())]
-        gain = (x.var(rows, correction=0) if self.training else var).add(self.eps).rsqrt()
-        gain = gain if weight is None else gain * weight.abs()
-        self.scale = {
-            "y": z.abs().max() * m.max(),
-            "x": gain.max() * dz.abs().max(),
-            "weight": (dz * xhat).square().sum(rows).sqrt().max(),
-            "bias": dz.square().sum(rows).sqrt().max(),
-        }
+        with torch.no_grad():
+            rows = [0, *range(2, z.dim())]
+            xhat = norm(u, None, None)
+            gain = (u.var(rows, correction=0) if self.training else var).add(self.eps).rsqrt()
+            gain = gain if self.weight is None else gain * exact["weight"].abs()
+            noisy, count = m.abs().max().clamp_min(1), math.prod(z.shape) / z.size(1)
+            du = (gain.max() * dz.abs().max()).maximum(du.abs().max()) * (noisy * 1.2 if before else 1)
+            self.scale = {
+                "y": z.abs().max() * noisy + (0 if residual is None else residual.abs().max() * noisy),
+                "x": du,
+                "weight": (dz * xhat).square().sum(rows).sqrt().max(),
+                "bias": dz.square().sum(rows).sqrt().max(),
+                "residual": grad.abs().max() * noisy,
+                "act_weight": du * x.abs().max() * noisy * count**0.5 * z.size(1) ** 0.5
+                + (grad * y).abs().max() * noisy * count**0.5,
+            }
 
     def forward(self):
         return functional.batch_norm_act_drop(
@@ -224,20 +263,21 @@ class Problem:
             self.training,
             self.momentum,
             self.eps,
+            act=self.act if self.act_weight is None else ("prelu", self.act_weight),
+            residual=self.residual,
             **self.options,
         )
 
     def fused(self):
         y = self.forward()
-        inputs = {"x": self.x, "weight": self.weight, "bias": self.bias}
-        inputs = {name: value for name, value in inputs.items() if value is not None and value.requires_grad}
+        inputs = {name: value for name, value in self.inputs.items() if value.requires_grad}
         out = {"y": y}
         return out | dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), self.grad), strict=True))
 
     def check(self):
         got = self.fused()
         for name, value in got.items():
-            like = self.x if name == "y" else getattr(self, name)
+            like = self.x if name == "y" else self.inputs[name]
             assert value.dtype == like.dtype, f"{name}: {value.dtype}"
             # A float64 parameter beside a float32 input gets a gradient that was computed in float32.
             tolerance = max(TOLERANCE[value.dtype], TOLERANCE[self.opmath])
@@ -259,9 +299,9 @@ def close(got, expected, scale, name="result", tolerance=None):
         )
 
 
-def noise(shape, p, seed, granularity="element", dtype=torch.float64):
+def noise(shape, p, seed, granularity="element", dtype=torch.float64, kind="bernoulli"):
     """m as the CPU draws it, for the device under test: other devices must draw the same."""
-    return fusednorm.noise(shape, p, seed=seed, granularity=granularity, dtype=dtype).to(DEVICE)
+    return fusednorm.noise(shape, p, seed=seed, granularity=granularity, dtype=dtype, kind=kind).to(DEVICE)
 
 
 def same_bits(a, b):
@@ -277,6 +317,7 @@ def same_bits(a, b):
 # The arguments that both long schemas share, with defaults for what a test leaves open.
 CHAIN = {
     "residual": None,
+    "act_weight": None,
     "training": True,
     "eps": 1e-5,
     "order": "norm-act-drop",
@@ -285,12 +326,12 @@ CHAIN = {
     "noise": "bernoulli",
     "p": 0.0,
     "granularity": "element",
-    "groups": 1,
+    "ghost_batch_size": 0,
 }
 
 
 def raw_forward(x, weight=None, bias=None, running_mean=None, running_var=None, seed=None, **options):
-    """The operator; returns (output, mean, invstd, var, mask)."""
+    """The operator; returns (output, mean, invstd, stat_var, stat_mean, mask)."""
     return torch.ops.fusednorm.forward(**forward_arguments(x, weight, bias, running_mean, running_var, seed, **options))
 
 
@@ -303,12 +344,13 @@ def forward_arguments(x, weight=None, bias=None, running_mean=None, running_var=
         "running_var": running_var,
         "seed": seed,
         **CHAIN,
+        "eval_matched_stats": False,
         "save_mask": False,
     } | options
 
 
 def raw_backward(grad, x, weight, bias, mean, invstd, mask, seed=None, **options):
-    """The backward operator; returns (grad_input, grad_weight, grad_bias, grad_residual)."""
+    """The backward operator; returns (grad_input, grad_weight, grad_bias, grad_residual, grad_act_weight)."""
     return torch.ops.fusednorm.backward(
         **backward_arguments(grad, x, weight, bias, mean, invstd, mask, seed, **options)
     )
@@ -325,7 +367,7 @@ def backward_arguments(grad, x, weight, bias, mean, invstd, mask, seed=None, **o
         "mask": mask,
         "seed": seed,
         **CHAIN,
-        "output_mask": [True, weight is not None, bias is not None, False],
+        "output_mask": [True, weight is not None, bias is not None, False, False],
     } | options
 
 

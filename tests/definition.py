@@ -53,3 +53,37 @@ def bernoulli(shape, p, seed, granularity):
     m = np.where(kept, 65536 / threshold(p), 0.0)
     m = m.reshape(n, -1, c).transpose(0, 2, 1)
     return np.broadcast_to(m, (n, c, s)).reshape(shape)
+
+
+def _rows_of(shape, granularity):
+    """Rows r and channels c of the draws, as they broadcast, and how to give the result its shape."""
+    n, c, s = shape[0], shape[1], math.prod(shape[2:])
+    rows = n * s if granularity == "element" else n
+    channels = 1 if granularity == "sample" else c
+
+    def finish(m):  # (rows, channels)
+        m = m.reshape(n, -1, channels).transpose(0, 2, 1)
+        return np.broadcast_to(m, (n, c, s)).reshape(shape)
+
+    return np.arange(rows)[:, None], np.arange(channels)[None, :], finish
+
+
+def uniform(shape, beta, seed, granularity):
+    """m in float32: 1 + beta t with one rounding, t the middle of the draw's interval in (-1, 1)."""
+    r, c, finish = _rows_of(shape, granularity)
+    t = (2 * draw16(seed, r, c).astype(np.longdouble) + 1) / 65536 - 1
+    return finish((1 + np.longdouble(np.float32(beta)) * t).astype(np.float32))
+
+
+def gaussian(shape, alpha, seed, granularity):
+    """m in float64, as Box & Muller say; the kernels compute it in float32."""
+    r, c, finish = _rows_of(shape, granularity)
+    r, c = np.broadcast_arrays(r.astype(np.uint64), c.astype(np.uint64))
+    group, lane = r >> np.uint64(3), (r & np.uint64(7)).astype(np.int64)
+    words = philox4x32(ROUNDS, (group & WORD, c, group >> np.uint64(32), (lane // 4).astype(np.uint64)), key_of(seed))
+    pair = lane % 4 // 2 * 2
+    radius, angle = np.choose(pair, words).astype(float), np.choose(pair + 1, words).astype(float)
+    u = (radius + 0.5) / 2**32
+    turn = math.pi * (angle / 2**31 - 1)
+    z = np.sqrt(-2 * np.log(u)) * np.where(lane % 2 == 0, np.cos(turn), np.sin(turn))
+    return finish(1 + math.sqrt(alpha) * z)

@@ -58,6 +58,41 @@ def same(eager, compiled):
         assert compiled[name].stride() == value.stride(), name
 
 
+class Residual(nn.Module):
+    """Net's layer as an order of its own, with something to add where the order adds."""
+
+    def __init__(self, order, **options):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.layer = fusednorm.FusedBatchNorm2d(8, order=order, **{"act": "relu", "drop": 0.3} | options)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        z = self.conv(x)
+        y = self.layer(z, torch.sigmoid(z)) if "add" in self.layer.order else self.layer(z)
+        return y, self.head(y.mean((2, 3))).square().sum()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(order="act-norm-drop"),
+        dict(order="drop-norm-act", eval_matched_stats=True),
+        dict(order="norm-drop-add-act"),
+        dict(order="norm-add-act-drop", act="tanh"),
+        dict(order="norm-act-drop", drop=fusednorm.UniformDropout(0.5)),
+        dict(order="norm-drop-act", drop=fusednorm.GaussianDropout(0.2), act="prelu"),
+        dict(order="drop-act-norm", drop=fusednorm.DropPath(0.3)),
+        dict(order="norm-act-drop", ghost_batch_size=3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_training_step_in_other_orders(layout, options):
+    eager, compiled = both(Residual(**options), lay_out(torch.randn(8, 3, 10, 10), layout), "aot_eager", steps=2)
+    same(eager, compiled)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["first", "last"])
 def test_training_step_with_inductor(layout):

@@ -142,17 +142,28 @@ BAD_OPTIONS = {
     "act missing parameters": {"act": "leaky_relu"},
     "act too many parameters": {"act": "relu", "act_params": [1.0]},
     "act far too many parameters": {"act": "leaky_relu", "act_params": [1.0] * 100},
-    "order of another issue": {"order": "act-norm-drop"},
+    "order without norm": {"order": "act-drop"},
+    "order with add ahead": {"order": "add-norm", "residual": torch.zeros(N, C, 3)},
+    "order with a strange word": {"order": "norm-pool"},
+    "order with an act twice": {"order": "act-norm-act"},
+    "order with a dash too many": {"order": "norm-act-"},
     "order senseless": {"order": "norm-norm"},
     "order empty": {"order": ""},
     "noise unknown": {"noise": "pink"},
-    "noise of another issue": {"noise": "uniform"},
+    "beta above one": {"noise": "uniform", "p": 1.1},
+    "beta nan": {"noise": "uniform", "p": math.nan},
+    "alpha negative": {"noise": "gaussian", "p": -0.5},
+    "alpha infinite": {"noise": "gaussian", "p": math.inf},
     "granularity unknown": {"granularity": "pixel"},
-    "granularity of another issue": {"granularity": "sample"},
-    "groups zero": {"groups": 0},
-    "groups two": {"groups": 2},
-    "groups negative": {"groups": -1},
-    "residual": {"residual": torch.zeros(N, C, 3)},
+    "ghost batches negative": {"ghost_batch_size": -1},
+    "residual without add": {"residual": torch.zeros(N, C, 3)},
+    "residual missing": {"order": "norm-add-act", "act": "tanh"},
+    "residual of another shape": {"order": "norm-add-act", "act": "tanh", "residual": torch.zeros(N, C, 4)},
+    "residual of another dtype": {"order": "norm-add-act", "act": "tanh", "residual": torch.zeros(N, C, 3).double()},
+    "act_weight missing": {"act": "prelu"},
+    "act_weight superfluous": {"act_weight": torch.ones(C)},
+    "act_weight of another size": {"act": "prelu", "act_weight": torch.ones(C + 1)},
+    "act_weight of integers": {"act": "prelu", "act_weight": torch.ones(C).long()},
 }
 
 
@@ -190,11 +201,19 @@ def test_backward_options(bad):
         ({"act": ("gelu", "nope")}, "tanh"),
         ({"act": ("relu", 1.0)}, "relu"),
         ({"act": ("elu", 1.0, 2.0)}, "elu"),
-        ({"order": "norm-norm"}, "norm-act-drop"),
-        ({"order": "act-norm-drop"}, "norm-act-drop"),
-        ({"noise": "uniform"}, "bernoulli"),
+        ({"order": "norm-norm"}, "order: expected 'norm'"),
+        ({"order": "act-drop"}, "order: expected 'norm'"),
+        ({"order": "add-norm", "residual": torch.zeros(N, C)}, "order: expected 'norm'"),
+        ({"order": None}, "order: expected 'norm'"),
+        ({"order": "norm-add"}, "residual: expected a tensor"),
+        ({"order": "norm-add", "residual": torch.zeros(N, C + 1)}, "residual: expected shape"),
+        ({"noise": "uniform", "p": 1.5}, "beta"),
+        ({"noise": "gaussian", "p": -1.0}, "alpha"),
+        ({"act": "prelu"}, "weight"),
+        ({"act": ("prelu", 0.25)}, "weight"),
+        ({"ghost_batch_size": 0}, "ghost_batch_size"),
+        ({"ghost_batch_size": 2.0}, "ghost_batch_size"),
         ({"noise": "pink"}, "bernoulli"),
-        ({"granularity": "sample"}, "channel"),
         ({"granularity": "pixel"}, "channel"),
         ({"residual": torch.zeros(N, C)}, "residual"),
     ],
@@ -253,7 +272,7 @@ class TestBackward:
         x = torch.randn(shape).to(memory_format=layout)
         c = shape[1]
         weight, bias, seed = torch.ones(c), torch.zeros(c), torch.tensor(1)
-        _, mean, invstd, _, mask = raw_forward(x, weight, bias, seed=seed, p=0.5, act="relu", save_mask=True)
+        _, mean, invstd, *_, mask = raw_forward(x, weight, bias, seed=seed, p=0.5, act="relu", save_mask=True)
         return {
             "grad": torch.randn(shape),
             "x": x,
@@ -338,6 +357,7 @@ class TestUpdateStats:
             "mean": torch.zeros(C),
             "var": torch.ones(C),
             "count": 9,
+            "last_count": 9,
             "momentum": 0.1,
         } | bad
         torch.ops.fusednorm.update_stats_(*arguments.values())

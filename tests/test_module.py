@@ -403,6 +403,93 @@ class TestNotFused:
         assert layer.parametrizations.weight.original.grad is not None
 
 
+ORDERS = tuple(fusednorm.reference.ORDERS)
+
+
+def staged(order, norm, x, residual, **children):
+    """The stock layers one after the other."""
+    children["norm"] = norm
+    for stage in order.split("-"):
+        x = x + residual if stage == "add" else children[stage](x)
+    return x
+
+
+class TestOrders:
+    @pytest.mark.parametrize("order", ORDERS)
+    @pytest.mark.parametrize("user", ["act", "drop", "both", "neither"])
+    def test_like_the_stock_layers(self, user, order):
+        """Whichever children have to be called, and whichever are fused: results, gradients, statistics."""
+        act = (UserReLU if user in ("act", "both") else nn.ReLU)() if "act" in order else None
+        drop = (UserDropout(0.5) if user in ("drop", "both") else nn.Dropout(0.0)) if "drop" in order else None
+        ours, norm = fusednorm.FusedBatchNorm1d(4, act=act, drop=drop, order=order), nn.BatchNorm1d(4)
+        x, residual, results = torch.randn(9, 4, 3), torch.randn(9, 4, 3), []
+        for model in (ours, lambda *args: staged(order, norm, *args, act=act, drop=drop)):
+            torch.manual_seed(4)
+            leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+            adds = "add" in order
+            y = model(*leaves) if adds or model is not ours else model(leaves[0])
+            results.append((y, *torch.autograd.grad(y.square().sum(), leaves[: 1 + adds])))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.running_var, norm.running_var)
+        assert int(ours.num_batches_tracked) == 1
+
+    @pytest.mark.parametrize("order", [order for order in ORDERS if "act" in order])
+    def test_input_is_never_written(self, order):
+        for act in (nn.ReLU(inplace=True), UserReLU(inplace=True)):
+            layer = fusednorm.FusedBatchNorm1d(4, act=act, order=order)
+            x, residual = torch.randn(9, 4), torch.randn(9, 4)
+            copies = x.clone(), residual.clone()
+            layer(x, residual) if "add" in order else layer(x)
+            assert torch.equal(x, copies[0])
+            assert torch.equal(residual, copies[1])
+
+    def test_evaluation_without_noise(self):
+        for order in ORDERS:
+            act, drop = ("silu" if "act" in order else None), (0.5 if "drop" in order else None)
+            layer = fusednorm.FusedBatchNorm1d(4, act=act, drop=drop, order=order).eval()
+            x, residual = torch.randn(9, 4), torch.randn(9, 4)
+            expected = staged(order, nn.BatchNorm1d(4).eval(), x, residual, act=F.silu, drop=lambda x: x)
+            torch.testing.assert_close(layer(x, residual) if "add" in order else layer(x), expected)
+
+    def test_a_child_without_a_place(self):
+        with pytest.raises(ValueError, match="act: expected None"):
+            fusednorm.FusedBatchNorm1d(4, act="relu", order="norm-drop")
+        with pytest.raises(ValueError, match="drop: expected None"):
+            fusednorm.FusedBatchNorm1d(4, drop=0.5, order="act-norm")
+
+    def test_residual(self):
+        layer = fusednorm.FusedBatchNorm1d(4, order="norm-add")
+        with pytest.raises(ValueError, match="residual: expected a tensor"):
+            layer(torch.randn(9, 4))
+        with pytest.raises((ValueError, RuntimeError), match="residual: expected shape"):
+            layer(torch.randn(9, 4), torch.randn(9, 1))
+
+    def test_prelu_weight_learns(self):
+        layer = fusednorm.FusedBatchNorm1d(4, act="prelu")
+        assert isinstance(layer.act, nn.PReLU)
+        layer(torch.randn(9, 4)).sum().backward()
+        assert layer.act.weight.grad.shape == (1,)
+        assert layer.act.weight.grad.abs() > 0
+
+    def test_repr(self):
+        layer = fusednorm.FusedBatchNorm1d(4, order="drop-norm", drop=0.5, ghost_batch_size=8, eval_matched_stats=True)
+        assert all(word in repr(layer) for word in ("drop-norm", "ghost_batch_size=8", "eval_matched_stats=True"))
+
+    @pytest.mark.parametrize("size", [0, -1, 2.0, True, "4"])
+    def test_bad_ghost_batch_size(self, size):
+        with pytest.raises(ValueError, match="ghost_batch_size"):
+            fusednorm.FusedBatchNorm1d(4, ghost_batch_size=size)
+
+    def test_from_torch_takes_the_options(self):
+        bn = nn.BatchNorm1d(4)
+        layer = fusednorm.FusedBatchNorm1d.from_torch(
+            bn, nn.ReLU(), nn.Dropout(0.5), order="act-drop-norm", ghost_batch_size=8, eval_matched_stats=True
+        )
+        assert (layer.order, layer.ghost_batch_size, layer.eval_matched_stats) == ("act-drop-norm", 8, True)
+        assert layer.weight is bn.weight
+
+
 CHANNEL = (
     (fusednorm.FusedBatchNorm1d, nn.Dropout1d, (40, 16, 5)),
     (fusednorm.FusedBatchNorm2d, nn.Dropout2d, (40, 16, 3, 2)),

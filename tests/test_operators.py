@@ -61,18 +61,68 @@ def test_backward(case, grad_layout):
         pytest.skip("nothing to expand")
     tensors, options = arguments(**case)
     x, weight, bias, _, _, seed = tensors
-    _, mean, invstd, _, mask = raw_forward(*tensors, **options, save_mask=case.get("save_mask", True))
+    _, mean, invstd, *_, mask = raw_forward(*tensors, **options, save_mask=case.get("save_mask", True))
     g = lay_out(torch.randn(x.shape).to(x.dtype), grad_layout)
     opcheck(ops.backward.default, (), backward_arguments(g, x, weight, bias, mean, invstd, mask, seed, **options))
 
 
-@pytest.mark.parametrize("wanted", [[True, False, False, False], [False, True, True, False], [False] * 4], ids=str)
+@pytest.mark.parametrize("wanted", [[True] + [False] * 4, [False, True, True, False, False], [False] * 5], ids=str)
 def test_backward_subsets(wanted):
     tensors, options = arguments((4, 5, 3, 3))
     x, weight, bias, _, _, seed = tensors
-    _, mean, invstd, _, mask = raw_forward(*tensors, **options)
+    _, mean, invstd, *_, mask = raw_forward(*tensors, **options)
     options["output_mask"] = wanted
     opcheck(ops.backward.default, (), backward_arguments(x, x, weight, bias, mean, invstd, mask, seed, **options))
+
+
+FAMILY = {
+    "before": dict(order="act-drop-norm", act="tanh"),
+    "matched": dict(order="drop-norm-act", eval_matched_stats=True),
+    "matched, nothing dropped": dict(order="drop-norm-act", p=0.0, eval_matched_stats=True),
+    "matched, evaluation": dict(order="drop-norm-act", training=False, eval_matched_stats=True),
+    "prelu": dict(act="prelu"),
+    "add": dict(order="norm-add"),
+    "bits of the activation": dict(order="norm-drop-add-act"),
+    "bits of both": dict(order="norm-add-act-drop", act="hardtanh", act_params=[-1.0, 1.0]),
+    "bits without noise": dict(order="norm-add-act", p=0.0),
+    "no bits": dict(order="norm-add-act", act="tanh", p=0.0),
+    "bits of the noise": dict(order="norm-act-add-drop"),
+    "uniform": dict(noise="uniform"),
+    "gaussian": dict(noise="gaussian", order="norm-drop-add-act"),
+    "sample": dict(granularity="sample"),
+    "ghost": dict(ghost_batch_size=3),
+    "ghost of all": dict(ghost_batch_size=8),
+    "ghost matched": dict(ghost_batch_size=3, order="drop-norm-act", eval_matched_stats=True),
+}
+
+
+@pytest.mark.parametrize("shape", [(8, 64, 9, 9), (70, 32)], ids=str)
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("case", FAMILY.values(), ids=FAMILY.keys())
+def test_family(case, layout, shape):
+    tensors, options = arguments(shape, layout=layout, **case)
+    x, weight, bias, _, _, seed = tensors
+    if "add" in options.get("order", ""):
+        options["residual"] = torch.randn(shape)
+    if options["act"] == "prelu":
+        options["act_weight"] = torch.rand(1)
+    matched = options.pop("eval_matched_stats", False)
+    forward = forward_arguments(*tensors, **options, eval_matched_stats=matched, save_mask=True)
+    opcheck(ops.forward.default, (), forward)
+    _, mean, invstd, *_, mask = ops.forward(**forward)
+    grads = [True, True, True, "residual" in options, "act_weight" in options]
+    backward = backward_arguments(x, x, weight, bias, mean, invstd, mask, seed, **options, output_mask=grads)
+    opcheck(ops.backward.default, (), backward)
+
+
+@pytest.mark.parametrize("shape", [(8, 5, 3, 3), (9, 5), (0, 3)], ids=str)
+@pytest.mark.parametrize("layout", ["first", "last", "sliced", "transposed"])
+@pytest.mark.parametrize(
+    ("kind", "granularity"), [("bernoulli", "element"), ("uniform", "channel"), ("gaussian", "sample")]
+)
+def test_dropout(kind, granularity, layout, shape):
+    x = lay_out(torch.randn(shape), layout)
+    opcheck(ops.dropout.default, (x, torch.tensor(3), 0.4, kind, granularity))
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -84,11 +134,20 @@ def test_update_stats(dtype, tracked, momentum):
         pytest.skip("a cumulative average needs its counter")
     opcheck(
         ops.update_stats_.default,
-        (torch.zeros(5, dtype=dtype), torch.ones(5, dtype=dtype), counter, torch.randn(5), torch.rand(5), 9, momentum),
+        (
+            torch.zeros(5, dtype=dtype),
+            torch.ones(5, dtype=dtype),
+            counter,
+            torch.randn(5),
+            torch.rand(5),
+            9,
+            9,
+            momentum,
+        ),
     )
 
 
-@pytest.mark.parametrize("granularity", ["element", "channel"])
+@pytest.mark.parametrize("granularity", ["element", "channel", "sample"])
 @pytest.mark.parametrize("size", [[6, 5, 3], [7, 3], [0, 3], [2, 3, 2, 2, 2]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
 def test_noise(dtype, size, granularity):
@@ -103,7 +162,7 @@ def test_draw_seed(like):
 def test_saved_mask_is_a_bit_per_element():
     for layout, shape in (("first", (64, 8)), ("last", (4, 64, 2))):
         x = lay_out(torch.randn(4, 64, 8, 8), layout)
-        mask = raw_forward(x, seed=torch.tensor(1), p=0.5, save_mask=True)[4]
+        mask = raw_forward(x, seed=torch.tensor(1), p=0.5, save_mask=True)[5]
         assert mask.numel() * mask.element_size() <= x.numel() // 8
         if DEVICE.type == "cpu":
             assert mask.dtype == torch.int32
@@ -114,4 +173,4 @@ def test_every_operator_is_tested():
     names = {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "fusednorm::" in name
     }
-    assert names == {"forward", "backward", "update_stats_", "noise", "draw_seed"}
+    assert names == {"forward", "backward", "update_stats_", "noise", "dropout", "draw_seed"}

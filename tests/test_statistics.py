@@ -164,7 +164,7 @@ def test_reset():
 def test_update_operator(momentum):
     """The operator alone, count and factor included."""
     mean, var, tracked = torch.full((3,), 2.0), torch.full((3,), 4.0), torch.tensor(3)
-    torch.ops.fusednorm.update_stats_(mean, var, tracked, torch.full((3,), 6.0), torch.full((3,), 8.0), 5, momentum)
+    torch.ops.fusednorm.update_stats_(mean, var, tracked, torch.full((3,), 6.0), torch.full((3,), 8.0), 5, 5, momentum)
     factor = 0.25 if momentum is not None else 1 / 4
     torch.testing.assert_close(mean, torch.full((3,), 2 + factor * 4.0))
     torch.testing.assert_close(var, torch.full((3,), 4 + factor * (8.0 * 5 / 4 - 4)))
@@ -173,6 +173,6 @@ def test_update_operator(momentum):
 
 def test_update_operator_without_a_counter():
     mean, var = torch.zeros(3), torch.ones(3)
-    torch.ops.fusednorm.update_stats_(mean, var, None, torch.ones(3), torch.ones(3), 2, 0.5)
+    torch.ops.fusednorm.update_stats_(mean, var, None, torch.ones(3), torch.ones(3), 2, 2, 0.5)
     torch.testing.assert_close(mean, torch.full((3,), 0.5))
     torch.testing.assert_close(var, torch.full((3,), 1.5))
