@@ -6,10 +6,12 @@
 // the second one backwards: what the first pass read last is still in cache. With fewer channels than keep all threads
 // busy, the tiles are shared instead, pass by pass.
 #include <algorithm>
-#include <cmath>
+#include <numeric>
 #include <type_traits>
 
 #include "drivers.h"
+#include "stages.h"
+#include "tile_noise.h"
 
 namespace fusednorm::cpu {
 namespace {
@@ -19,21 +21,14 @@ constexpr int64_t kStretch = 26000;     // bytes: adjacent channels are taken to
 constexpr int64_t kAhead = 1024;        // bytes to prefetch ahead where pieces are short
 constexpr int64_t kResident = 2 << 20;  // bytes: or until the group holds this much
 
-void set_bits(uint32_t* words, int64_t begin, int64_t end) {
-  while (begin < end) {
-    const int64_t first = begin % 32, n = std::min<int64_t>(32 - first, end - begin);
-    words[begin / 32] |= (n == 32 ? ~0u : (1u << n) - 1) << first;
-    begin += n;
-  }
-}
-
 template <class T>
 class Channels {
  public:
-  explicit Channels(const Call& call) : shape_(call.shape), chain_(call.chain), seed_(math::split_seed(call.seed)) {
+  Channels(const Call& call, int64_t largest)  // tile
+      : shape_(call.shape), noise_(call.chain, call.seed, call.shape.S, call.first_row) {
     const PieceLayout pieces = piece_layout(shape_);
     length_ = pieces.length;
-    tiles_per_piece_ = (length_ + kTile - 1) / kTile;
+    tiles_per_piece_ = (length_ + largest - 1) / largest;
     tile_ = padded((length_ + tiles_per_piece_ - 1) / tiles_per_piece_);
     tiles_per_piece_ = (length_ + tile_ - 1) / tile_;
     tiles_ = pieces.count * tiles_per_piece_;
@@ -67,29 +62,8 @@ class Channels {
     for_pieces(c, tile, [&](int64_t at, int64_t memory, int64_t n) { std::copy_n(from + at, n, base + memory); });
   }
 
-  // The tile's keep bits, or null where everything is treated alike. The buffer holds kTile / 32 + 1 words.
-  const uint32_t* draw(int64_t c, int64_t tile, uint32_t* buffer) const {
-    const int64_t first = first_row(tile), n = rows(tile);
-    if (!chain_.draws()) return nullptr;
-    if (chain_.granularity == Granularity::element) {
-      const int64_t shift = first % math::kRowsPerCall, words = words_of(n + shift);
-      keep_run(c, first / math::kRowsPerCall, buffer, words);
-      if (shift) {  // a piece may begin inside a group of rows
-        for (int64_t i = 0; i + 1 < words; ++i) buffer[i] = buffer[i] >> shift | buffer[i + 1] << (32 - shift);
-        buffer[words - 1] >>= shift;
-      }
-      return buffer;
-    }
-    std::fill_n(buffer, words_of(n), 0u);
-    int64_t drawn = -1;
-    uint32_t bits = 0;  // of 32 consecutive n
-    for (int64_t i = 0; i < n;) {
-      const int64_t sample = (first + i) / shape_.S, end = std::min(n, (sample + 1) * shape_.S - first);
-      if (sample / 32 != drawn) keep_run(c, (drawn = sample / 32) * 32 / math::kRowsPerCall, &bits, 1);
-      if (bits >> (sample % 32) & 1) set_bits(buffer, i, end);
-      i = end;
-    }
-    return buffer;
+  Draws draw(int64_t c, int64_t tile, DrawBuffer& buffer) const {
+    return noise_.run(c, first_row(tile), rows(tile), buffer);
   }
 
   // The tile's words of a saved mask.
@@ -104,10 +78,6 @@ class Channels {
   int64_t place(int64_t c, int64_t r) const {
     return whole() ? c * shape_.rows() + r : (r / shape_.S * shape_.C + c) * shape_.S + r % shape_.S;
   }
-  void keep_run(int64_t c, int64_t group, uint32_t* out, int64_t words) const {
-    kernels().keep_run(seed_.low, seed_.high, static_cast<uint32_t>(c), group, chain_.threshold, out, words);
-  }
-
   // f(position in the tile, position in memory, length) for every contiguous piece of the tile.
   template <class F>
   void for_pieces(int64_t c, int64_t tile, const F& f) const {
@@ -120,8 +90,7 @@ class Channels {
   }
 
   Shape shape_;
-  Chain chain_;
-  math::Seed seed_;
+  TileNoise noise_;
   int64_t length_;  // of a piece; a piece that is not contiguous in memory spans the channel
   int64_t tile_, tiles_per_piece_, tiles_;
   bool in_place_;
@@ -180,72 +149,137 @@ struct Coefficients {
 template <class T>
 void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
   using A = opmath_t<T>;
-  const Channels<T> channels(call);
+  const Plan plan(call.chain, false, p.mask != nullptr, call.training && std::is_same_v<T, A>), second = plan.second();
+  const Channels<T> channels(call, plan.tile_elements(kTile));
   const int64_t tiles = channels.tiles();
   ChannelVectors<A> vectors(call.shape.C);
-  const auto gather = [&](Step at) {
-    alignas(64) T buffer[kTile];
-    math::Moments<double> m{static_cast<double>(channels.rows(at.tile)), 0, 0};
-    kernels_for<T>().moments_run(channels.load(p.x, at.c, at.tile, buffer), channels.rows(at.tile), &m.mean, &m.m2);
-    return m;
+  const bool before = call.chain.before[0] != Stage::none, noisy = call.chain.before_has(Stage::drop);
+  const bool keeps_noise = p.mask && plan.saves_at < 0;  // drawn in the first pass, read in the second
+  const auto tile_of = [&](Step at, const Draws& draws) {
+    return Tile<T>{kRun, 1, channels.rows(at.tile), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr,
+                   draws};
   };
-  const auto finish = [&](int64_t c, const math::Moments<double>* partials) {
-    math::Moments<double> m{0, 0, 0};
-    for (int64_t tile = 0; call.training && tile < tiles; ++tile) m = math::merge(m, partials[tile]);
-    finish_statistics(call, p, c, m.mean, m.m2, vectors);
+  const auto draw = [&](Step at, DrawBuffer& buffer) {
+    const Draws draws = channels.draw(at.c, at.tile, buffer);
+    if (keeps_noise) {
+      std::copy_n(draws.keep, words_of(channels.rows(at.tile)), p.mask + channels.mask_offset(at.c, at.tile));
+    }
+    return draws;
+  };
+  const auto gather = [&](Step at) {
+    alignas(64) T buffer[kTile], out[kTile];
+    const T* x = channels.load(p.x, at.c, at.tile, buffer);
+    const int64_t n = channels.rows(at.tile);
+    const double count = static_cast<double>(n);
+    Statistics s{{count, 0, 0}, {count, 0, 0}};
+    if (!before) {
+      kernels_for<T>().moments_run(x, n, &s.u.mean, &s.u.m2);
+      return s;
+    }
+    DrawBuffer drawn;
+    Workspace<A> workspace;
+    const Tile<T> tile = tile_of(at, noisy ? draw(at, drawn) : Draws{});
+    Stages<T> stages(plan, tile, workspace);
+    const View<const A> u = stages.ahead({x, 0});
+    kernels_for<A>().moments_run(u.p, n, &s.u.mean, &s.u.m2);
+    if constexpr (std::is_same_v<T, A>) {
+      if (plan.once) {
+        T* y = channels.target(p.y, at.c, at.tile, out);
+        std::copy_n(u.p, n, y);
+        channels.store(p.y, at.c, at.tile, y);
+      }
+    }
+    if (p.clean_mean) {
+      kernels_for<A>().moments_run(stages.ahead({x, 0}, false).p, n, &s.clean.mean, &s.clean.m2);
+    }
+    return s;
+  };
+  const auto finish = [&](int64_t c, const Statistics* partials) {
+    Statistics s{};
+    for (int64_t tile = 0; call.training && tile < tiles; ++tile) {
+      s.u = math::merge(s.u, partials[tile].u);
+      if (p.clean_mean) s.clean = math::merge(s.clean, partials[tile].clean);
+    }
+    finish_statistics(call, p, c, s, vectors);
   };
   const auto emit = [&](Step at) {
-    alignas(64) T in[kTile], out[kTile];
-    uint32_t bits[kTile / 32 + 1];
-    Apply<T> q{};
-    q.rows = 1;
-    q.cols = channels.rows(at.tile);
-    q.x = channels.load(p.x, at.c, at.tile, in);
-    q.y = channels.target(p.y, at.c, at.tile, out);
-    q.affine = vectors.at(at.c);
-    std::copy_n(call.chain.parameters, 2, q.activation);
-    q.multiplier = static_cast<A>(call.chain.multiplier);
-    q.keep = channels.draw(at.c, at.tile, bits);
-    q.save = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : nullptr;
-    kernels_for<T>().apply[kRun][call.chain.activation](q);
-    channels.store(p.y, at.c, at.tile, q.y);
+    alignas(64) T in[kTile], more[kTile], out[kTile];
+    DrawBuffer drawn;
+    Workspace<A> workspace;
+    uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : nullptr;
+    Draws draws{mask, 0, nullptr, 0};
+    if (!(keeps_noise && call.training)) draws = second.drops() ? draw(at, drawn) : Draws{};
+    const Tile<T> tile = tile_of(at, draws);
+    T* y = channels.target(p.y, at.c, at.tile, out);
+    const T* residual = p.residual ? channels.load(p.residual, at.c, at.tile, more) : nullptr;
+    Stages<T>(second, tile, workspace)
+        .forward({channels.load(plan.once ? p.y : p.x, at.c, at.tile, in), 0}, {residual, 0}, {y, 0}, mask, 0);
+    channels.store(p.y, at.c, at.tile, y);
   };
-  two_passes<math::Moments<double>>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(),
-                                    call.training, gather, finish, emit);
+  two_passes<Statistics>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(), call.training,
+                         gather, finish, emit);
 }
 
 template <class T>
 void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
   using A = opmath_t<T>;
-  const Channels<T> channels(call);
+  const bool gathers = p.grad_weight != nullptr;
+  const Plan plan(call.chain, true, p.mask != nullptr, gathers && p.dx && std::is_same_v<T, A>), second = plan.second();
+  const Channels<T> channels(call, plan.tile_elements(kTile));
   const int64_t tiles = channels.tiles();
   ChannelVectors<A> vectors(call.shape.C);
   for (int64_t c = 0; c < call.shape.C; ++c) load_statistics(p, c, vectors);
   Coefficients<A> coefficients(call.shape.C);
-  const auto arguments = [&](Step at, T* x, T* g, uint32_t* bits) {
-    Backward<T> q{};
-    q.rows = 1;
-    q.cols = channels.rows(at.tile);
-    q.x = channels.load(p.x, at.c, at.tile, x);
-    q.g = channels.load(p.g, at.c, at.tile, g);
-    q.affine = vectors.at(at.c);
-    std::copy_n(call.chain.parameters, 2, q.activation);
-    q.multiplier = static_cast<A>(call.chain.multiplier);
-    q.keep = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : channels.draw(at.c, at.tile, bits);
-    q.keep_is_saved = p.mask != nullptr;
-    return q;
+  std::vector<double> weight_sums(p.grad_act_weight ? call.shape.C * tiles : 0);
+  struct Inputs {
+    View<const T> x, residual, g;
+  };
+  struct Buffers {
+    alignas(64) T x[kTile], residual[kTile], g[kTile], dx[kTile], grad_residual[kTile];
+    DrawBuffer drawn;
+    Workspace<A> workspace;
+  };
+  const auto inputs = [&](Step at, const T* g, Buffers& b) {
+    return Inputs{{channels.load(p.x, at.c, at.tile, b.x), 0},
+                  {p.residual ? channels.load(p.residual, at.c, at.tile, b.residual) : nullptr, 0},
+                  {channels.load(g, at.c, at.tile, b.g), 0}};
+  };
+  const auto tile_of = [&](Step at, const Plan& pass, Buffers& b) {
+    const uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : nullptr;
+    const Draws draws = plan.mask_is_noise() ? Draws{mask, 0, nullptr, 0}
+                        : pass.drops()       ? channels.draw(at.c, at.tile, b.drawn)
+                                             : Draws{};
+    return Tile<T>{
+        kRun, 1, channels.rows(at.tile), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws,
+        mask, 0};
+  };
+  const auto outputs = [&](Step at, const Plan& pass, Buffers& b) {
+    const auto target = [&](T* base, T* buffer) {
+      return View<T>{base ? channels.target(base, at.c, at.tile, buffer) : nullptr, 0};
+    };
+    Gradients<T> to{};
+    to.dx = target(p.dx, b.dx);
+    if (&pass == &plan || !plan.once) to.residual = target(p.grad_residual, b.grad_residual);
+    if (p.grad_act_weight) to.act_weight = &weight_sums[at.c * tiles + at.tile];
+    to.a = &coefficients.a[at.c];
+    to.b = &coefficients.b[at.c];
+    to.c = &coefficients.c[at.c];
+    return to;
+  };
+  const auto store = [&](Step at, const Gradients<T>& to) {
+    if (to.dx.p) channels.store(p.dx, at.c, at.tile, to.dx.p);
+    if (to.residual.p) channels.store(p.grad_residual, at.c, at.tile, to.residual.p);
   };
   const auto gather = [&](Step at) {
-    alignas(64) T x[kTile], g[kTile];
-    uint32_t bits[kTile / 32 + 1];
+    Buffers b;
+    const Inputs in = inputs(at, p.g, b);
+    const Tile<T> tile = tile_of(at, plan, b);
+    const Gradients<T> to = plan.once ? outputs(at, plan, b) : Gradients<T>{};
     GradientSums sums{0, 0};
-    Backward<T> q = arguments(at, x, g, bits);
-    q.sum_dz = &sums.dz;
-    q.sum_dz_xmu = &sums.dz_xmu;
-    kernels_for<T>().gradient_sums[kRun][call.chain.activation](q);
+    Stages<T>(plan, tile, b.workspace).gradient_sums(in.x, in.residual, in.g, &sums.dz, &sums.dz_xmu, to);
+    store(at, to);
     return sums;
   };
-  const bool gathers = p.grad_weight != nullptr;
   const auto finish = [&](int64_t c, const GradientSums* partials) {
     GradientSums sums{0, 0};
     for (int64_t tile = 0; gathers && tile < tiles; ++tile) {
@@ -258,56 +292,40 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
     coefficients.c[c] = static_cast<A>(k.c);
   };
   const auto emit = [&](Step at) {
-    if (!p.dx) return;
-    alignas(64) T x[kTile], g[kTile], out[kTile];
-    uint32_t bits[kTile / 32 + 1];
-    Backward<T> q = arguments(at, x, g, bits);
-    q.dx = channels.target(p.dx, at.c, at.tile, out);
-    q.a = &coefficients.a[at.c];
-    q.b = &coefficients.b[at.c];
-    q.c = &coefficients.c[at.c];
-    kernels_for<T>().input_gradient[kRun][call.chain.activation](q);
-    channels.store(p.dx, at.c, at.tile, q.dx);
+    if (!emits(p)) return;
+    Buffers b;
+    const Inputs in = inputs(at, plan.once ? p.dx : p.g, b);
+    const Tile<T> tile = tile_of(at, second, b);
+    const Gradients<T> to = outputs(at, second, b);
+    Stages<T>(second, tile, b.workspace).gradient(in.x, in.residual, in.g, to);
+    store(at, to);
   };
   two_passes<GradientSums>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(), gathers, gather,
                            finish, emit);
+  for (int64_t c = 0; p.grad_act_weight && c < call.shape.C; ++c) {
+    p.grad_act_weight[c] = std::accumulate(&weight_sums[c * tiles], &weight_sums[c * tiles] + tiles, 0.0);
+  }
 }
 
 template <class T>
-T one_in_storage() {
-  if constexpr (std::is_same_v<T, BFloat16>) return {0x3f80};
-  if constexpr (std::is_same_v<T, Float16>) return {0x3c00};
-  if constexpr (std::is_floating_point_v<T>) return 1;
-}
-
-// The forward of ones: identity statistics, no activation.
-template <class T>
-void noise(const Call& call, T* m) {
-  using A = opmath_t<T>;
-  const Channels<T> channels(call);
-  const A zero = 0, one = 1;
-  const std::vector<T> ones(kTile, one_in_storage<T>());
+void noise_channels_first(const Call& call, const T* x, T* y) {
+  const Channels<T> channels(call, kStageElements);
   for_tasks(call.shape.C * channels.tiles(), call.shape.C * call.shape.rows() < kSerial, false, [&](int64_t i) {
     const Step at{i / channels.tiles(), i % channels.tiles()};
-    alignas(64) T out[kTile];
-    uint32_t bits[kTile / 32 + 1];
-    Apply<T> q{};
-    q.rows = 1;
-    q.cols = channels.rows(at.tile);
-    q.x = ones.data();
-    q.y = channels.target(m, at.c, at.tile, out);
-    q.affine = {&zero, &one, &zero};
-    q.multiplier = static_cast<A>(call.chain.multiplier);
-    q.keep = channels.draw(at.c, at.tile, bits);
-    kernels_for<T>().apply[kRun][0](q);
-    channels.store(m, at.c, at.tile, q.y);
+    alignas(64) T in[kTile], out[kTile];
+    DrawBuffer drawn;
+    const T* from = x ? channels.load(x, at.c, at.tile, in) : nullptr;
+    T* to = channels.target(y, at.c, at.tile, out);
+    multiply<T>({from, 0}, {to, 0}, call.chain.multiplier, 1, channels.rows(at.tile),
+                channels.draw(at.c, at.tile, drawn));
+    channels.store(y, at.c, at.tile, to);
   });
 }
 
 #define FN_INSTANTIATE(T)                                                            \
   template void forward_channels_first<T>(const Call&, const ForwardPointers<T>&);   \
   template void backward_channels_first<T>(const Call&, const BackwardPointers<T>&); \
-  template void noise<T>(const Call&, T*);
+  template void noise_channels_first<T>(const Call&, const T*, T*);
 FN_INSTANTIATE(float)
 FN_INSTANTIATE(double)
 FN_INSTANTIATE(BFloat16)

@@ -7,13 +7,13 @@
 #include <type_traits>
 
 #include "drivers.h"
+#include "stages.h"
+#include "tile_noise.h"
 
 namespace fusednorm::cpu {
 namespace {
 
-constexpr int64_t kBlockColumns = 1024;      // of a block, at most
 constexpr int64_t kPanelElements = 1 << 18;  // of a panel, roughly
-constexpr int64_t kTileElements = 8192;      // of a tile, roughly
 
 class Matrix {
  public:
@@ -21,16 +21,13 @@ class Matrix {
     int64_t row, column, rows, columns;
   };
 
-  explicit Matrix(const Call& call)
-      : shape_(call.shape),
-        chain_(call.chain),
-        seed_(math::split_seed(call.seed)),
-        rows_(shape_.rows()),
-        columns_(shape_.C) {
-    blocks_ = (columns_ + kBlockColumns - 1) / kBlockColumns;
+  Matrix(const Call& call, bool staged)
+      : noise_(call.chain, call.seed, call.shape.S, call.first_row), rows_(call.shape.rows()), columns_(call.shape.C) {
+    const int64_t largest = staged ? kStageColumns : kBlockColumns;
+    blocks_ = (columns_ + largest - 1) / largest;
     block_ = padded((columns_ + blocks_ - 1) / blocks_);
     blocks_ = (columns_ + block_ - 1) / block_;
-    tile_rows_ = std::clamp<int64_t>(kTileElements / block_ / 8 * 8, 8, kMaxTileRows);
+    tile_rows_ = std::clamp<int64_t>((staged ? kStageMatrix : kFusedElements) / block_ / 8 * 8, 8, kMaxTileRows);
     chunk_ = std::max<int64_t>(kPanelElements / block_ / kMaxTileRows * kMaxTileRows, kMaxTileRows);
     chunks_ = (rows_ + chunk_ - 1) / chunk_;
   }
@@ -40,7 +37,6 @@ class Matrix {
   int64_t chunk_of(int64_t panel) const { return panel / blocks_; }
   int64_t rows_before(int64_t panel, int64_t row) const { return row - chunk_of(panel) * chunk_; }
   int64_t chunk_rows(int64_t chunk) const { return std::min(chunk_, rows_ - chunk * chunk_); }
-  int64_t bits_size() const { return tile_rows_ * block_ / 32; }
 
   template <class F>
   void for_tiles(int64_t panel, const F& f) const {
@@ -54,27 +50,8 @@ class Matrix {
   int64_t ld() const { return columns_; }
   int64_t offset(const Tile& t) const { return t.row * columns_ + t.column; }
 
-  // The tile's keep bits (rows ld words apart), or null where everything is treated alike.
-  const uint32_t* draw(const Tile& t, uint32_t* buffer, int64_t& ld) const {
-    ld = words_of(t.columns);
-    const auto groups = [&](int64_t group, uint32_t* to) {
-      kernels().keep_columns(seed_.low, seed_.high, static_cast<uint32_t>(t.column), group, chain_.threshold, to, ld,
-                             ld);
-    };
-    if (!chain_.draws()) return nullptr;
-    if (chain_.granularity == Granularity::element) {
-      for (int64_t i = 0; i < t.rows; i += math::kRowsPerCall)
-        groups((t.row + i) / math::kRowsPerCall, buffer + i * ld);
-      return buffer;
-    }
-    uint32_t drawn[math::kRowsPerCall * kBlockColumns / 32];
-    int64_t group = -1;
-    for (int64_t i = 0; i < t.rows; ++i) {
-      const int64_t n = (t.row + i) / shape_.S;
-      if (n / math::kRowsPerCall != group) groups(group = n / math::kRowsPerCall, drawn);
-      std::copy_n(drawn + n % math::kRowsPerCall * ld, ld, buffer + i * ld);
-    }
-    return buffer;
+  Draws draw(const Tile& t, DrawBuffer& buffer) const {
+    return noise_.columns(t.row, t.column, t.rows, t.columns, buffer);
   }
 
   // The tile's place in a saved mask.
@@ -82,9 +59,7 @@ class Matrix {
   int64_t mask_offset(const Tile& t) const { return t.row * mask_ld() + t.column / 32; }
 
  private:
-  Shape shape_;
-  Chain chain_;
-  math::Seed seed_;
+  TileNoise noise_;
   int64_t rows_, columns_, blocks_, block_, tile_rows_, chunk_, chunks_;
 };
 
@@ -108,50 +83,86 @@ void for_channels(int64_t channels, int64_t work, const F& f) {
 template <class T>
 void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
   using A = opmath_t<T>;
-  const Matrix matrix(call);
-  const int64_t C = call.shape.C;
+  const Plan plan(call.chain, false, p.mask != nullptr, call.training && std::is_same_v<T, A>), second = plan.second();
+  const Matrix matrix(call, plan.staged);
+  const int64_t C = call.shape.C, ld = matrix.ld();
   const bool serial = C * call.shape.rows() < kSerial;
-  Partials partials(call.training ? matrix.chunks() : 0, C);
+  Partials partials(call.training ? matrix.chunks() : 0, C), clean(p.clean_mean ? matrix.chunks() : 0, C);
   ChannelVectors<A> vectors(C);
+  const std::vector<A> act_weight = padded_copy(p.act_weight, C);
+  const bool before = call.chain.before[0] != Stage::none, noisy = call.chain.before_has(Stage::drop);
+  const bool keeps_noise = p.mask && plan.saves_at < 0;  // drawn in the first pass, read in the second
+  const auto tile_of = [&](const Matrix::Tile& t, const Draws& draws) {
+    return Tile<T>{
+        kColumns, t.rows, t.columns, vectors.at(t.column), act_weight.empty() ? nullptr : act_weight.data() + t.column,
+        draws};
+  };
+  const auto draw = [&](const Matrix::Tile& t, DrawBuffer& buffer) {
+    const Draws draws = matrix.draw(t, buffer);
+    for (int64_t row = 0; keeps_noise && row < t.rows; ++row) {
+      std::copy_n(draws.keep + row * draws.ldkeep, words_of(t.columns),
+                  p.mask + matrix.mask_offset(t) + row * matrix.mask_ld());
+    }
+    return draws;
+  };
   if (call.training) {
     for_tasks(matrix.panels(), serial, false, [&](int64_t panel) {
       const int64_t at = matrix.chunk_of(panel) * partials.ld;
+      DrawBuffer drawn;
+      Workspace<A> workspace;
       matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
-        kernels_for<T>().moments_columns(p.x + matrix.offset(t), t.rows, t.columns, matrix.ld(),
-                                         matrix.rows_before(panel, t.row), partials.first.data() + at + t.column,
-                                         partials.second.data() + at + t.column);
+        const auto merge = [&](auto u, Partials& into) {
+          using E = std::remove_const_t<std::remove_pointer_t<decltype(u.p)>>;
+          kernels_for<E>().moments_columns(u.p, t.rows, t.columns, u.ld, matrix.rows_before(panel, t.row),
+                                           into.first.data() + at + t.column, into.second.data() + at + t.column);
+        };
+        const View<const T> x{p.x + matrix.offset(t), ld};
+        if (!before) return merge(x, partials);
+        const Tile<T> tile = tile_of(t, noisy ? draw(t, drawn) : Draws{});
+        Stages<T> stages(plan, tile, workspace);
+        const View<const A> u = stages.ahead(x);
+        merge(u, partials);
+        if constexpr (std::is_same_v<T, A>) {
+          for (int64_t row = 0; plan.once && row < t.rows; ++row) {
+            std::copy_n(u.p + row * u.ld, t.columns, p.y + matrix.offset(t) + row * ld);
+          }
+        }
+        if (p.clean_mean) merge(stages.ahead(x, false), clean);
       });
     });
   }
   for_channels(C, matrix.chunks(), [&](int64_t begin, int64_t end) {
-    double *mean = partials.first.data(), *m2 = partials.second.data();  // of the first chunk, and then of all
-    double count = matrix.chunk_rows(0);
-    for (int64_t chunk = 1; call.training && chunk < matrix.chunks(); ++chunk) {
-      const double rows = matrix.chunk_rows(chunk);
-      const int64_t at = chunk * partials.ld + begin;
-      kernels().merge_moments(count, mean + begin, m2 + begin, rows, mean + at, m2 + at, end - begin);
-      count += rows;
-    }
+    const auto merge = [&](Partials& all) {  // into the first chunk's
+      double *mean = all.first.data(), *m2 = all.second.data();
+      double count = matrix.chunk_rows(0);
+      for (int64_t chunk = 1; chunk < matrix.chunks(); ++chunk) {
+        const double rows = matrix.chunk_rows(chunk);
+        const int64_t at = chunk * all.ld + begin;
+        kernels().merge_moments(count, mean + begin, m2 + begin, rows, mean + at, m2 + at, end - begin);
+        count += rows;
+      }
+    };
+    if (call.training) merge(partials);
+    if (p.clean_mean) merge(clean);
     for (int64_t c = begin; c < end; ++c) {
-      finish_statistics(call, p, c, call.training ? mean[c] : 0, call.training ? m2[c] : 0, vectors);
+      Statistics s{};
+      if (call.training) s.u = {0, partials.first[c], partials.second[c]};
+      if (p.clean_mean) s.clean = {0, clean.first[c], clean.second[c]};
+      finish_statistics(call, p, c, s, vectors);
     }
   });
   for_tasks(matrix.panels(), serial, true, [&](int64_t panel) {
-    std::vector<uint32_t> bits(matrix.bits_size());
+    DrawBuffer drawn;
+    Workspace<A> workspace;
     matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
-      Apply<T> q{};
-      q.rows = t.rows;
-      q.cols = t.columns;
-      q.x = p.x + matrix.offset(t);
-      q.y = p.y + matrix.offset(t);
-      q.ldx = q.ldy = matrix.ld();
-      q.affine = vectors.at(t.column);
-      std::copy_n(call.chain.parameters, 2, q.activation);
-      q.multiplier = static_cast<A>(call.chain.multiplier);
-      q.keep = matrix.draw(t, bits.data(), q.ldkeep);
-      q.save = p.mask ? p.mask + matrix.mask_offset(t) : nullptr;
-      q.ldsave = matrix.mask_ld();
-      kernels_for<T>().apply[kColumns][call.chain.activation](q);
+      const int64_t at = matrix.offset(t);
+      uint32_t* mask = p.mask ? p.mask + matrix.mask_offset(t) : nullptr;
+      Draws draws{mask, matrix.mask_ld(), nullptr, 0};
+      if (!(keeps_noise && call.training)) draws = second.drops() ? draw(t, drawn) : Draws{};
+      const Tile<T> tile = tile_of(t, draws);
+      Stages<T>(second, tile, workspace)
+          .forward({(plan.once ? p.y : p.x) + at, ld}, {p.residual ? p.residual + at : nullptr, ld}, {p.y + at, ld},
+                   mask, matrix.mask_ld());
     });
   });
 }
@@ -159,45 +170,57 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
 template <class T>
 void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
   using A = opmath_t<T>;
-  const Matrix matrix(call);
-  const int64_t C = call.shape.C;
-  const bool serial = C * call.shape.rows() < kSerial, gathers = p.grad_weight != nullptr;
+  const bool serial = call.shape.C * call.shape.rows() < kSerial, gathers = p.grad_weight != nullptr;
+  const Plan plan(call.chain, true, p.mask != nullptr, gathers && p.dx && std::is_same_v<T, A>), second = plan.second();
+  const Matrix matrix(call, plan.staged);
+  const int64_t C = call.shape.C, ld = matrix.ld();
   Partials partials(gathers ? matrix.chunks() : 0, C);
   ChannelVectors<A> vectors(C);
   for (int64_t c = 0; c < C; ++c) load_statistics(p, c, vectors);
-  const auto arguments = [&](const Matrix::Tile& t, std::vector<uint32_t>& bits) {
-    Backward<T> q{};
-    q.rows = t.rows;
-    q.cols = t.columns;
-    q.x = p.x + matrix.offset(t);
-    q.g = p.g + matrix.offset(t);
-    q.ldx = q.ldg = matrix.ld();
-    q.affine = vectors.at(t.column);
-    std::copy_n(call.chain.parameters, 2, q.activation);
-    q.multiplier = static_cast<A>(call.chain.multiplier);
-    if (p.mask) {
-      q.keep = p.mask + matrix.mask_offset(t);
-      q.ldkeep = matrix.mask_ld();
-    } else {
-      q.keep = matrix.draw(t, bits.data(), q.ldkeep);
-    }
-    q.keep_is_saved = p.mask != nullptr;
-    return q;
+  const std::vector<A> act_weight = padded_copy(p.act_weight, C);
+  const auto tile_of = [&](const Matrix::Tile& t, const Plan& pass, DrawBuffer& drawn) {
+    const uint32_t* mask = p.mask ? p.mask + matrix.mask_offset(t) : nullptr;
+    const Draws draws = plan.mask_is_noise() ? Draws{mask, matrix.mask_ld(), nullptr, 0}
+                        : pass.drops()       ? matrix.draw(t, drawn)
+                                             : Draws{};
+    return Tile<T>{kColumns,
+                   t.rows,
+                   t.columns,
+                   vectors.at(t.column),
+                   act_weight.empty() ? nullptr : act_weight.data() + t.column,
+                   draws,
+                   mask,
+                   matrix.mask_ld()};
   };
-  const int64_t bits_size = p.mask ? 0 : matrix.bits_size();
+  const auto at = [&](auto* base, const Matrix::Tile& t) {
+    return View<std::remove_pointer_t<decltype(base)>>{base ? base + matrix.offset(t) : nullptr, ld};
+  };
+  std::vector<A> a(padded(C)), b(padded(C)), c_(padded(C));
+  std::vector<double> weight_sums(p.grad_act_weight ? matrix.chunks() * padded(C) : 0);
+  const auto outputs = [&](const Matrix::Tile& t, int64_t chunk, const Plan& pass) {
+    Gradients<T> to{};
+    to.dx = at(p.dx, t);
+    if (&pass == &plan || !plan.once) to.residual = at(p.grad_residual, t);
+    if (p.grad_act_weight) to.act_weight = weight_sums.data() + chunk * padded(C) + t.column;
+    to.a = a.data() + t.column;
+    to.b = b.data() + t.column;
+    to.c = c_.data() + t.column;
+    return to;
+  };
   if (gathers) {
     for_tasks(matrix.panels(), serial, false, [&](int64_t panel) {
-      std::vector<uint32_t> bits(bits_size);
-      const int64_t at = matrix.chunk_of(panel) * partials.ld;
+      DrawBuffer drawn;
+      Workspace<A> workspace;
+      const int64_t chunk = matrix.chunk_of(panel), into = chunk * partials.ld;
       matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
-        Backward<T> q = arguments(t, bits);
-        q.sum_dz = partials.first.data() + at + t.column;
-        q.sum_dz_xmu = partials.second.data() + at + t.column;
-        kernels_for<T>().gradient_sums[kColumns][call.chain.activation](q);
+        const Tile<T> tile = tile_of(t, plan, drawn);
+        Stages<T>(plan, tile, workspace)
+            .gradient_sums(at(p.x, t), at(p.residual, t), at(p.g, t), partials.first.data() + into + t.column,
+                           partials.second.data() + into + t.column,
+                           plan.once ? outputs(t, chunk, plan) : Gradients<T>{});
       });
     });
   }
-  std::vector<A> a(padded(C)), b(padded(C)), c_(padded(C));
   for_channels(C, matrix.chunks(), [&](int64_t begin, int64_t end) {
     double *dz = partials.first.data(), *dz_xmu = partials.second.data();
     for (int64_t chunk = 1; gathers && chunk < matrix.chunks(); ++chunk) {
@@ -214,24 +237,42 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
       c_[c] = static_cast<A>(k.c);
     }
   });
-  if (!p.dx) return;
+  if (!emits(p)) return;
   for_tasks(matrix.panels(), serial, true, [&](int64_t panel) {
-    std::vector<uint32_t> bits(bits_size);
+    DrawBuffer drawn;
+    Workspace<A> workspace;
     matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
-      Backward<T> q = arguments(t, bits);
-      q.dx = p.dx + matrix.offset(t);
-      q.lddx = matrix.ld();
-      q.a = a.data() + t.column;
-      q.b = b.data() + t.column;
-      q.c = c_.data() + t.column;
-      kernels_for<T>().input_gradient[kColumns][call.chain.activation](q);
+      const Tile<T> tile = tile_of(t, second, drawn);
+      Stages<T>(second, tile, workspace)
+          .gradient(at(p.x, t), at(p.residual, t), at(plan.once ? static_cast<const T*>(p.dx) : p.g, t),
+                    outputs(t, matrix.chunk_of(panel), second));
+    });
+  });
+  for (int64_t c = 0; p.grad_act_weight && c < C; ++c) {
+    p.grad_act_weight[c] = 0;
+    for (int64_t chunk = 0; chunk < matrix.chunks(); ++chunk) {
+      p.grad_act_weight[c] += weight_sums[chunk * padded(C) + c];
+    }
+  }
+}
+
+template <class T>
+void noise_channels_last(const Call& call, const T* x, T* y) {
+  const Matrix matrix(call, true);
+  for_tasks(matrix.panels(), call.shape.C * call.shape.rows() < kSerial, false, [&](int64_t panel) {
+    DrawBuffer drawn;
+    matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
+      const int64_t at = matrix.offset(t);
+      multiply<T>({x ? x + at : nullptr, matrix.ld()}, {y + at, matrix.ld()}, call.chain.multiplier, t.rows, t.columns,
+                  matrix.draw(t, drawn));
     });
   });
 }
 
-#define FN_INSTANTIATE(T)                                                         \
-  template void forward_channels_last<T>(const Call&, const ForwardPointers<T>&); \
-  template void backward_channels_last<T>(const Call&, const BackwardPointers<T>&);
+#define FN_INSTANTIATE(T)                                                           \
+  template void forward_channels_last<T>(const Call&, const ForwardPointers<T>&);   \
+  template void backward_channels_last<T>(const Call&, const BackwardPointers<T>&); \
+  template void noise_channels_last<T>(const Call&, const T*, T*);
 FN_INSTANTIATE(float)
 FN_INSTANTIATE(double)
 FN_INSTANTIATE(BFloat16)

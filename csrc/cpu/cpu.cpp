@@ -54,35 +54,95 @@ Tensor draw_seed(const Tensor& like) {
   return seed;
 }
 
+// f(group, call, elements before it) for the groups of a batch: shared among threads where there are many, or else
+// one after the other, each shared.
+template <class Q, class F>
+void for_groups(const Q& q, double eps, const F& f) {
+  const int64_t seed = read_seed(q.seed), sample = q.shape.C * q.shape.S, threads = at::get_num_threads();
+  const bool many = q.groups % threads == 0 || q.groups >= 8 * threads;
+  for_tasks(q.groups, !many || q.shape.N * sample < kSerial, false, [&](int64_t group) {
+    const int64_t first = group * q.ghost;
+    Shape shape = q.shape;
+    shape.N = std::min(q.ghost, shape.N - first);
+    f(group, Call{shape, q.chain, seed, first * shape.S, q.training, eps}, first * sample);
+  });
+}
+
+template <class E>
+E* advance(E* p, int64_t n) {
+  return p ? p + n : nullptr;
+}
+
 void run_forward(const fusednorm::Forward& q) {
-  const Call call{q.shape, q.chain, read_seed(q.seed), q.training, q.eps};
   for_dtype(q.x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = opmath_t<T>;
-    const ForwardPointers<T> p{
-        data<T>(q.x),           data<T>(q.y),    data<A>(q.weight), data<A>(q.bias),     data<A>(q.running_mean),
-        data<A>(q.running_var), data<A>(q.mean), data<A>(q.invstd), data<A>(q.stat_var), data<uint32_t>(q.mask)};
-    q.shape.channels_last ? forward_channels_last<T>(call, p) : forward_channels_first<T>(call, p);
+    for_groups(q, q.eps, [&](int64_t group, const Call& call, int64_t at) {
+      const int64_t channel = group * q.shape.C;
+      const ForwardPointers<T> p{advance(data<T>(q.x), at),
+                                 advance(data<T>(q.residual), at),
+                                 advance(data<T>(q.y), at),
+                                 data<A>(q.weight),
+                                 data<A>(q.bias),
+                                 data<A>(q.act_weight),
+                                 data<A>(q.running_mean),
+                                 data<A>(q.running_var),
+                                 advance(data<A>(q.mean), channel),
+                                 advance(data<A>(q.invstd), channel),
+                                 advance(data<A>(q.stat_var), channel),
+                                 advance(data<A>(q.stat_mean), channel),
+                                 data<uint32_t>(q.mask)};
+      q.shape.channels_last ? forward_channels_last<T>(call, p) : forward_channels_first<T>(call, p);
+    });
   });
 }
 
 void run_backward(const fusednorm::Backward& q) {
-  const Call call{q.shape, q.chain, read_seed(q.seed), q.training, 0};
+  const int64_t C = q.shape.C;
+  // The parameters' gradients of each group.
+  const auto sums = [&](const Tensor& gradient) { return std::vector<double>(gradient.defined() ? q.groups * C : 0); };
+  const auto of_group = [&](std::vector<double>& all, int64_t group) {
+    return all.empty() ? nullptr : all.data() + group * C;
+  };
+  std::vector<double> weight = sums(q.grad_weight), bias = sums(q.grad_bias), act_weight = sums(q.grad_act_weight);
   for_dtype(q.x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = opmath_t<T>;
-    const BackwardPointers<T> p{
-        data<T>(q.x),    data<T>(q.grad_output), data<T>(q.grad_input),  data<A>(q.weight),    data<A>(q.bias),
-        data<A>(q.mean), data<A>(q.invstd),      data<A>(q.grad_weight), data<A>(q.grad_bias), data<uint32_t>(q.mask)};
-    q.shape.channels_last ? backward_channels_last<T>(call, p) : backward_channels_first<T>(call, p);
+    for_groups(q, 0, [&](int64_t group, const Call& call, int64_t at) {
+      const BackwardPointers<T> p{advance(data<T>(q.x), at),
+                                  advance(data<T>(q.grad_output), at),
+                                  advance(data<T>(q.residual), at),
+                                  advance(data<T>(q.grad_input), at),
+                                  advance(data<T>(q.grad_residual), at),
+                                  data<A>(q.weight),
+                                  data<A>(q.bias),
+                                  data<A>(q.act_weight),
+                                  advance(data<A>(q.mean), group * C),
+                                  advance(data<A>(q.invstd), group * C),
+                                  of_group(weight, group),
+                                  of_group(bias, group),
+                                  of_group(act_weight, group),
+                                  data<uint32_t>(q.mask)};
+      q.shape.channels_last ? backward_channels_last<T>(call, p) : backward_channels_first<T>(call, p);
+    });
+    const auto store = [&](const Tensor& gradient, std::vector<double>& all) {
+      for (int64_t group = 1; group < q.groups && !all.empty(); ++group) {
+        for (int64_t c = 0; c < C; ++c) all[c] += all[group * C + c];
+      }
+      for (int64_t c = 0; c < C && !all.empty(); ++c) data<A>(gradient)[c] = static_cast<A>(all[c]);
+    };
+    store(q.grad_weight, weight);
+    store(q.grad_bias, bias);
+    store(q.grad_act_weight, act_weight);
   });
 }
 
 void run_noise(const NoiseRequest& q, const Tensor& seed) {
-  const Call call{q.shape, q.chain, read_seed(seed), true, 0};
+  const Call call{q.shape, q.chain, read_seed(seed), 0, true, 0};
   for_dtype(q.y.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    noise<T>(call, data<T>(q.y));
+    q.shape.channels_last ? noise_channels_last<T>(call, data<T>(q.x), data<T>(q.y))
+                          : noise_channels_first<T>(call, data<T>(q.x), data<T>(q.y));
   });
 }
 
@@ -127,6 +187,7 @@ TORCH_LIBRARY_IMPL(fusednorm, CPU, m) {
   m.impl("forward", &fusednorm::forward<run_forward>);
   m.impl("backward", &fusednorm::backward<run_backward>);
   m.impl("noise", &fusednorm::noise<run_noise>);
+  m.impl("dropout", &fusednorm::dropout<run_noise>);
   m.impl("update_stats_", &update_stats_);
 }
 

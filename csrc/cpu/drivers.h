@@ -21,29 +21,31 @@ namespace fusednorm::cpu {
 template <class T>
 struct ForwardPointers {
   using A = opmath_t<T>;
-  const T* x;                           // (N, C, S) in the shape's layout
+  const T *x, *residual;                // (N, C, S) in the shape's layout; residual: or null
   T* y;                                 // same
-  const A *weight, *bias;               // (C,) or null
+  const A *weight, *bias, *act_weight;  // (C,) or null
   const A *running_mean, *running_var;  // (C,) or null when training
   A *mean, *invstd, *var;               // (C,) out
+  A* clean_mean;                        // (C,) out: with var, of u without its noise; or null
   uint32_t* mask;                       // out, or null
 };
 
 template <class T>
 struct BackwardPointers {
   using A = opmath_t<T>;
-  const T *x, *g;              // (N, C, S) in the shape's layout
-  T* dx;                       // same, or null
-  const A *weight, *bias;      // (C,) or null
-  const A *mean, *invstd;      // (C,)
-  A *grad_weight, *grad_bias;  // (C,) out, or null: not needed
-  const uint32_t* mask;        // or null: redraw
+  const T *x, *g, *residual;                          // (N, C, S) in the shape's layout; residual: or null
+  T *dx, *grad_residual;                              // same, or null
+  const A *weight, *bias, *act_weight;                // (C,) or null
+  const A *mean, *invstd;                             // (C,)
+  double *grad_weight, *grad_bias, *grad_act_weight;  // (C,) out, or null: not needed
+  const uint32_t* mask;                               // or null: redraw
 };
 
-struct Call {  // what both directions need beside the pointers
+struct Call {  // what both directions need beside the pointers: of one group of the batch
   Shape shape;
   Chain chain;
   int64_t seed;
+  int64_t first_row;  // of the group, for the noise
   bool training;
   double eps;
 };
@@ -57,9 +59,11 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p);
 template <class T>
 void backward_channels_last(const Call& call, const BackwardPointers<T>& p);
 
-// m itself, for a channels-first shape.
+// y = x * m, or m itself where x is null.
 template <class T>
-void noise(const Call& call, T* m);
+void noise_channels_first(const Call& call, const T* x, T* y);
+template <class T>
+void noise_channels_last(const Call& call, const T* x, T* y);
 
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t kSerial = 32768;
@@ -79,7 +83,6 @@ void for_tasks(int64_t n, bool serial, bool descending, const F& f) {
 
 // Per-channel vectors of opmath type that kernels read 32 at a time.
 constexpr int64_t padded(int64_t channels) { return (channels + 31) / 32 * 32; }
-constexpr int64_t words_of(int64_t bits) { return (bits + 31) / 32; }
 
 template <class A>
 struct ChannelVectors {
@@ -89,14 +92,30 @@ struct ChannelVectors {
   Affine<A> at(int64_t c) const { return {mean.data() + c, scale.data() + c, shift.data() + c}; }
 };
 
+template <class A>
+std::vector<A> padded_copy(const A* vector, int64_t channels) {
+  std::vector<A> copy(vector ? padded(channels) : 0);
+  if (vector) std::copy_n(vector, channels, copy.data());
+  return copy;
+}
+
+// The moments of u, and those that the running statistics are to learn: the same, unless these are to be without noise.
+namespace {  // like what it is made of
+struct Statistics {
+  math::Moments<double> u, clean;
+};
+}  // namespace
+
 // Statistics of one channel: from its moments or from the running ones, into the results and the affine map.
 template <class T>
-void finish_statistics(const Call& call, const ForwardPointers<T>& p, int64_t c, double mean, double m2,
+void finish_statistics(const Call& call, const ForwardPointers<T>& p, int64_t c, const Statistics& s,
                        ChannelVectors<opmath_t<T>>& channel) {
   using A = opmath_t<T>;
-  const double var = call.training ? m2 / call.shape.rows() : p.running_var[c];
-  p.mean[c] = call.training ? static_cast<A>(mean) : p.running_mean[c];
-  p.var[c] = static_cast<A>(var);
+  const double rows = static_cast<double>(call.shape.rows());
+  const double var = call.training ? s.u.m2 / rows : p.running_var[c];
+  p.mean[c] = call.training ? static_cast<A>(s.u.mean) : p.running_mean[c];
+  p.var[c] = static_cast<A>(p.clean_mean ? s.clean.m2 / rows : var);
+  if (p.clean_mean) p.clean_mean[c] = static_cast<A>(s.clean.mean);
   p.invstd[c] = static_cast<A>(math::inverse_std(var, call.eps));
   channel.mean[c] = p.mean[c];
   channel.scale[c] = (p.weight ? p.weight[c] : A(1)) * p.invstd[c];
@@ -115,11 +134,16 @@ void load_statistics(const BackwardPointers<T>& p, int64_t c, ChannelVectors<opm
 template <class T>
 math::InputGradient<double> finish_gradient(const Call& call, const BackwardPointers<T>& p, int64_t c, double sum_dz,
                                             double sum_dz_xmu, double scale) {
-  using A = opmath_t<T>;
-  if (p.grad_bias) p.grad_bias[c] = static_cast<A>(sum_dz);
-  if (p.grad_weight) p.grad_weight[c] = static_cast<A>(sum_dz_xmu * p.invstd[c]);
+  if (p.grad_bias) p.grad_bias[c] = sum_dz;
+  if (p.grad_weight) p.grad_weight[c] = sum_dz_xmu * p.invstd[c];
   if (!call.training) return {scale, 0, 0};
   return math::input_gradient<double>(scale, p.invstd[c], sum_dz, sum_dz_xmu, static_cast<double>(call.shape.rows()));
+}
+
+// What the second pass of a backward makes.
+template <class T>
+bool emits(const BackwardPointers<T>& p) {
+  return p.dx || p.grad_residual || p.grad_act_weight;
 }
 
 template <class T>
@@ -128,6 +152,11 @@ const KernelsFor<T>& kernels_for() {
   if constexpr (std::is_same_v<T, double>) return kernels().f64;
   if constexpr (std::is_same_v<T, BFloat16>) return kernels().bf16;
   if constexpr (std::is_same_v<T, Float16>) return kernels().f16;
+}
+template <class A>
+const ElementwiseFor<A>& elementwise_for() {
+  if constexpr (std::is_same_v<A, float>) return kernels().elementwise_f32;
+  if constexpr (std::is_same_v<A, double>) return kernels().elementwise_f64;
 }
 
 }  // namespace fusednorm::cpu

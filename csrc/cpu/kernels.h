@@ -76,6 +76,48 @@ struct Backward {
   const A* c;
 };
 
+// [add] [act] [drop] or [add] [drop] [act] in opmath type: the stages that Apply and Backward do not cover. A stage may
+// work in place.
+template <class A>
+struct Elementwise {
+  int64_t rows, cols;
+  const A* x;  // [rows, ldx]
+  int64_t ldx;
+  const A* add;  // [rows, ldadd] forward: added to x first; or null
+  int64_t ldadd;
+  const A* g;  // [rows, ldg] backward: the gradient
+  int64_t ldg;
+  A* y;  // [rows, ldy] forward: activation(x + add) * factor or activation((x + add) * factor); backward: their
+         // gradient
+  int64_t ldy;
+  A activation[2];
+  const A* act_weight;  // PReLU: per-channel
+  bool factor_first;
+  const float* m;  // [rows, ldm] the factor, or null: the multiplier where kept
+  int64_t ldm;
+  A multiplier;
+  const uint32_t* keep;  // [rows, ldkeep] bits, or null: everything is kept
+  int64_t ldkeep;
+  uint32_t* save;  // as in Apply
+  int64_t ldsave;
+  double* sum;  // of weight_sums: [1 or cols] += sum of g times the activation's derivative by its weight
+};
+
+// y = x * m, of storage type.
+template <class T>
+struct Scale {
+  using A = opmath_t<T>;
+  int64_t rows, cols;
+  const T* x;  // [rows, ldx], or null: ones
+  T* y;        // [rows, ldy]
+  int64_t ldx, ldy;
+  const float* m;  // [rows, ldm], or null: the multiplier where kept
+  int64_t ldm;
+  A multiplier;
+  const uint32_t* keep;  // [rows, ldkeep] bits, or null: everything
+  int64_t ldkeep;
+};
+
 enum Span { kRun, kColumns };
 
 template <class T>
@@ -83,11 +125,25 @@ struct KernelsFor {
   void (*const* apply[2])(const Apply<T>&);              // [Span][activation]
   void (*const* gradient_sums[2])(const Backward<T>&);   // [Span][activation]
   void (*const* input_gradient[2])(const Backward<T>&);  // [Span][activation]
+  void (*scale)(const Scale<T>&);
+  // from storage to opmath type and back
+  void (*widen)(const T* x, int64_t ldx, opmath_t<T>* y, int64_t ldy, int64_t rows, int64_t cols);
+  void (*narrow)(const opmath_t<T>* x, int64_t ldx, T* y, int64_t ldy, int64_t rows, int64_t cols);
   // mean and sum of squared deviations of n values
   void (*moments_run)(const T* x, int64_t n, double* mean, double* m2);
   // merges the moments of `rows` <= kMaxTileRows new rows into mean[cols], m2[cols], which hold those of `count` rows
   void (*moments_columns)(const T* x, int64_t rows, int64_t cols, int64_t ldx, double count, double* mean, double* m2);
 };
+
+template <class A>
+struct ElementwiseFor {
+  void (*const* value[2])(const Elementwise<A>&);     // [Span][activation]
+  void (*const* gradient[2])(const Elementwise<A>&);  // [Span][activation]
+  void (*weight_sums[2])(const Elementwise<A>&);      // [Span]
+};
+
+// The draws of a tile are made in whole groups of 8 rows: of a run, in whole multiples of this.
+constexpr int kRunDraws = 128;
 
 struct Kernels {
   const char* level;
@@ -98,12 +154,20 @@ struct Kernels {
   KernelsFor<double> f64;
   KernelsFor<BFloat16> bf16;
   KernelsFor<Float16> f16;
+  ElementwiseFor<float> elementwise_f32;
+  ElementwiseFor<double> elementwise_f64;
   // keep bits of rows [8*group, ...) of channel c: `words` words of 32 rows
   void (*keep_run)(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, uint32_t threshold, uint32_t* out,
                    int64_t words);
   // keep bits of the 8 rows of `group`, channels [c, c + 32*words): row i at out + i*ld
   void (*keep_columns)(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, uint32_t threshold,
                        uint32_t* out, int64_t words, int64_t ld);
+  // multipliers of the same rows, uniform and Gaussian: n rows, rounded up to kRunDraws
+  void (*multipliers_run[2])(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, float strength,
+                             float* out, int64_t n);
+  // and of the 8 rows of a group, cols channels rounded up to 32: row i at out + i*ld
+  void (*multipliers_columns[2])(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, float strength,
+                                 float* out, int64_t cols, int64_t ld);
   // test hook: the vector Philox at `rounds` 7 or 10, lane i with counter[0] + i; returns the number of lanes
   int (*philox_lanes)(int rounds, const uint32_t* counter, const uint32_t* key, uint32_t* out);
 };

@@ -287,6 +287,194 @@ void input_gradient(const Backward<T>& q) {
                   : input_gradient_rows<T, Activation, span, false>(q);
 }
 
+// ---- the other stages: elementwise, over rows that may be far apart
+// A block's pointers, or padded copies of what is there.
+template <class T>
+struct Block {
+  alignas(64) T padded[kBlock];
+  FN_INLINE const T* at(const T* p, int64_t rest) {
+    if (rest >= kBlock) return p;
+    copy_padded(p, padded, rest);
+    return padded;
+  }
+};
+
+// An activation's parameters: numbers, or for PReLU a vector of lanes.
+template <class A, class Activation, Span span>
+struct StageParameters {
+  math::Parameters<A> numbers;
+  FN_INLINE explicit StageParameters(const Elementwise<A>& q) : numbers{q.activation[0], q.activation[1]} {}
+  FN_INLINE const math::Parameters<A>& operator[](int64_t) const { return numbers; }
+};
+template <class A, Span span>
+struct StageParameters<A, math::Prelu, span> {
+  PerChannel<span, A> slope;
+  FN_INLINE explicit StageParameters(const Elementwise<A>& q) : slope(q.act_weight) {}
+  FN_INLINE math::Parameters<Vec<A>> operator[](int64_t column) const { return {slope[column], slope[column]}; }
+};
+
+// A block's factors: one for all, bits, or floats. What a kernel reads in its loops are values of its own: it would
+// have to read arguments again behind every store.
+enum FactorKind { kOne, kBits, kFloats };
+template <class A, FactorKind kind>
+struct Factor {
+  const float* m;
+  uint32_t keep;
+  Vec<A> multiplier;
+  template <class Arguments>
+  FN_INLINE Factor(const Arguments& q, int64_t row, int64_t i, Block<float>& rest)
+      : m(kind == kFloats ? rest.at(q.m + row * q.ldm + i, q.cols - i) : nullptr),
+        keep(kind == kBits ? q.keep[row * q.ldkeep + i / kBlock] : ~0u),
+        multiplier(q.multiplier) {}
+  template <class Index>
+  FN_INLINE Vec<A> operator[](Index v) const {
+    if constexpr (kind == kFloats) return load_floats<A>(m + v * Vec<A>::width);
+    if constexpr (kind == kBits) return select(from_bits<A>(keep, v), multiplier, Vec<A>(0.0f));
+    return multiplier;
+  }
+};
+// f(kind) for the kind of factor in the arguments.
+template <class Arguments, class F>
+FN_INLINE void for_factor(const Arguments& q, F f) {
+  if (q.m) {
+    f(std::integral_constant<FactorKind, kFloats>{});
+  } else if (q.keep) {
+    f(std::integral_constant<FactorKind, kBits>{});
+  } else {
+    f(std::integral_constant<FactorKind, kOne>{});
+  }
+}
+
+template <class A, class Activation, Span span, FactorKind kind>
+FN_INLINE void stage_value_rows(const Elementwise<A>& q) {
+  using V = Vec<A>;
+  const StageParameters<A, Activation, span> parameters(q);
+  const bool first = q.factor_first;
+  for (int64_t row = 0; row < q.rows; ++row) {
+    for (int64_t i = 0; i < q.cols; i += kBlock) {
+      const int64_t rest = q.cols - i;
+      Block<A> in, more;
+      alignas(64) A out[kBlock];
+      const A* x = in.at(q.x + row * q.ldx + i, rest);
+      const A* add = q.add ? more.at(q.add + row * q.ldadd + i, rest) : nullptr;
+      A* y = rest < kBlock ? out : q.y + row * q.ldy + i;
+      Block<float> factors;
+      const Factor<A, kind> factor(q, row, i, factors);
+      uint32_t saved = 0;
+      for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+        V z = V::load(x + v * V::width);
+        if (add) z = z + V::load(add + v * V::width);
+        if (first) z = z * factor[v];
+        const auto p = parameters[i + v * V::width];
+        V value = Activation::value(z, p);
+        if (!first) value = value * factor[v];
+        value.store(y + v * V::width);
+        if constexpr (Activation::one_bit) {
+          saved |= to_bits(both(from_bits<A>(factor.keep, v), Activation::passes(z, p))) << (v * V::width);
+        }
+      });
+      if (q.save) q.save[row * q.ldsave + i / kBlock] = Activation::one_bit ? saved : factor.keep;
+      if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
+    }
+  }
+}
+
+template <class A, class Activation, Span span>
+void stage_value(const Elementwise<A>& q) {
+  for_factor(q, [&](auto kind) FN_LAMBDA_INLINE { stage_value_rows<A, Activation, span, kind>(q); });
+}
+
+template <class A, class Activation, Span span, FactorKind kind>
+FN_INLINE void stage_gradient_rows(const Elementwise<A>& q) {
+  using V = Vec<A>;
+  const StageParameters<A, Activation, span> parameters(q);
+  const bool first = q.factor_first;
+  for (int64_t row = 0; row < q.rows; ++row) {
+    for (int64_t i = 0; i < q.cols; i += kBlock) {
+      const int64_t rest = q.cols - i;
+      Block<A> in, gradient;
+      alignas(64) A out[kBlock];
+      const A* x = in.at(q.x + row * q.ldx + i, rest);
+      const A* g = gradient.at(q.g + row * q.ldg + i, rest);
+      A* y = rest < kBlock ? out : q.y + row * q.ldy + i;
+      Block<float> factors;
+      const Factor<A, kind> factor(q, row, i, factors);
+      for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+        const V z = V::load(x + v * V::width), m = factor[v], dy = V::load(g + v * V::width) * m;
+        // The factor is linear: it does not matter on which side of the activation's gradient it comes.
+        Activation::gradient(first ? z * m : z, dy, parameters[i + v * V::width]).store(y + v * V::width);
+      });
+      if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
+    }
+  }
+}
+
+template <class A, class Activation, Span span>
+void stage_gradient(const Elementwise<A>& q) {
+  for_factor(q, [&](auto kind) FN_LAMBDA_INLINE { stage_gradient_rows<A, Activation, span, kind>(q); });
+}
+
+// Straight to double: these sums are rare.
+template <class A, Span span>
+void weight_sums(const Elementwise<A>& q) {
+  using V = Vec<A>;
+  alignas(64) double lanes[kBlock] = {};
+  for (int64_t row = 0; row < q.rows; ++row) {
+    for (int64_t i = 0; i < q.cols; i += kBlock) {
+      Block<A> in, gradient;
+      const A* x = in.at(q.x + row * q.ldx + i, q.cols - i);
+      const A* g = gradient.at(q.g + row * q.ldg + i, q.cols - i);
+      double* to = span == kRun ? lanes : q.sum + i;
+      for (int v = 0; v < kVectors<A>; ++v) {
+        add_lanes(to + v * V::width,
+                  math::Prelu::weight_gradient(V::load(x + v * V::width), V::load(g + v * V::width)));
+      }
+    }
+  }
+  if (span == kRun) *q.sum += sum_lanes(lanes);
+}
+
+template <class T, FactorKind kind>
+FN_INLINE void scale_rows(const Scale<T>& q) {
+  using A = opmath_t<T>;
+  using V = Vec<A>;
+  for (int64_t row = 0; row < q.rows; ++row) {
+    for (int64_t i = 0; i < q.cols; i += kBlock) {
+      const int64_t rest = q.cols - i;
+      Block<T> in;
+      alignas(64) T out[kBlock];
+      const T* x = q.x ? in.at(q.x + row * q.ldx + i, rest) : nullptr;
+      T* y = rest < kBlock ? out : q.y + row * q.ldy + i;
+      Block<float> factors;
+      const Factor<A, kind> factor(q, row, i, factors);
+      for_vectors<true, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+        ((x ? V::load(x + v * V::width) : V(1.0f)) * factor[v]).store(y + v * V::width);
+      });
+      if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
+    }
+  }
+}
+
+template <class T>
+void scale(const Scale<T>& q) {
+  for_factor(q, [&](auto kind) FN_LAMBDA_INLINE { scale_rows<T, kind>(q); });
+}
+
+template <class From, class To>
+void convert(const From* x, int64_t ldx, To* y, int64_t ldy, int64_t rows, int64_t cols) {
+  using V = Vec<std::conditional_t<sizeof(From) == 8, double, float>>;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < cols; i += kBlock) {
+      Block<From> in;
+      alignas(64) To out[kBlock];
+      const From* from = in.at(x + row * ldx + i, cols - i);
+      To* to = cols - i < kBlock ? out : y + row * ldy + i;
+      FN_UNROLL for (int v = 0; v < kBlock / V::width; ++v) V::load(from + v * V::width).store(to + v * V::width);
+      if (cols - i < kBlock) copy_out(out, y + row * ldy + i, cols - i);
+    }
+  }
+}
+
 // ---- statistics: two passes over a tile that sits in the first-level cache
 // ------------------------------------------------ The first gives a centre near the mean, the second the deviations d
 // from it. With them
@@ -531,6 +719,118 @@ void keep_columns(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t grou
     for (int i = 0; i < math::kRowsPerCall; ++i) out[i * ld + word] = rows[i];
   }
 }
+
+// The counters of rows [8*group, ...) of channel c: Word::width of them, consecutive.
+FN_INLINE void run_counters(Word (&x)[4], uint32_t c, uint64_t group) {
+  const Word::Raw g = lane_counters().raw + group;
+  x[0] = Word(g);
+  x[1] = Word(c);
+  x[2] = Word(g >> 32);
+  x[3] = Word(0u);
+}
+
+void uniform_run(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, float beta, float* out, int64_t n) {
+  constexpr int flight = 2;  // vectors of counters
+  using V = Vec<float>;
+  for (int64_t i = 0; i < n; i += flight * 8 * Word::width) {
+    Word x[flight][4];
+    FN_UNROLL for (int j = 0; j < flight; ++j) run_counters(x[j], c, group + i / 8 + j * Word::width);
+    FN_UNROLL for (int j = 0; j < flight; ++j) math::philox4x32<math::kPhiloxRounds>(x[j], Seed{key_low, key_high});
+    FN_UNROLL for (int j = 0; j < flight; ++j) {
+      V draws[4];
+      draws_of_words(interleave(x[j][0], x[j][1]), interleave(x[j][2], x[j][3]), draws);
+      FN_UNROLL for (int k = 0; k < 4; ++k) {
+        math::uniform_multiplier(draws[k], V(beta)).store(out + i + (4 * j + k) * V::width);
+      }
+    }
+  }
+}
+
+// A lane serves 4 rows: half a group of 8, the stage says which. Lanes are dealt to halves such that the transposition
+// within 128 bits leaves natural order.
+FN_INLINE void half_group_counters(Word (&x)[4], uint32_t c, uint64_t group, int odd) {
+  constexpr int blocks = Vec<float>::width / 4;
+  Word::Raw half{};
+  for (int j = 0; j < Word::width; ++j) {
+    const int lane = 2 * j + odd;
+    half[j] = blocks * (lane % 4) + lane / 4;  // folds to a constant
+  }
+  const Word::Raw g = (half >> 1) + group;
+  x[0] = Word(g);
+  x[1] = Word(c);
+  x[2] = Word(g >> 32);
+  x[3] = Word(half & 1);
+}
+
+// Words x[0..3] of even and odd lanes: the multipliers of 4 rows.
+FN_INLINE void gaussian_of_words(const Word (&even)[4], const Word (&odd)[4], float sigma, Vec<float> (&m)[4]) {
+  using V = Vec<float>;
+  _Pragma("GCC unroll 1") for (int k = 0; k < 4; k += 2) {
+    math::gaussian_multipliers(words_as_floats(interleave(even[k], odd[k])),
+                               words_as_floats(interleave(even[k + 1], odd[k + 1])), V(sigma), m[k], m[k + 1]);
+  }
+}
+
+void gaussian_run(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, float sigma, float* out, int64_t n) {
+  constexpr int flight = 2;
+  using V = Vec<float>;
+  for (int64_t i = 0; i < n; i += flight * 4 * V::width) {
+    Word x[2 * flight][4];
+    FN_UNROLL for (int j = 0; j < 2 * flight; ++j) {
+      half_group_counters(x[j], c, group + i / 8 + j / 2 * (V::width / 2), j % 2);
+    }
+    FN_UNROLL for (int j = 0; j < 2 * flight; ++j) math::philox4x32<math::kPhiloxRounds>(x[j], Seed{key_low, key_high});
+    for (int j = 0; j < flight; ++j) {
+      V m[4];
+      gaussian_of_words(x[2 * j], x[2 * j + 1], sigma, m);
+      transpose4(m);
+      FN_UNROLL for (int k = 0; k < 4; ++k) m[k].store(out + i + (4 * j + k) * V::width);
+    }
+  }
+}
+
+// The counters of even (odd) ones of 2 * Word::width channels from c.
+FN_INLINE void column_counters(Word (&x)[4], uint32_t c, int odd, uint64_t group, uint32_t stage) {
+  const math::Counter base = math::counter(group, 0, stage);
+  x[0] = Word(base.word[0]);
+  x[1] = Word(even_lanes().raw + (c + odd));
+  x[2] = Word(base.word[2]);
+  x[3] = Word(base.word[3]);
+}
+
+void uniform_columns(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, float beta, float* out,
+                     int64_t cols, int64_t ld) {
+  constexpr int pairs = 2;
+  using V = Vec<float>;
+  for (int64_t i = 0; i < cols; i += pairs * V::width) {
+    Word x[2 * pairs][4];
+    FN_UNROLL for (int j = 0; j < 2 * pairs; ++j) column_counters(x[j], c + i + j / 2 * V::width, j % 2, group, 0);
+    FN_UNROLL for (int j = 0; j < 2 * pairs; ++j) math::philox4x32<math::kPhiloxRounds>(x[j], Seed{key_low, key_high});
+    FN_UNROLL for (int pair = 0; pair < pairs; ++pair) {
+      FN_UNROLL for (int k = 0; k < 4; ++k) {
+        const Word::Raw w = interleave(x[2 * pair][k], x[2 * pair + 1][k]);
+        float* to = out + 2 * k * ld + i + pair * V::width;
+        math::uniform_multiplier(low_draws(w), V(beta)).store(to);
+        math::uniform_multiplier(high_draws(w), V(beta)).store(to + ld);
+      }
+    }
+  }
+}
+
+void gaussian_columns(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, float sigma, float* out,
+                      int64_t cols, int64_t ld) {
+  using V = Vec<float>;
+  for (int64_t i = 0; i < cols; i += V::width) {
+    Word x[4][4];  // even and odd channels at both stages
+    FN_UNROLL for (int j = 0; j < 4; ++j) column_counters(x[j], c + i, j % 2, group, j / 2);
+    FN_UNROLL for (int j = 0; j < 4; ++j) math::philox4x32<math::kPhiloxRounds>(x[j], Seed{key_low, key_high});
+    for (int stage = 0; stage < 2; ++stage) {
+      V m[4];
+      gaussian_of_words(x[2 * stage], x[2 * stage + 1], sigma, m);
+      FN_UNROLL for (int k = 0; k < 4; ++k) m[k].store(out + (4 * stage + k) * ld + i);
+    }
+  }
+}
 #else  // no fast wide multiply: one counter at a time
 using Word = uint32_t;
 FN_INLINE Word lane_counters() { return 0; }
@@ -563,6 +863,28 @@ void keep_columns(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t grou
     }
   }
 }
+
+template <void (*draw8)(Seed, uint64_t, uint32_t, float, float (&)[math::kRowsPerCall])>
+void draw_run(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, float strength, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += math::kRowsPerCall) {
+    float m[math::kRowsPerCall];
+    draw8({key_low, key_high}, group + i / math::kRowsPerCall, c, strength, m);
+    memcpy(out + i, m, sizeof(m));
+  }
+}
+template <void (*draw8)(Seed, uint64_t, uint32_t, float, float (&)[math::kRowsPerCall])>
+void draw_columns(uint32_t key_low, uint32_t key_high, uint32_t c, uint64_t group, float strength, float* out,
+                  int64_t cols, int64_t ld) {
+  for (int64_t i = 0; i < cols; ++i) {
+    float m[math::kRowsPerCall];
+    draw8({key_low, key_high}, group, c + static_cast<uint32_t>(i), strength, m);
+    for (int row = 0; row < math::kRowsPerCall; ++row) out[row * ld + i] = m[row];
+  }
+}
+constexpr auto uniform_run = &draw_run<math::uniform8>;
+constexpr auto gaussian_run = &draw_run<math::gaussian8>;
+constexpr auto uniform_columns = &draw_columns<math::uniform8>;
+constexpr auto gaussian_columns = &draw_columns<math::gaussian8>;
 #endif
 
 template <int Rounds>
@@ -590,9 +912,12 @@ template <class T, Span span, class List>
 struct Table;
 template <class T, Span span, class... Activations>
 struct Table<T, span, math::List<Activations...>> {
-  static constexpr void (*forward[])(const Apply<T>&) = {&apply<T, Activations, span>...};
-  static constexpr void (*sums[])(const Backward<T>&) = {&gradient_sums<T, Activations, span>...};
-  static constexpr void (*backward[])(const Backward<T>&) = {&input_gradient<T, Activations, span>...};
+  // PReLU is a stage of its own: its parameter may differ from channel to channel.
+  template <class Activation>
+  using Fused = std::conditional_t<std::is_same_v<Activation, math::Prelu>, math::Identity, Activation>;
+  static constexpr void (*forward[])(const Apply<T>&) = {&apply<T, Fused<Activations>, span>...};
+  static constexpr void (*sums[])(const Backward<T>&) = {&gradient_sums<T, Fused<Activations>, span>...};
+  static constexpr void (*backward[])(const Backward<T>&) = {&input_gradient<T, Fused<Activations>, span>...};
 };
 template <class T>
 constexpr KernelsFor<T> kernels_for() {
@@ -601,8 +926,31 @@ constexpr KernelsFor<T> kernels_for() {
   return {{Run::forward, Columns::forward},
           {Run::sums, Columns::sums},
           {Run::backward, Columns::backward},
+          &scale<T>,
+          &convert<T, opmath_t<T>>,
+          &convert<opmath_t<T>, T>,
           &moments_run<T>,
           &moments_columns<T>};
+}
+
+template <class A, Span span, class List>
+struct StageTable;
+template <class A, Span span, class... Activations>
+struct StageTable<A, span, math::List<Activations...>> {
+  // Only PReLU tells the spans apart.
+  template <class Activation>
+  static constexpr Span span_of = std::is_same_v<Activation, math::Prelu> ? span : kRun;
+  static constexpr void (*value[])(const Elementwise<A>&) = {&stage_value<A, Activations, span_of<Activations>>...};
+  static constexpr void (*gradient[])(const Elementwise<A>&) = {
+      &stage_gradient<A, Activations, span_of<Activations>>...};
+};
+template <class A>
+constexpr ElementwiseFor<A> elementwise_for() {
+  using Run = StageTable<A, kRun, math::Activations>;
+  using Columns = StageTable<A, kColumns, math::Activations>;
+  return {{Run::value, Columns::value},
+          {Run::gradient, Columns::gradient},
+          {&weight_sums<A, kRun>, &weight_sums<A, kColumns>}};
 }
 
 }  // namespace
@@ -616,8 +964,12 @@ extern constexpr Kernels FN_LEVEL_TABLE = {
     FN_LEVEL::kernels_for<double>(),
     FN_LEVEL::kernels_for<BFloat16>(),
     FN_LEVEL::kernels_for<Float16>(),
+    FN_LEVEL::elementwise_for<float>(),
+    FN_LEVEL::elementwise_for<double>(),
     &FN_LEVEL::keep_run,
     &FN_LEVEL::keep_columns,
+    {FN_LEVEL::uniform_run, FN_LEVEL::gaussian_run},
+    {FN_LEVEL::uniform_columns, FN_LEVEL::gaussian_columns},
     &FN_LEVEL::philox_lanes,
 };
 }  // namespace fusednorm::cpu

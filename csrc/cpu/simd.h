@@ -330,6 +330,17 @@ FN_INLINE DoublePair widen(Vec<float> a) {
           Vec<double>(__builtin_convertvector(h[1], Vec<double>::Raw))};
 }
 
+// Multipliers are floats, whatever the type that they multiply.
+template <class A>
+FN_INLINE Vec<A> load_floats(const float* p) {
+  if constexpr (sizeof(A) == sizeof(float)) {
+    return Vec<A>::load(p);
+  } else {
+    typedef float Half __attribute__((vector_size(FN_VECTOR_BYTES / 2), aligned(4), may_alias));
+    return Vec<A>(__builtin_convertvector(*reinterpret_cast<const Half*>(p), typename Vec<A>::Raw));
+  }
+}
+
 // ---- 32-bit words for Philox, one per 64-bit lane; what stands above the low 32 bits is garbage
 // ------------------------
 #if defined(__SSE2__)
@@ -366,6 +377,84 @@ FN_INLINE Word::Raw interleave(Word a, Word b) {
   return (Word::Raw)_mm256_blend_epi32((__m256i)a.raw, (__m256i)(b.raw << 32), 0xAA);
 #else
   return (a.raw & (Word::Raw{} + 0xffffffffu)) | (b.raw << 32);
+#endif
+}
+
+// Two draws each, one in either half, as floats: exact.
+FN_INLINE Vec<float> low_draws(Word::Raw w) {
+  return Vec<float>(__builtin_convertvector((Vec<float>::Ints)w & 0xffff, Vec<float>::Raw));
+}
+FN_INLINE Vec<float> high_draws(Word::Raw w) {
+  typedef uint32_t Unsigned __attribute__((vector_size(FN_VECTOR_BYTES)));
+  return Vec<float>(__builtin_convertvector((Vec<float>::Ints)((Unsigned)w >> 16), Vec<float>::Raw));
+}
+// The words themselves, rounded to nearest. Two halves where no instruction does it: the product is exact.
+FN_INLINE Vec<float> words_as_floats(Word::Raw w) {
+#if FN_VECTOR_BYTES == 64
+  return Vec<float>(_mm512_cvtepu32_ps((__m512i)w));
+#else
+  return fma(high_draws(w), Vec<float>(65536.0f), low_draws(w));
+#endif
+}
+
+// v[i] becomes the transpose of the 4 x 4 matrix in every 128 bits.
+FN_INLINE void transpose4(Vec<float> (&v)[4]) {
+#if FN_VECTOR_BYTES == 64
+  const __m512d a = (__m512d)_mm512_unpacklo_ps(v[0].raw, v[1].raw),
+                b = (__m512d)_mm512_unpackhi_ps(v[0].raw, v[1].raw);
+  const __m512d c = (__m512d)_mm512_unpacklo_ps(v[2].raw, v[3].raw),
+                d = (__m512d)_mm512_unpackhi_ps(v[2].raw, v[3].raw);
+  v[0] = Vec<float>((__m512)_mm512_unpacklo_pd(a, c));
+  v[1] = Vec<float>((__m512)_mm512_unpackhi_pd(a, c));
+  v[2] = Vec<float>((__m512)_mm512_unpacklo_pd(b, d));
+  v[3] = Vec<float>((__m512)_mm512_unpackhi_pd(b, d));
+#elif FN_VECTOR_BYTES == 32
+  const __m256d a = (__m256d)_mm256_unpacklo_ps(v[0].raw, v[1].raw),
+                b = (__m256d)_mm256_unpackhi_ps(v[0].raw, v[1].raw);
+  const __m256d c = (__m256d)_mm256_unpacklo_ps(v[2].raw, v[3].raw),
+                d = (__m256d)_mm256_unpackhi_ps(v[2].raw, v[3].raw);
+  v[0] = Vec<float>((__m256)_mm256_unpacklo_pd(a, c));
+  v[1] = Vec<float>((__m256)_mm256_unpackhi_pd(a, c));
+  v[2] = Vec<float>((__m256)_mm256_unpacklo_pd(b, d));
+  v[3] = Vec<float>((__m256)_mm256_unpackhi_pd(b, d));
+#else
+  const __m128d a = (__m128d)_mm_unpacklo_ps(v[0].raw, v[1].raw), b = (__m128d)_mm_unpackhi_ps(v[0].raw, v[1].raw);
+  const __m128d c = (__m128d)_mm_unpacklo_ps(v[2].raw, v[3].raw), d = (__m128d)_mm_unpackhi_ps(v[2].raw, v[3].raw);
+  v[0] = Vec<float>((__m128)_mm_unpacklo_pd(a, c));
+  v[1] = Vec<float>((__m128)_mm_unpackhi_pd(a, c));
+  v[2] = Vec<float>((__m128)_mm_unpacklo_pd(b, d));
+  v[3] = Vec<float>((__m128)_mm_unpackhi_pd(b, d));
+#endif
+}
+
+// The draws of Word::width consecutive counters, 8 each, counter after counter.
+FN_INLINE void draws_of_words(Word::Raw first, Word::Raw second, Vec<float> (&draws)[4]) {
+#if FN_VECTOR_BYTES == 64
+  const __m512i low = _mm512_unpacklo_epi64((__m512i)first, (__m512i)second);
+  const __m512i high = _mm512_unpackhi_epi64((__m512i)first, (__m512i)second);
+  const auto widen = [](__m256i h)
+                         FN_LAMBDA_INLINE { return Vec<float>(_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(h))); };
+  draws[0] = widen(_mm512_castsi512_si256(low));
+  draws[1] = widen(_mm512_extracti64x4_epi64(low, 1));
+  draws[2] = widen(_mm512_castsi512_si256(high));
+  draws[3] = widen(_mm512_extracti64x4_epi64(high, 1));
+#elif FN_VECTOR_BYTES == 32
+  const __m256i low = _mm256_unpacklo_epi64((__m256i)first, (__m256i)second);
+  const __m256i high = _mm256_unpackhi_epi64((__m256i)first, (__m256i)second);
+  const auto widen = [](__m128i h)
+                         FN_LAMBDA_INLINE { return Vec<float>(_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(h))); };
+  draws[0] = widen(_mm256_castsi256_si128(low));
+  draws[1] = widen(_mm256_castsi256_si128(high));
+  draws[2] = widen(_mm256_extracti128_si256(low, 1));
+  draws[3] = widen(_mm256_extracti128_si256(high, 1));
+#else
+  const __m128i zero = _mm_setzero_si128();
+  const __m128i low = _mm_unpacklo_epi64((__m128i)first, (__m128i)second);
+  const __m128i high = _mm_unpackhi_epi64((__m128i)first, (__m128i)second);
+  draws[0] = Vec<float>(_mm_cvtepi32_ps(_mm_unpacklo_epi16(low, zero)));
+  draws[1] = Vec<float>(_mm_cvtepi32_ps(_mm_unpackhi_epi16(low, zero)));
+  draws[2] = Vec<float>(_mm_cvtepi32_ps(_mm_unpacklo_epi16(high, zero)));
+  draws[3] = Vec<float>(_mm_cvtepi32_ps(_mm_unpackhi_epi16(high, zero)));
 #endif
 }
 #endif

@@ -55,16 +55,16 @@ struct Relu {
   }
 };
 
-struct LeakyRelu {  // a: negative_slope
+struct LeakyRelu {  // a: negative_slope, a number or a vector of lanes
   static constexpr const char* name = "leaky_relu";
   static constexpr int parameters = 1;
   static constexpr bool one_bit = false;
-  template <class V>
-  static FN_INLINE V value(V z, parameters_t<V> p) {
+  template <class V, class P>
+  static FN_INLINE V value(V z, const P& p) {
     return select(less(V(0.0f), z), z, V(p.a) * z);
   }
-  template <class V>
-  static FN_INLINE V gradient(V z, V g, parameters_t<V> p) {
+  template <class V, class P>
+  static FN_INLINE V gradient(V z, V g, const P& p) {
     return select(less(V(0.0f), z), g, V(p.a) * g);
   }
 };

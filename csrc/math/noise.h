@@ -86,7 +86,7 @@ FN_INLINE uint32_t keep8(Seed seed, uint64_t group, uint32_t c, uint32_t thresho
 // Uniform on (1 - beta, 1 + beta) (Uout: Li et al. 2018), from a 16-bit draw: the 65536 values are symmetric about 1.
 template <class V>
 FN_INLINE V uniform_multiplier(V draw, V beta) {
-  const V t = draw * V(0x1p-15f) - V(1.0f - 0x1p-16f);  // (2 draw + 1) / 65536 - 1, exactly
+  const V t = fma(draw, V(0x1p-15f), V(0x1p-16f - 1.0f));  // (2 draw + 1) / 65536 - 1, exactly
   return exact_fma(beta, t, V(1.0f));
 }
 
