@@ -124,7 +124,9 @@ struct Plan {
     return s;
   }
 
-  int64_t tile_elements(int64_t fused) const { return staged ? std::min(fused, kStageElements) : fused; }
+  int64_t tile_elements(int64_t fused) const {
+    return staged ? std::min(fused, is_backward ? kStageElements / 2 : kStageElements) : fused;
+  }
   bool drops() const { return before.has(drop) || after.has(drop); }
   // Backward: the mask is the noise.
   bool mask_is_noise() const { return masked && saves_drop && !saves_act; }
