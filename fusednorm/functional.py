@@ -229,10 +229,11 @@ class _BatchNormActDrop(torch.autograd.Function):
         _, mean, invstd, *others, mask = outputs
         ctx.mark_non_differentiable(mean, invstd, *others, mask)
         ctx.set_materialize_grads(False)
-        chain = Chain(*settings[1:])
-        # Backward asks for what entered an activation, unless a bit says all about it.
-        if residual is not None and not (_add_precedes_act(chain) and (chain.act not in _ONE_BIT or mask.numel() == 0)):
-            residual = None
+        if residual is not None:
+            # Backward asks for what entered an activation, unless a bit says all about it.
+            chain = Chain(*settings[1:])
+            if not _add_precedes_act(chain) or (chain.act in _ONE_BIT and mask.numel() > 0):
+                residual = None
         # Never the running statistics themselves: the next forward overwrites them.
         ctx.save_for_backward(input, weight, bias, residual, act_weight, mean, invstd, mask, seed)
         ctx.settings = settings
@@ -510,8 +511,12 @@ def apply(
     if _in_forward_mode():
         output, mean, var = _forward_mode(tensors, training, chain, eval_matched_stats)
     else:
-        if torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (input, weight, bias, residual, act_weight)
+        if torch.is_grad_enabled() and (
+            input.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+            or (act_weight is not None and act_weight.requires_grad)
         ):
             results = _differentiable(_BatchNormActDrop, *tensors, settings, eval_matched_stats)
         else:

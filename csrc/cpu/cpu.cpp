@@ -129,7 +129,7 @@ void run_backward(const fusednorm::Backward& q) {
       for (int64_t group = 1; group < q.groups && !all.empty(); ++group) {
         for (int64_t c = 0; c < C; ++c) all[c] += all[group * C + c];
       }
-      for (int64_t c = 0; c < C && !all.empty(); ++c) data<A>(gradient)[c] = static_cast<A>(all[c]);
+      if (!all.empty()) std::copy_n(all.data(), C, data<A>(gradient));
     };
     store(q.grad_weight, weight);
     store(q.grad_bias, bias);
