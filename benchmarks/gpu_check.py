@@ -67,9 +67,14 @@ def call(t: dict, device, **options) -> dict:
     poison = [torch.full_like(t["x"], float("nan")) for _ in range(3)]
     del poison
     leaves = [t[name].requires_grad_() for name in ("x", "weight", "bias")]
+    names = ["x", "weight", "bias"]
+    if "residual" in t:
+        names.append("residual")
+        leaves.append(t["residual"].requires_grad_())
+        options = options | {"residual": t["residual"]}
     y = functional.batch_norm_act_drop(t["x"], t["mean"], t["var"], t["weight"], t["bias"], seed=11, **options)
     grads = torch.autograd.grad(y, leaves, t["g"])
-    results = {"y": y.detach()} | dict(zip(("x", "weight", "bias"), grads, strict=True))
+    results = {"y": y.detach()} | dict(zip(names, grads, strict=True))
     return results | {"mean": t["mean"].detach(), "var": t["var"].detach()}
 
 
@@ -128,12 +133,35 @@ def module_step(device) -> list[str]:
 
 def noises(device) -> list[str]:
     wrong = []
-    for shape, granularity, seed in itertools.product(
-        ((513, 5), (7, 33, 9), (3, 2, 1025)), ("element", "channel"), (3, -(2**40) - 9)
+    for shape, kind, granularity, seed in itertools.product(
+        ((513, 5), (7, 33, 9), (3, 2, 1025)), functional.NOISES, functional.GRANULARITIES, (3, -(2**40) - 9)
     ):
-        a, b = (fusednorm.noise(shape, 0.3, seed=seed, granularity=granularity, device=d) for d in ("cpu", device))
-        if not torch.equal(a, b.cpu()):
-            wrong.append(f"noise {shape} {granularity} {seed}")
+        options = {"seed": seed, "kind": kind, "granularity": granularity}
+        a, b = (fusednorm.noise(shape, 0.3, device=d, **options).cpu() for d in ("cpu", device))
+        same = torch.equal(a, b) if kind != "gaussian" else (a - b).abs().max() <= 1e-6
+        if not same:
+            wrong.append(f"noise {shape} {kind} {granularity} {seed}")
+    return wrong
+
+
+def orders(device) -> list[str]:
+    """Every order once, with every noise in turn, one group and several."""
+    wrong = []
+    kinds = itertools.cycle(itertools.product(functional.NOISES, functional.GRANULARITIES))
+    for (order, last), (noise, granularity) in zip(
+        itertools.product(fusednorm.reference.ORDERS, (False, True)), kinds, strict=False
+    ):
+        tensors = inputs((6, 40, 9, 8), torch.float32, last)
+        if "add" in order:
+            tensors["residual"] = torch.randn(tensors["x"].shape, generator=torch.Generator().manual_seed(8))
+        options = {"training": True, "order": order, "ghost_batch_size": 4 if last else None}
+        options |= {"act": "elu"} if "act" in order else {}
+        options |= {"p": 0.3, "noise": noise, "granularity": granularity} if "drop" in order else {}
+        try:
+            found = differ(call(tensors, device, **options), call(tensors, "cpu", **options), torch.float32, "elu")
+        except RuntimeError as error:
+            found = [str(error).splitlines()[0]]
+        wrong += [f"{order} {noise} {granularity}{' last' if last else ''}: {what}" for what in found]
     return wrong
 
 
@@ -153,6 +181,7 @@ def main(arguments=None) -> int:
 
     judge("noise", noises(device))
     judge("module", module_step(device))
+    judge("orders", orders(device))
     expected, of = None, None
     for case in cases(args.short):
         if time.monotonic() - start > args.seconds:
