@@ -264,7 +264,6 @@ bool worth_saving(const Shape& s, const Tensor& x) {
   return s.channels_last ? s.C % 32 == 0 || s.C >= 512 : piece_layout(s).length >= 512;
 }
 
-// The residual, or the activation's weight, made to fit x.
 Tensor check_residual(const OptionalTensor& residual, const Tensor& x, bool channels_last) {
   TORCH_CHECK_VALUE(residual.has_value() && residual->defined(),
                     "residual: expected a tensor for an order with 'add', but got None");
@@ -459,7 +458,9 @@ Tensor dropout_result(const NoiseRequest& q, const Tensor& input) { return resto
 void check_update_stats(const Tensor& running_mean, const Tensor& running_var,
                         const OptionalTensor& num_batches_tracked, const Tensor& mean, const Tensor& var,
                         std::optional<double> momentum) {
-  const int64_t groups = mean.dim() == 2 ? mean.size(0) : 1, C = groups ? mean.numel() / groups : 0;
+  TORCH_CHECK((mean.dim() == 1 || mean.dim() == 2) && var.sizes() == mean.sizes(),
+              "mean and var: expected one shape (C) or (groups, C), but got ", mean.sizes(), " and ", var.sizes());
+  const int64_t C = mean.size(-1);
   const auto check = [&](const char* name, const Tensor& t, int64_t n) {
     TORCH_CHECK(is_supported(t.scalar_type()), name, ": expected float32, float64, bfloat16 or float16, but got ",
                 t.scalar_type());
@@ -469,8 +470,8 @@ void check_update_stats(const Tensor& running_mean, const Tensor& running_var,
   };
   check("running_mean", running_mean, C);
   check("running_var", running_var, C);
-  check("mean", mean, groups * C);
-  check("var", var, groups * C);
+  check("mean", mean, mean.numel());
+  check("var", var, mean.numel());
   if (num_batches_tracked.has_value()) {
     TORCH_CHECK(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1 &&
                     num_batches_tracked->device() == mean.device(),

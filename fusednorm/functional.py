@@ -300,6 +300,8 @@ def _differentiable_backward(
                 [False, False, False, True, False],
             )[3]
         order = "-".join([*before, "norm", *after[: after.index("add")]])
+    if not any(w and t is not None for t, w in zip((input, weight, bias, residual, act_weight), needed, strict=True)):
+        return [None, None, None, grad_output * factor, None]  # the residual's, which asks for nothing else
     # Aliases: a weight that was itself computed from the input must not lead back to it.
     leaves = (input, weight, bias, residual, act_weight)
     parts = [t.view_as(t) if wanted and t is not None else t for t, wanted in zip(leaves, needed, strict=True)]

@@ -53,9 +53,9 @@ _DROPS = {
     nn.Dropout1d: (lambda m: ("bernoulli", m.p, "channel"), (3,)),
     nn.Dropout2d: (lambda m: ("bernoulli", m.p, "channel"), (4,)),
     nn.Dropout3d: (lambda m: ("bernoulli", m.p, "channel"), (5,)),
-    UniformDropout: (lambda m: (m.kind, m.strength, m.granularity), _ANY_RANK),
-    GaussianDropout: (lambda m: (m.kind, m.strength, m.granularity), _ANY_RANK),
-    DropPath: (lambda m: (m.kind, m.strength, m.granularity), _ANY_RANK),
+} | {
+    noise: (lambda m: (m.kind, m.strength, m.granularity), _ANY_RANK)
+    for noise in (UniformDropout, GaussianDropout, DropPath)
 }
 
 
@@ -72,11 +72,11 @@ def _is_plain(module):
     )
 
 
-def _make_act(act):
+def _make_act(act, device=None, dtype=None):
     if act is None or isinstance(act, nn.Module):
         return act
     if act == "prelu":
-        return nn.PReLU()
+        return nn.PReLU(device=device, dtype=dtype)
     name, parameters = reference.resolve_activation(act)
     if name == "prelu":
         raise ValueError("act: expected nn.PReLU(...) or 'prelu', as a layer has the weight as its own parameter")
@@ -116,12 +116,14 @@ class _FusedBatchNorm:
         eval_matched_stats=False,
         **newer,  # keywords that only a newer torch has (bias=, since 2.13)
     ):
-        act, drop = _make_act(act), _make_drop(drop)
+        act, drop = _make_act(act, device, dtype), _make_drop(drop)
         before, after = reference.parse_order(order)
         for name, child in (("act", act), ("drop", drop)):
             if child is not None and name not in before + after:
                 raise ValueError(f"{name}: expected None, as order {order!r} has no {name!r}")
         functional.check_ghost_batch_size(ghost_batch_size)
+        if eval_matched_stats and "drop" not in before:
+            raise ValueError(f"eval_matched_stats: expected False, as order {order!r} has no 'drop' before 'norm'")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
         self.act = act
         self.drop = drop
@@ -145,12 +147,14 @@ class _FusedBatchNorm:
         Raises:
             TypeError: `bn` is of another class (or a subclass with behaviour of its own, as SyncBatchNorm).
         """
-        own = cls(1, affine=False, track_running_stats=False, act=act, drop=drop, order=order, **options)
+        like = next((t for t in (getattr(bn, n, None) for n in ("weight", "running_mean")) if t is not None), None)
+        place = {} if like is None else {"device": like.device, "dtype": like.dtype}
+        own = cls(1, affine=False, track_running_stats=False, act=act, drop=drop, order=order, **place, **options)
         return own._adopt(bn, act, drop)
 
     def _adopt(self, bn, *given):
         classes = [c for c in self._torch_classes if isinstance(self, c)] or self._torch_classes
-        if type(bn) not in (*classes, type(self)):
+        if type(bn) not in classes:
             expected = " or ".join(c.__name__ for c in classes)
             raise TypeError(f"bn: expected {expected}, but got {type(bn).__name__}")
         for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):
@@ -184,17 +188,16 @@ class _FusedBatchNorm:
         act, drop = self._read_act(), self._read_drop(input.dim())
         order, called = self.order, ()
         if act is None or drop is None:
-            fusable = {"act": act is not None, "drop": drop is not None, "add": True}
-            first, last = len(before), 0
-            while first > 0 and fusable[before[first - 1]]:
-                first -= 1
-            while last < len(after) and fusable[after[last]]:
-                last += 1
+            first, last = self._fusable(before, after, act is not None, drop is not None)
             order = "-".join([*before[first:], "norm", *after[:last]])
             called = before[:first] + after[last:]
-            if "drop" in called and (seed is not None or (self.eval_matched_stats and "drop" in before)):
-                name = "seed: expected None" if seed is not None else "eval_matched_stats: expected False"
-                raise ValueError(f"{name}, as {type(self.drop).__name__} is called and not fused")
+            if "drop" in called and self.drop is not None:
+                if seed is not None:
+                    raise ValueError(f"seed: expected None, as {type(self.drop).__name__} is called and not fused")
+                if self.eval_matched_stats and self.training and "drop" in before:
+                    raise ValueError(
+                        f"eval_matched_stats: expected False, as {type(self.drop).__name__} is called and not fused"
+                    )
             for stage in before[:first]:
                 child = getattr(self, stage)
                 if child is not None:
@@ -224,16 +227,37 @@ class _FusedBatchNorm:
         )
         for stage in after if called else ():
             if stage == "add":
+                if residual.shape != output.shape or residual.dtype != output.dtype:
+                    raise ValueError(
+                        f"residual: expected shape {list(output.shape)} of {output.dtype}, but got "
+                        f"{list(residual.shape)} of {residual.dtype}"
+                    )
                 output = output + residual
             elif getattr(self, stage) is not None:
                 output = getattr(self, stage)(output)
         return output
+
+    @staticmethod
+    def _fusable(before, after, act, drop):
+        """The stages around the norm that are fused, before[first:] and after[:last]: as far as children can be."""
+        can = {"act": act, "drop": drop, "add": True}
+        first, last = len(before), 0
+        while first > 0 and can[before[first - 1]]:
+            first -= 1
+        while last < len(after) and can[after[last]]:
+            last += 1
+        return first, last
+
+    def _check_place(self, stage):
+        if stage not in self.order:  # the constructor refuses it, too
+            raise ValueError(f"{stage}: expected None, as order {self.order!r} has no {stage!r}")
 
     def _read_act(self):
         """(name, parameters) as the operator takes them, or None: it has to be called."""
         act = self.act
         if act is None:
             return "identity", ()
+        self._check_place("act")
         read = _ACTIVATIONS.get(type(act))
         return read(act) if read is not None and _is_plain(act) else None
 
@@ -242,6 +266,7 @@ class _FusedBatchNorm:
         drop = self.drop
         if drop is None:
             return _NO_NOISE
+        self._check_place("drop")
         read, ranks = _DROPS.get(type(drop), (None, ()))
         if rank not in ranks or not _is_plain(drop):
             return None

@@ -362,6 +362,12 @@ class TestUpdateStats:
         } | bad
         torch.ops.fusednorm.update_stats_(*arguments.values())
 
+    @pytest.mark.parametrize("shape", [(4, C), (2 * C, 1), (2 * C,), (C, 2)], ids=str)
+    def test_other_groups(self, shape):
+        var = torch.ones(1, 1).expand(shape) if len(shape) == 2 else torch.ones(shape)
+        with pytest.raises(RuntimeError, match="mean and var"):
+            self.call(mean=torch.zeros(2, C), var=var)
+
     def test_good(self):
         self.call()
 

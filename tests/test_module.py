@@ -458,6 +458,34 @@ class TestOrders:
         with pytest.raises(ValueError, match="drop: expected None"):
             fusednorm.FusedBatchNorm1d(4, drop=0.5, order="act-norm")
 
+    def test_a_child_without_a_place_later(self):
+        for name, child in (("act", nn.ReLU()), ("drop", nn.Dropout(0.5))):
+            layer = fusednorm.FusedBatchNorm1d(4, order="norm")
+            setattr(layer, name, child)
+            with pytest.raises(ValueError, match=f"{name}: expected None"):
+                layer(torch.randn(9, 4))
+
+    def test_seed_where_a_child_is_called(self):
+        x = torch.randn(9, 4)
+        fusednorm.FusedBatchNorm1d(4, act=UserReLU())(x, seed=3)
+        with pytest.raises(ValueError, match="seed: expected None, as UserDropout"):
+            fusednorm.FusedBatchNorm1d(4, drop=UserDropout(0.5))(x, seed=3)
+
+    @pytest.mark.parametrize("residual", [torch.randn(2, 9, 4), torch.randn(9, 4).double()], ids=["shape", "dtype"])
+    def test_residual_of_a_called_chain(self, residual):
+        with pytest.raises(ValueError, match="residual: expected"):
+            fusednorm.FusedBatchNorm1d(4, act=UserReLU(), order="norm-act-add")(torch.randn(9, 4), residual)
+
+    def test_matched_statistics_need_noise_ahead(self):
+        with pytest.raises(ValueError, match="eval_matched_stats"):
+            fusednorm.FusedBatchNorm1d(4, drop=0.5, eval_matched_stats=True)
+
+    def test_prelu_is_where_the_layer_is(self):
+        layer = fusednorm.FusedBatchNorm1d(4, act="prelu", device="meta", dtype=torch.float64)
+        assert (layer.act.weight.device.type, layer.act.weight.dtype) == ("meta", torch.float64)
+        layer = fusednorm.FusedBatchNorm1d.from_torch(nn.BatchNorm1d(4, dtype=torch.float64), act="prelu")
+        assert layer.act.weight.dtype == torch.float64
+
     def test_residual(self):
         layer = fusednorm.FusedBatchNorm1d(4, order="norm-add")
         with pytest.raises(ValueError, match="residual: expected a tensor"):

@@ -1,5 +1,6 @@
 """The orderings study: its nets, its measures, its file, and that its verdicts follow the numbers."""
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -238,7 +239,9 @@ def test_nothing_to_report(orderings, tmp_path):
 # ---- the whole -------------------------------------------------------------------------------------------------------
 def start(out, *options):
     command = [sys.executable, str(SCRIPT), "--quick", "--out", str(out), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # Where the tests run in the background, interrupts are ignored, and children inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed)
 
 
 @pytest.mark.slow

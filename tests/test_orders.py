@@ -366,6 +366,31 @@ def test_gradcheck_of_ghost_batches(order):
 
 
 @pytest.mark.parametrize("order", [o for o in ORDERS if "add" in o])
+@pytest.mark.parametrize("act", ["tanh", "relu"])
+def test_twice_with_respect_to_the_residual_alone(act, order):
+    fused, (x, weight, bias, residual) = call(order, act, NOISES[0]), arguments(order, act)
+    constants = [t.detach() for t in (x, weight, bias)]
+    assert torch.autograd.gradcheck(lambda r: fused(*constants, r), residual)
+    assert torch.autograd.gradgradcheck(lambda r: fused(*constants, r), residual)
+    (grad,) = torch.autograd.grad(fused(*constants, residual).square().sum(), residual)
+    again = torch.func.grad(lambda r: fused(*constants, r).square().sum())(residual.detach())
+    torch.testing.assert_close(again, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("act", [*functional.activations(), ("hardtanh", 0.0, 1.5), ("softplus", 2.0, 1.0)], ids=act_id)
+def test_derivatives_at_kinks(act, dtype):
+    """Ahead of the norm an activation meets its very kinks: the derivative there is torch's."""
+    points = torch.tensor([-3.0, -1.0, 0.0, 0.5, 1.0, 1.5, 3.0, 6.0, 20.0, 10.0], dtype=dtype).repeat(2, 1).T
+    x = leaf(points)
+    y = functional.batch_norm_act_drop(x, torch.zeros(2), torch.ones(2), act=act, order="act-norm", eps=1e-12)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    twin = leaf(points.float())
+    (expected,) = torch.autograd.grad(reference.run_stages(("act",), twin, act).sum(), twin)
+    torch.testing.assert_close(grad.float(), expected, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("order", [o for o in ORDERS if "add" in o])
 @layouts
 def test_twice_with_saved_bits(order, layout):
     """Where a bit stands for the residual, the second derivative has to do without the residual, too."""

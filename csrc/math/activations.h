@@ -223,8 +223,9 @@ struct Hardswish {
   }
   template <class V>
   static FN_INLINE V gradient(V z, V g, parameters_t<V>) {
+    // torch's sides: 0 at -3, 1 at 3.
     const V middle = fma(z, V(1.0 / 3.0), V(0.5f));
-    return g * select(less(z, V(-3.0f)), V(0.0f), select(less(V(3.0f), z), V(1.0f), middle));
+    return g * select(less_equal(z, V(-3.0f)), V(0.0f), select(less_equal(V(3.0f), z), V(1.0f), middle));
   }
 };
 
