@@ -231,14 +231,15 @@ Tensor parameter(const char* name, const OptionalTensor& v, const Tensor& x) {
   return x.is_cuda() ? vector : in_opmath(vector, x);
 }
 
-Tensor check_seed(const OptionalTensor& seed, const Tensor& x, const Chain& chain) {
+void check_seed(const Tensor& seed, c10::Device device) {
+  TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && seed.numel() == 1,
+                    "seed: expected an int64 scalar tensor, but got shape ", seed.sizes(), " of ", seed.scalar_type());
+  TORCH_CHECK_VALUE(seed.device() == device, "seed: expected a tensor on ", device, ", but got one on ", seed.device());
+}
+Tensor seed_if_drawn(const OptionalTensor& seed, const Tensor& x, const Chain& chain) {
   if (!chain.draws()) return Tensor();
   TORCH_CHECK_VALUE(seed.has_value() && seed->defined(), "seed: expected an int64 scalar tensor, but got None");
-  TORCH_CHECK_VALUE(seed->scalar_type() == at::kLong && seed->numel() == 1,
-                    "seed: expected an int64 scalar tensor, but got shape ", seed->sizes(), " of ",
-                    seed->scalar_type());
-  TORCH_CHECK_VALUE(seed->device() == x.device(), "seed: expected a tensor on ", x.device(), ", but got one on ",
-                    seed->device());
+  check_seed(*seed, x.device());
   return *seed;
 }
 
@@ -303,7 +304,7 @@ Forward check_forward(const Tensor& input, const OptionalTensor& weight, const O
   q.act_weight = check_act_weight(act_weight, input);
   TORCH_CHECK(q.training || (q.running_mean.defined() && q.running_var.defined()),
               "running_mean and running_var: expected tensors when training=False, but got None");
-  q.seed = check_seed(seed, input, q.chain);
+  q.seed = seed_if_drawn(seed, input, q.chain);
 
   q.x = dense(input);
   q.y = at::empty_like(q.x);
@@ -355,7 +356,7 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
   };
   q.mean = statistics("save_mean", save_mean);
   q.invstd = statistics("save_invstd", save_invstd);
-  q.seed = check_seed(seed, input, q.chain);
+  q.seed = seed_if_drawn(seed, input, q.chain);
 
   // A saved mask carries its own layout; x may come back in another one (save_on_cpu makes it contiguous).
   const bool masked = mask.numel() > 0;
@@ -411,13 +412,6 @@ BackwardResult backward_result(const Backward& q, const Tensor& input, const Opt
 
 Tensor forward_result(const Forward& q, const Tensor& input) { return restore_strides(q.y, input); }
 
-namespace {
-void check_scalar_seed(const Tensor& seed) {
-  TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && seed.numel() == 1,
-                    "seed: expected an int64 scalar tensor, but got shape ", seed.sizes(), " of ", seed.scalar_type());
-}
-}  // namespace
-
 NoiseRequest check_noise(const Tensor& seed, at::IntArrayRef size, double p, std::string_view kind,
                          std::string_view granularity, at::ScalarType dtype) {
   NoiseRequest q{};
@@ -425,7 +419,7 @@ NoiseRequest check_noise(const Tensor& seed, at::IntArrayRef size, double p, std
   TORCH_CHECK_VALUE(size.size() >= 2, "size: expected (N, C, ...), but got ", size);
   for (int64_t n : size) TORCH_CHECK_VALUE(n >= 0, "size: expected no negative entry, but got ", size);
   TORCH_CHECK_VALUE(is_supported(dtype), "dtype: expected float32, float64, bfloat16 or float16, but got ", dtype);
-  check_scalar_seed(seed);
+  check_seed(seed, seed.device());
   std::vector<int64_t> own(size.begin(), size.end());
   if (q.chain.granularity != Granularity::element) std::fill(own.begin() + 2, own.end(), 1);
   if (q.chain.granularity == Granularity::sample) own[1] = std::min<int64_t>(own[1], 1);
@@ -441,9 +435,7 @@ NoiseRequest check_noise(const Tensor& seed, at::IntArrayRef size, double p, std
 NoiseRequest check_dropout(const Tensor& input, const Tensor& seed, double p, std::string_view kind,
                            std::string_view granularity) {
   check_input("input", input);
-  check_scalar_seed(seed);
-  TORCH_CHECK_VALUE(seed.device() == input.device(), "seed: expected a tensor on ", input.device(), ", but got one on ",
-                    seed.device());
+  check_seed(seed, input.device());
   NoiseRequest q{};
   set_noise(q.chain, kind, p, granularity);
   q.x = dense(input);

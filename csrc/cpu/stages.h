@@ -337,18 +337,25 @@ class Stages {
     }
   }
 
-  // ---- one kernel each
-  template <class E>
-  void norm(View<const E> x, View<E> y, const Plan::Segment& s, uint32_t* save, int64_t ldsave) {
-    Apply<E> q{};
+  // What every kernel of a chain is told.
+  template <class Arguments, class E>
+  Arguments arguments(View<const E> x) const {
+    Arguments q{};
     q.rows = tile_.rows;
     q.cols = tile_.cols;
     q.x = x.p;
     q.ldx = x.ld;
+    std::copy_n(chain_.parameters, 2, q.activation);
+    return q;
+  }
+
+  // ---- one kernel each
+  template <class E>
+  void norm(View<const E> x, View<E> y, const Plan::Segment& s, uint32_t* save, int64_t ldsave) {
+    auto q = arguments<Apply<E>>(x);
     q.y = y.p;
     q.ldy = y.ld;
     q.affine = tile_.affine;
-    std::copy_n(chain_.parameters, 2, q.activation);
     set_factor(q, s.drop);
     q.save = save;
     q.ldsave = ldsave;
@@ -357,28 +364,18 @@ class Stages {
 
   template <class E>
   cpu::Backward<E> norm_gradient(View<const E> u, View<const E> g) const {
-    cpu::Backward<E> q{};
-    q.rows = tile_.rows;
-    q.cols = tile_.cols;
-    q.x = u.p;
-    q.ldx = u.ld;
+    auto q = arguments<cpu::Backward<E>>(u);
     q.g = g.p;
     q.ldg = g.ld;
     q.affine = tile_.affine;
-    std::copy_n(chain_.parameters, 2, q.activation);
     set_factor(q, plan_.norm.drop);
     return q;
   }
 
   Elementwise<A> elementwise(In x, Out y, const Plan::Segment& s) const {
-    Elementwise<A> q{};
-    q.rows = tile_.rows;
-    q.cols = tile_.cols;
-    q.x = x.p;
-    q.ldx = x.ld;
+    auto q = arguments<Elementwise<A>>(x);
     q.y = y.p;
     q.ldy = y.ld;
-    std::copy_n(chain_.parameters, 2, q.activation);
     q.act_weight = tile_.act_weight;
     q.factor_first = s.drop_first && s.drop != Plan::none;
     set_factor(q, s.drop);
