@@ -21,6 +21,10 @@ constexpr int64_t kStretch = 26000;     // bytes: adjacent channels are taken to
 constexpr int64_t kAhead = 1024;        // bytes to prefetch ahead where pieces are short
 constexpr int64_t kResident = 2 << 20;  // bytes: or until the group holds this much
 
+struct Step {
+  int64_t c, tile;
+};
+
 template <class T>
 class Channels {
  public:
@@ -35,6 +39,11 @@ class Channels {
     in_place_ = length_ == shape_.S || whole();
   }
 
+  // The i-th of all tiles: piece by piece, of all channels.
+  Step in_memory_order(int64_t i) const {
+    const int64_t piece = i / (shape_.C * tiles_per_piece_), within = i % tiles_per_piece_;
+    return {i / tiles_per_piece_ % shape_.C, piece * tiles_per_piece_ + within};
+  }
   int64_t pieces() const { return tiles_ / tiles_per_piece_; }
   int64_t tiles_per_piece() const { return tiles_per_piece_; }
   int64_t tiles() const { return tiles_; }
@@ -62,8 +71,13 @@ class Channels {
     for_pieces(c, tile, [&](int64_t at, int64_t memory, int64_t n) { std::copy_n(from + at, n, base + memory); });
   }
 
-  Draws draw(int64_t c, int64_t tile, DrawBuffer& buffer) const {
-    return noise_.run(c, first_row(tile), rows(tile), buffer);
+  // `streams`: those that the tile then goes through, or null.
+  Draws draw(int64_t c, int64_t tile, DrawBuffer& buffer, std::initializer_list<const T*> streams) const {
+    Ahead ahead;
+    for (const T* base : streams) {
+      if (base && in_place_) ahead.add(base + place(c, first_row(tile)));
+    }
+    return noise_.run(c, first_row(tile), rows(tile), buffer, ahead);
   }
 
   // The tile's words of a saved mask.
@@ -94,10 +108,6 @@ class Channels {
   int64_t length_;  // of a piece; a piece that is not contiguous in memory spans the channel
   int64_t tile_, tiles_per_piece_, tiles_;
   bool in_place_;
-};
-
-struct Step {
-  int64_t c, tile;
 };
 
 // Two passes over every channel: gather(step) makes the partial result of a tile, finish(c, partials) merges them,
@@ -159,8 +169,8 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
     return Tile<T>{kRun, 1, channels.rows(at.tile), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr,
                    draws};
   };
-  const auto draw = [&](Step at, DrawBuffer& buffer) {
-    const Draws draws = channels.draw(at.c, at.tile, buffer);
+  const auto draw = [&](Step at, DrawBuffer& buffer, std::initializer_list<const T*> streams) {
+    const Draws draws = channels.draw(at.c, at.tile, buffer, streams);
     if (keeps_noise) {
       std::copy_n(draws.keep, words_of(channels.rows(at.tile)), p.mask + channels.mask_offset(at.c, at.tile));
     }
@@ -178,7 +188,7 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
     }
     DrawBuffer drawn;
     Workspace<A> workspace;
-    const Tile<T> tile = tile_of(at, noisy ? draw(at, drawn) : Draws{});
+    const Tile<T> tile = tile_of(at, noisy ? draw(at, drawn, {p.x, plan.once ? p.y : nullptr}) : Draws{});
     Stages<T> stages(plan, tile, workspace);
     const View<const A> u = stages.ahead({x, 0});
     kernels_for<A>().moments_run(u.p, n, &s.u.mean, &s.u.m2);
@@ -208,7 +218,7 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
     Workspace<A> workspace;
     uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : nullptr;
     Draws draws{mask, 0, nullptr, 0};
-    if (!(keeps_noise && call.training)) draws = second.drops() ? draw(at, drawn) : Draws{};
+    if (!(keeps_noise && call.training)) draws = second.drops() ? draw(at, drawn, {p.x, p.residual, p.y}) : Draws{};
     const Tile<T> tile = tile_of(at, draws);
     T* y = channels.target(p.y, at.c, at.tile, out);
     const T* residual = p.residual ? channels.load(p.residual, at.c, at.tile, more) : nullptr;
@@ -244,10 +254,10 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
                   {p.residual ? channels.load(p.residual, at.c, at.tile, b.residual) : nullptr, 0},
                   {channels.load(g, at.c, at.tile, b.g), 0}};
   };
-  const auto tile_of = [&](Step at, const Plan& pass, Buffers& b) {
+  const auto tile_of = [&](Step at, const Plan& pass, std::initializer_list<const T*> streams, Buffers& b) {
     const uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : nullptr;
     const Draws draws = plan.mask_is_noise() ? Draws{mask, 0, nullptr, 0}
-                        : pass.drops()       ? channels.draw(at.c, at.tile, b.drawn)
+                        : pass.drops()       ? channels.draw(at.c, at.tile, b.drawn, streams)
                                              : Draws{};
     return Tile<T>{
         kRun, 1, channels.rows(at.tile), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws,
@@ -273,7 +283,7 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
   const auto gather = [&](Step at) {
     Buffers b;
     const Inputs in = inputs(at, p.g, b);
-    const Tile<T> tile = tile_of(at, plan, b);
+    const Tile<T> tile = tile_of(at, plan, {p.x, p.g, p.residual}, b);
     const Gradients<T> to = plan.once ? outputs(at, plan, b) : Gradients<T>{};
     GradientSums sums{0, 0};
     Stages<T>(plan, tile, b.workspace).gradient_sums(in.x, in.residual, in.g, &sums.dz, &sums.dz_xmu, to);
@@ -295,7 +305,7 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
     if (!emits(p)) return;
     Buffers b;
     const Inputs in = inputs(at, plan.once ? p.dx : p.g, b);
-    const Tile<T> tile = tile_of(at, second, b);
+    const Tile<T> tile = tile_of(at, second, {p.x, plan.once ? nullptr : p.g, p.residual, p.dx}, b);
     const Gradients<T> to = outputs(at, second, b);
     Stages<T>(second, tile, b.workspace).gradient(in.x, in.residual, in.g, to);
     store(at, to);
@@ -311,13 +321,13 @@ template <class T>
 void noise_channels_first(const Call& call, const T* x, T* y) {
   const Channels<T> channels(call, kStageElements);
   for_tasks(call.shape.C * channels.tiles(), call.shape.C * call.shape.rows() < kSerial, false, [&](int64_t i) {
-    const Step at{i / channels.tiles(), i % channels.tiles()};
+    const Step at = channels.in_memory_order(i);
     alignas(64) T in[kTile], out[kTile];
     DrawBuffer drawn;
     const T* from = x ? channels.load(x, at.c, at.tile, in) : nullptr;
     T* to = channels.target(y, at.c, at.tile, out);
     multiply<T>({from, 0}, {to, 0}, call.chain.multiplier, 1, channels.rows(at.tile),
-                channels.draw(at.c, at.tile, drawn));
+                channels.draw(at.c, at.tile, drawn, {x, y}));
     channels.store(y, at.c, at.tile, to);
   });
 }

@@ -50,8 +50,14 @@ class Matrix {
   int64_t ld() const { return columns_; }
   int64_t offset(const Tile& t) const { return t.row * columns_ + t.column; }
 
-  Draws draw(const Tile& t, DrawBuffer& buffer) const {
-    return noise_.columns(t.row, t.column, t.rows, t.columns, buffer);
+  // `streams`: those that the tile then goes through, or null.
+  template <class T>
+  Draws draw(const Tile& t, DrawBuffer& buffer, std::initializer_list<const T*> streams) const {
+    Ahead ahead;
+    for (const T* base : streams) {
+      if (base) ahead.add(base + offset(t), ld());
+    }
+    return noise_.columns(t.row, t.column, t.rows, t.columns, buffer, ahead);
   }
 
   // The tile's place in a saved mask.
@@ -97,8 +103,8 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
         kColumns, t.rows, t.columns, vectors.at(t.column), act_weight.empty() ? nullptr : act_weight.data() + t.column,
         draws};
   };
-  const auto draw = [&](const Matrix::Tile& t, DrawBuffer& buffer) {
-    const Draws draws = matrix.draw(t, buffer);
+  const auto draw = [&](const Matrix::Tile& t, DrawBuffer& buffer, std::initializer_list<const T*> streams) {
+    const Draws draws = matrix.draw(t, buffer, streams);
     for (int64_t row = 0; keeps_noise && row < t.rows; ++row) {
       std::copy_n(draws.keep + row * draws.ldkeep, words_of(t.columns),
                   p.mask + matrix.mask_offset(t) + row * matrix.mask_ld());
@@ -118,7 +124,7 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
         };
         const View<const T> x{p.x + matrix.offset(t), ld};
         if (!before) return merge(x, partials);
-        const Tile<T> tile = tile_of(t, noisy ? draw(t, drawn) : Draws{});
+        const Tile<T> tile = tile_of(t, noisy ? draw(t, drawn, {p.x, plan.once ? p.y : nullptr}) : Draws{});
         Stages<T> stages(plan, tile, workspace);
         const View<const A> u = stages.ahead(x);
         merge(u, partials);
@@ -158,7 +164,7 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
       const int64_t at = matrix.offset(t);
       uint32_t* mask = p.mask ? p.mask + matrix.mask_offset(t) : nullptr;
       Draws draws{mask, matrix.mask_ld(), nullptr, 0};
-      if (!(keeps_noise && call.training)) draws = second.drops() ? draw(t, drawn) : Draws{};
+      if (!(keeps_noise && call.training)) draws = second.drops() ? draw(t, drawn, {p.x, p.residual, p.y}) : Draws{};
       const Tile<T> tile = tile_of(t, draws);
       Stages<T>(second, tile, workspace)
           .forward({(plan.once ? p.y : p.x) + at, ld}, {p.residual ? p.residual + at : nullptr, ld}, {p.y + at, ld},
@@ -178,10 +184,11 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
   ChannelVectors<A> vectors(C);
   for (int64_t c = 0; c < C; ++c) load_statistics(p, c, vectors);
   const std::vector<A> act_weight = padded_copy(p.act_weight, C);
-  const auto tile_of = [&](const Matrix::Tile& t, const Plan& pass, DrawBuffer& drawn) {
+  const auto tile_of = [&](const Matrix::Tile& t, const Plan& pass, std::initializer_list<const T*> streams,
+                           DrawBuffer& drawn) {
     const uint32_t* mask = p.mask ? p.mask + matrix.mask_offset(t) : nullptr;
     const Draws draws = plan.mask_is_noise() ? Draws{mask, matrix.mask_ld(), nullptr, 0}
-                        : pass.drops()       ? matrix.draw(t, drawn)
+                        : pass.drops()       ? matrix.draw(t, drawn, streams)
                                              : Draws{};
     return Tile<T>{kColumns,
                    t.rows,
@@ -213,7 +220,7 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
       Workspace<A> workspace;
       const int64_t chunk = matrix.chunk_of(panel), into = chunk * partials.ld;
       matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
-        const Tile<T> tile = tile_of(t, plan, drawn);
+        const Tile<T> tile = tile_of(t, plan, {p.x, p.g, p.residual}, drawn);
         Stages<T>(plan, tile, workspace)
             .gradient_sums(at(p.x, t), at(p.residual, t), at(p.g, t), partials.first.data() + into + t.column,
                            partials.second.data() + into + t.column,
@@ -242,7 +249,7 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
     DrawBuffer drawn;
     Workspace<A> workspace;
     matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
-      const Tile<T> tile = tile_of(t, second, drawn);
+      const Tile<T> tile = tile_of(t, second, {p.x, plan.once ? nullptr : p.g, p.residual, p.dx}, drawn);
       Stages<T>(second, tile, workspace)
           .gradient(at(p.x, t), at(p.residual, t), at(plan.once ? static_cast<const T*>(p.dx) : p.g, t),
                     outputs(t, matrix.chunk_of(panel), second));
@@ -264,7 +271,7 @@ void noise_channels_last(const Call& call, const T* x, T* y) {
     matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
       const int64_t at = matrix.offset(t);
       multiply<T>({x ? x + at : nullptr, matrix.ld()}, {y + at, matrix.ld()}, call.chain.multiplier, t.rows, t.columns,
-                  matrix.draw(t, drawn));
+                  matrix.draw<T>(t, drawn, {x, y}));
     });
   });
 }

@@ -37,6 +37,32 @@ struct DrawBuffer {
   int64_t shared_group = -1, shared_channel = -1;
 };
 
+// The streams that a tile goes through, fetched while its noise is drawn: that takes time and no memory.
+class Ahead {
+ public:
+  // Rows ld apart; null: none.
+  template <class T>
+  void add(const T* p, int64_t ld = 0) {
+    constexpr int64_t size = sizeof(T);
+    if (p) streams_[count_++] = {reinterpret_cast<const char*>(p), ld * size, size};
+  }
+  void fetch(int64_t row, int64_t begin, int64_t end) const {
+    for (int i = 0; i < count_; ++i) {
+      const Stream& s = streams_[i];
+      const char* p = s.p + row * s.ld;
+      for (int64_t at = begin * s.size; at < end * s.size; at += 64) __builtin_prefetch(p + at, 0, 2);
+    }
+  }
+
+ private:
+  struct Stream {
+    const char* p;
+    int64_t ld, size;
+  };
+  Stream streams_[4];
+  int count_ = 0;
+};
+
 inline void set_bits(uint32_t* words, int64_t begin, int64_t end) {
   while (begin < end) {
     const int64_t first = begin % 32, n = std::min<int64_t>(32 - first, end - begin);
@@ -54,17 +80,20 @@ class TileNoise {
   }
 
   // Rows [row, row + n) of channel c.
-  Draws run(int64_t c, int64_t row, int64_t n, DrawBuffer& b) const {
+  Draws run(int64_t c, int64_t row, int64_t n, DrawBuffer& b, const Ahead& ahead) const {
     if (!chain_.draws()) return {};
     const int64_t channel = chain_.granularity == Granularity::sample ? 0 : c, first = first_row_ + row;
     if (chain_.granularity == Granularity::element) {
       const int64_t shift = first % math::kRowsPerCall, group = first / math::kRowsPerCall;
-      if (chain_.noise != Noise::bernoulli) {
-        multipliers_run(channel, group, b.m, n + shift);
-        return {nullptr, 0, b.m + shift, 0};
-      }
+      const bool bits = chain_.noise == Noise::bernoulli;
       const int64_t words = words_of(n + shift);
-      keep_run(channel, group, b.bits, words);
+      for (int64_t i = 0; i < n + shift; i += kRunDraws) {
+        const int64_t end = std::min(i + kRunDraws, n + shift), at = group + i / math::kRowsPerCall;
+        ahead.fetch(0, i, std::min(end, n));
+        bits ? keep_run(channel, at, b.bits + i / 32, words_of(end - i))
+             : multipliers_run(channel, at, b.m + i, end - i);
+      }
+      if (!bits) return {nullptr, 0, b.m + shift, 0};
       if (shift) {  // a piece may begin inside a group of rows
         for (int64_t i = 0; i + 1 < words; ++i) b.bits[i] = b.bits[i] >> shift | b.bits[i + 1] << (32 - shift);
         b.bits[words - 1] >>= shift;
@@ -97,7 +126,7 @@ class TileNoise {
   }
 
   // Rows [row, row + rows) of channels [c, c + cols).
-  Draws columns(int64_t row, int64_t c, int64_t rows, int64_t cols, DrawBuffer& b) const {
+  Draws columns(int64_t row, int64_t c, int64_t rows, int64_t cols, DrawBuffer& b, const Ahead& ahead) const {
     if (!chain_.draws()) return {};
     const int64_t words = words_of(cols), ld = words * 32, first = first_row_ + row;
     const bool bits = chain_.noise == Noise::bernoulli;
@@ -105,6 +134,7 @@ class TileNoise {
       const int64_t shift = first % math::kRowsPerCall;
       for (int64_t i = 0; i < rows + shift; i += math::kRowsPerCall) {
         const int64_t group = (first - shift + i) / math::kRowsPerCall;
+        for (int64_t j = i; j < std::min(i + math::kRowsPerCall, rows); ++j) ahead.fetch(j, 0, cols);
         bits ? keep_columns(c, group, b.bits + i * words, words) : multipliers_columns(c, group, b.m + i * ld, ld);
       }
       return bits ? Draws{b.bits + shift * words, words, nullptr, 0} : Draws{nullptr, 0, b.m + shift * ld, ld};
