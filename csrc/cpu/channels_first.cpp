@@ -71,12 +71,15 @@ class Channels {
     for_pieces(c, tile, [&](int64_t at, int64_t memory, int64_t n) { std::copy_n(from + at, n, base + memory); });
   }
 
-  // `streams`: those that the tile then goes through, or null.
-  Draws draw(int64_t c, int64_t tile, DrawBuffer& buffer, std::initializer_list<const T*> streams) const {
-    Ahead ahead;
+  // Where the tile stands in these, of which some may be null.
+  Ahead ahead(int64_t c, int64_t tile, std::initializer_list<const T*> streams) const {
+    Ahead ahead(1, rows(tile));
     for (const T* base : streams) {
-      if (base && in_place_) ahead.add(base + place(c, first_row(tile)));
+      if (base && in_place_) ahead.add(base + place(c, first_row(tile)), 0);
     }
+    return ahead;
+  }
+  Draws draw(int64_t c, int64_t tile, DrawBuffer& buffer, const Ahead& ahead) const {
     return noise_.run(c, first_row(tile), rows(tile), buffer, ahead);
   }
 
@@ -170,7 +173,7 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
                    draws};
   };
   const auto draw = [&](Step at, DrawBuffer& buffer, std::initializer_list<const T*> streams) {
-    const Draws draws = channels.draw(at.c, at.tile, buffer, streams);
+    const Draws draws = channels.draw(at.c, at.tile, buffer, channels.ahead(at.c, at.tile, streams));
     if (keeps_noise) {
       std::copy_n(draws.keep, words_of(channels.rows(at.tile)), p.mask + channels.mask_offset(at.c, at.tile));
     }
@@ -256,9 +259,10 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
   };
   const auto tile_of = [&](Step at, const Plan& pass, std::initializer_list<const T*> streams, Buffers& b) {
     const uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : nullptr;
-    const Draws draws = plan.mask_is_noise() ? Draws{mask, 0, nullptr, 0}
-                        : pass.drops()       ? channels.draw(at.c, at.tile, b.drawn, streams)
-                                             : Draws{};
+    const Ahead ahead = channels.ahead(at.c, at.tile, streams);
+    Draws draws{mask, 0, nullptr, 0};
+    if (!plan.mask_is_noise()) draws = pass.drops() ? channels.draw(at.c, at.tile, b.drawn, ahead) : Draws{};
+    if (plan.staged && draws.keep == mask) ahead.fetch();
     return Tile<T>{
         kRun, 1, channels.rows(at.tile), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws,
         mask, 0};
@@ -327,7 +331,7 @@ void noise_channels_first(const Call& call, const T* x, T* y) {
     const T* from = x ? channels.load(x, at.c, at.tile, in) : nullptr;
     T* to = channels.target(y, at.c, at.tile, out);
     multiply<T>({from, 0}, {to, 0}, call.chain.multiplier, 1, channels.rows(at.tile),
-                channels.draw(at.c, at.tile, drawn, {x, y}));
+                channels.draw(at.c, at.tile, drawn, channels.ahead(at.c, at.tile, {x, y})));
     channels.store(y, at.c, at.tile, to);
   });
 }

@@ -50,13 +50,16 @@ class Matrix {
   int64_t ld() const { return columns_; }
   int64_t offset(const Tile& t) const { return t.row * columns_ + t.column; }
 
-  // `streams`: those that the tile then goes through, or null.
+  // Where the tile stands in these, of which some may be null.
   template <class T>
-  Draws draw(const Tile& t, DrawBuffer& buffer, std::initializer_list<const T*> streams) const {
-    Ahead ahead;
+  Ahead ahead(const Tile& t, std::initializer_list<const T*> streams) const {
+    Ahead ahead(t.rows, t.columns);
     for (const T* base : streams) {
       if (base) ahead.add(base + offset(t), ld());
     }
+    return ahead;
+  }
+  Draws draw(const Tile& t, DrawBuffer& buffer, const Ahead& ahead) const {
     return noise_.columns(t.row, t.column, t.rows, t.columns, buffer, ahead);
   }
 
@@ -104,7 +107,7 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
         draws};
   };
   const auto draw = [&](const Matrix::Tile& t, DrawBuffer& buffer, std::initializer_list<const T*> streams) {
-    const Draws draws = matrix.draw(t, buffer, streams);
+    const Draws draws = matrix.draw(t, buffer, matrix.ahead(t, streams));
     for (int64_t row = 0; keeps_noise && row < t.rows; ++row) {
       std::copy_n(draws.keep + row * draws.ldkeep, words_of(t.columns),
                   p.mask + matrix.mask_offset(t) + row * matrix.mask_ld());
@@ -187,9 +190,10 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
   const auto tile_of = [&](const Matrix::Tile& t, const Plan& pass, std::initializer_list<const T*> streams,
                            DrawBuffer& drawn) {
     const uint32_t* mask = p.mask ? p.mask + matrix.mask_offset(t) : nullptr;
-    const Draws draws = plan.mask_is_noise() ? Draws{mask, matrix.mask_ld(), nullptr, 0}
-                        : pass.drops()       ? matrix.draw(t, drawn, streams)
-                                             : Draws{};
+    const Ahead ahead = matrix.ahead(t, streams);
+    Draws draws{mask, matrix.mask_ld(), nullptr, 0};
+    if (!plan.mask_is_noise()) draws = pass.drops() ? matrix.draw(t, drawn, ahead) : Draws{};
+    if (plan.staged && draws.keep == mask) ahead.fetch();
     return Tile<T>{kColumns,
                    t.rows,
                    t.columns,
@@ -271,7 +275,7 @@ void noise_channels_last(const Call& call, const T* x, T* y) {
     matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
       const int64_t at = matrix.offset(t);
       multiply<T>({x ? x + at : nullptr, matrix.ld()}, {y + at, matrix.ld()}, call.chain.multiplier, t.rows, t.columns,
-                  matrix.draw<T>(t, drawn, {x, y}));
+                  matrix.draw(t, drawn, matrix.ahead(t, {x, static_cast<const T*>(y)})));
     });
   });
 }
