@@ -44,14 +44,18 @@ class Case:
                 self.missing[provider] = f"{type(error).__name__}: {error}".splitlines()[0]
         self.providers = tuple(provider for provider in providers if provider not in self.missing)
 
+    def inputs_of(self, provider: str) -> tuple[torch.Tensor, ...]:
+        return self.inputs[:1] if provider == "default" else self.inputs
+
     def _prepare(self, provider: str) -> None:
         module = self.modules.get(provider) or build(provider, self.workload, self.p, self.device)
-        y = module(*self.inputs)
+        inputs = self.inputs_of(provider)
+        y = module(*inputs)
         self.grads[provider] = self._grad_like(y)
         y.backward(self.grads[provider])
         del y
         self.modules[provider] = module
-        self.saved[provider] = memory.saved_bytes(module, *self.inputs, ignore=memory.vectors(self.workload.channels))
+        self.saved[provider] = memory.saved_bytes(module, *inputs, ignore=memory.vectors(self.workload.channels))
 
     def _grad_like(self, y: torch.Tensor) -> torch.Tensor:
         # In a model the gradient arrives in the layout of the layer's own output, and providers may differ in that.
@@ -82,10 +86,11 @@ class Case:
     def step(self, provider: str, mode: str):
         """One untimed step; what it returns keeps alive what the caller of a layer would keep alive."""
         module, grad = self.modules[provider].train(mode != "eval"), self.grads[provider]
+        inputs = self.inputs_of(provider)
         if mode == "eval":
             with torch.no_grad():
-                return module(*self.inputs)
-        y = module(*self.inputs)
+                return module(*inputs)
+        y = module(*inputs)
         if mode == "both":
             y.backward(grad)
         return y

@@ -57,17 +57,20 @@ class LayerTurn(Turn):
     def __init__(self, name: str, case: Case, mode: str):
         super().__init__(name)
         self.case, self.mode, self.module, self.grad = case, mode, case.modules[name], case.grads[name]
-        self.leaves = [*case.inputs, *self.module.parameters()]
+        self.inputs = case.inputs_of(name)
+        self.leaves = [*self.inputs, *self.module.parameters()]
         self.outputs = []
 
     def prepare(self) -> None:
         self.module.train(self.mode != "eval")
         self.case.clear()
         if self.mode == "backward":
-            self.outputs = [self.module(*self.case.inputs) for _ in range(self.inner)]
+            self.outputs = [self.module(*self.inputs) for _ in range(self.inner)]
 
+    # Gradients are handed on, as in the midst of a network. Accumulated in .grad, one that another tensor holds, too
+    # (the residual's, where the addition comes last), would be copied.
     def run(self) -> None:
-        module, inputs, grad, leaves, outputs = self.module, self.case.inputs, self.grad, self.leaves, self.outputs
+        module, inputs, grad, leaves, outputs = self.module, self.inputs, self.grad, self.leaves, self.outputs
         if self.mode == "eval":
             with torch.no_grad():
                 for _ in range(self.inner):
@@ -77,14 +80,10 @@ class LayerTurn(Turn):
                 outputs[:] = (module(*inputs),)
         elif self.mode == "backward":
             for y in outputs:
-                for leaf in leaves:
-                    leaf.grad = None
-                y.backward(grad)
+                torch.autograd.grad(y, leaves, grad)
         else:
             for _ in range(self.inner):
-                for leaf in leaves:
-                    leaf.grad = None
-                module(*inputs).backward(grad)
+                torch.autograd.grad(module(*inputs), leaves, grad)
 
     def forget(self) -> None:
         # Memory of one provider must be free before the next one starts, or that one pays for fresh pages.

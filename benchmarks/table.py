@@ -9,7 +9,8 @@ from rich.table import Table
 
 COLUMNS = (
     "fused ms = median of the fused layer \\[p20..p80];  vs eager, vs compile = theirs / ours (below 1 we lose);\n"
-    "copies = ours / one copy of the tensor;  saved B/el = bytes kept for backward per element;  "
+    "of default = ours / that of the default order;  copies = ours / one copy of the tensor;\n"
+    "saved B/el = bytes kept for backward per element;  "
     "peak MB = tensors of one step."
 )
 
@@ -33,12 +34,13 @@ def _each(row: dict, key: str, form: str) -> str:
 
 def _cells(row: dict) -> list[str]:
     if "failed" in row:
-        return ["[bold red]FAILED[/], not timed", *[""] * 6]
+        return ["[bold red]FAILED[/], not timed", *[""] * 7]
     fused = row["providers"]["fused"]
     return [
         f"{_ms(fused['median_ms'])} [{_ms(fused['p20_ms'])}..{_ms(fused['p80_ms'])}]".replace("[", "\\["),
         _ratio(row, "eager"),
         _ratio(row, "compile"),
+        f"{1 / row['ratio']['default']:.2f}" if "default" in row["ratio"] else "-",
         f"{fused['copies']:.2f}",
         _each(row, "saved_bytes_per_element", ".2f") if row["mode"] != "eval" else "-",
         _each(row, "peak_mb", ".0f"),
@@ -52,7 +54,8 @@ def render(rows: list[dict]) -> Table:
     for name in ("p", "mode"):
         table.add_column(name, no_wrap=True)
     table.add_column("fused ms", no_wrap=True)
-    for name in ("vs eager", "vs compile", "copies", "saved B/el\nfused/eager/compile", "peak MB\nfused/eager/compile"):
+    names = "vs eager", "vs compile", "of default", "copies", "saved B/el", "peak MB"
+    for name in (*names[:4], *(f"{name}\nfused/eager/compile" for name in names[4:])):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("rounds", justify="right")
     previous = None

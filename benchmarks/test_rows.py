@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.case import Case
 from benchmarks.measure import describe, time_row
+from benchmarks.providers import providers_of
 
 _held = {}
 
@@ -19,7 +20,7 @@ def _case(workload, p) -> Case:
     if (workload, p) not in _held:
         _held.clear()  # first: two large cases do not fit in memory at once
         try:
-            _held[workload, p] = Case(workload, p)
+            _held[workload, p] = Case(workload, p, providers_of(workload))
         except Exception as error:
             _held[workload, p] = error
     case = _held[workload, p]
