@@ -173,7 +173,8 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
                    draws};
   };
   const auto draw = [&](Step at, DrawBuffer& buffer, std::initializer_list<const T*> streams) {
-    const Draws draws = channels.draw(at.c, at.tile, buffer, channels.ahead(at.c, at.tile, streams));
+    const Draws draws =
+        channels.draw(at.c, at.tile, buffer, plan.staged ? channels.ahead(at.c, at.tile, streams) : Ahead());
     if (keeps_noise) {
       std::copy_n(draws.keep, words_of(channels.rows(at.tile)), p.mask + channels.mask_offset(at.c, at.tile));
     }
@@ -259,10 +260,13 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
   };
   const auto tile_of = [&](Step at, const Plan& pass, std::initializer_list<const T*> streams, Buffers& b) {
     const uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : nullptr;
-    const Ahead ahead = channels.ahead(at.c, at.tile, streams);
-    Draws draws{mask, 0, nullptr, 0};
-    if (!plan.mask_is_noise()) draws = pass.drops() ? channels.draw(at.c, at.tile, b.drawn, ahead) : Draws{};
-    if (plan.staged && draws.keep == mask) ahead.fetch();
+    const Ahead ahead = plan.staged ? channels.ahead(at.c, at.tile, streams) : Ahead();
+    Draws draws{plan.mask_is_noise() ? mask : nullptr, 0, nullptr, 0};
+    if (pass.drops() && !plan.mask_is_noise()) {
+      draws = channels.draw(at.c, at.tile, b.drawn, ahead);
+    } else {
+      ahead.fetch();
+    }
     return Tile<T>{
         kRun, 1, channels.rows(at.tile), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws,
         mask, 0};

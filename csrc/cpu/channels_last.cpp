@@ -107,7 +107,7 @@ void forward_channels_last(const Call& call, const ForwardPointers<T>& p) {
         draws};
   };
   const auto draw = [&](const Matrix::Tile& t, DrawBuffer& buffer, std::initializer_list<const T*> streams) {
-    const Draws draws = matrix.draw(t, buffer, matrix.ahead(t, streams));
+    const Draws draws = matrix.draw(t, buffer, plan.staged ? matrix.ahead(t, streams) : Ahead());
     for (int64_t row = 0; keeps_noise && row < t.rows; ++row) {
       std::copy_n(draws.keep + row * draws.ldkeep, words_of(t.columns),
                   p.mask + matrix.mask_offset(t) + row * matrix.mask_ld());
@@ -190,10 +190,13 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
   const auto tile_of = [&](const Matrix::Tile& t, const Plan& pass, std::initializer_list<const T*> streams,
                            DrawBuffer& drawn) {
     const uint32_t* mask = p.mask ? p.mask + matrix.mask_offset(t) : nullptr;
-    const Ahead ahead = matrix.ahead(t, streams);
-    Draws draws{mask, matrix.mask_ld(), nullptr, 0};
-    if (!plan.mask_is_noise()) draws = pass.drops() ? matrix.draw(t, drawn, ahead) : Draws{};
-    if (plan.staged && draws.keep == mask) ahead.fetch();
+    const Ahead ahead = plan.staged ? matrix.ahead(t, streams) : Ahead();
+    Draws draws{plan.mask_is_noise() ? mask : nullptr, matrix.mask_ld(), nullptr, 0};
+    if (pass.drops() && !plan.mask_is_noise()) {
+      draws = matrix.draw(t, drawn, ahead);
+    } else {
+      ahead.fetch();
+    }
     return Tile<T>{kColumns,
                    t.rows,
                    t.columns,
@@ -275,7 +278,7 @@ void noise_channels_last(const Call& call, const T* x, T* y) {
     matrix.for_tiles(panel, [&](const Matrix::Tile& t) {
       const int64_t at = matrix.offset(t);
       multiply<T>({x ? x + at : nullptr, matrix.ld()}, {y + at, matrix.ld()}, call.chain.multiplier, t.rows, t.columns,
-                  matrix.draw(t, drawn, matrix.ahead(t, {x, static_cast<const T*>(y)})));
+                  matrix.draw(t, drawn, Ahead()));
     });
   });
 }

@@ -18,6 +18,8 @@ constexpr int64_t kStageMatrix = 1024;   // the same, of columns
 constexpr int64_t kStageColumns = 128;   // a group of 8 rows has to fit
 constexpr int64_t kBlockColumns = 1024;  // of any tile
 
+constexpr int64_t kFetchedDraws = 256;  // between two fetches (Ahead)
+
 constexpr int64_t words_of(int64_t bits) { return (bits + 31) / 32; }
 
 // Rows ld apart. Neither pointer: one multiplier for all.
@@ -37,9 +39,12 @@ struct DrawBuffer {
   int64_t shared_group = -1, shared_channel = -1;
 };
 
-// The streams that a tile goes through. They are fetched while its noise is drawn, which takes time and no memory.
+// The streams that a tile goes through. They are fetched while its noise is drawn, which takes time and no memory;
+// where nothing is drawn per element, before the tile's first stage. Only for tiles that go through stages: the
+// processor's own prefetching serves a single kernel as well, and its pause between two tiles is short.
 class Ahead {
  public:
+  Ahead() = default;
   Ahead(int64_t rows, int64_t cols) : rows_(rows), cols_(cols) {}
 
   // Rows ld apart.
@@ -60,6 +65,7 @@ class Ahead {
       }
     }
   }
+  bool empty() const { return count_ == 0; }
   FN_INLINE void fetch() const { fetch(0, rows_, 0, cols_); }
 
  private:
@@ -68,7 +74,7 @@ class Ahead {
     int64_t ld, size;
   };
   Stream streams_[4];
-  int64_t rows_, cols_;
+  int64_t rows_ = 0, cols_ = 0;
   int count_ = 0;
 };
 
@@ -90,14 +96,16 @@ class TileNoise {
 
   // Rows [row, row + n) of channel c.
   Draws run(int64_t c, int64_t row, int64_t n, DrawBuffer& b, const Ahead& ahead) const {
+    if (!chain_.draws() || chain_.granularity != Granularity::element) ahead.fetch();
     if (!chain_.draws()) return {};
     const int64_t channel = chain_.granularity == Granularity::sample ? 0 : c, first = first_row_ + row;
     if (chain_.granularity == Granularity::element) {
       const int64_t shift = first % math::kRowsPerCall, group = first / math::kRowsPerCall;
       const bool bits = chain_.noise == Noise::bernoulli;
       const int64_t words = words_of(n + shift);
-      for (int64_t i = 0; i < n + shift; i += kRunDraws) {
-        const int64_t end = std::min(i + kRunDraws, n + shift), at = group + i / math::kRowsPerCall;
+      const int64_t step = ahead.empty() ? n + shift : kFetchedDraws;
+      for (int64_t i = 0; i < n + shift; i += step) {
+        const int64_t end = std::min(i + step, n + shift), at = group + i / math::kRowsPerCall;
         ahead.fetch(0, 1, i, end);
         bits ? keep_run(channel, at, b.bits + i / 32, words_of(end - i))
              : multipliers_run(channel, at, b.m + i, end - i);
@@ -136,6 +144,7 @@ class TileNoise {
 
   // Rows [row, row + rows) of channels [c, c + cols).
   Draws columns(int64_t row, int64_t c, int64_t rows, int64_t cols, DrawBuffer& b, const Ahead& ahead) const {
+    if (!chain_.draws() || chain_.granularity != Granularity::element) ahead.fetch();
     if (!chain_.draws()) return {};
     const int64_t words = words_of(cols), ld = words * 32, first = first_row_ + row;
     const bool bits = chain_.noise == Noise::bernoulli;
