@@ -372,6 +372,7 @@ def main(arguments=None) -> int:
             ("tests", lambda: driver.tests(160)),
             ("sanitizer", lambda: driver.sanitizer(60)),
             ("rest", lambda: driver.measure("rest", driver.left() - 8)),
+            ("orders", lambda: driver.measure("orders", driver.left() - 8)),
         )
         for name, step in steps:
             if name in wanted:
@@ -383,7 +384,7 @@ def main(arguments=None) -> int:
     return 0 if all(part.status in ("ok", "skipped", "cut off") for part in driver.parts) else 1
 
 
-PARTS = ("check", "main", "small", "tests", "sanitizer", "rest")
+PARTS = ("check", "main", "small", "tests", "sanitizer", "rest", "orders")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -52,7 +52,11 @@ def describe(workload, p: float) -> dict:
         "dtype": str(workload.dtype).removeprefix("torch."),
         "layout": workload.layout,
         "act": workload.act,
+        "order": workload.order,
+        "noise": workload.noise,
+        "granularity": workload.granularity,
         "p": p,
+        "floor": gpu_rows.floors(workload),
         "unit_bytes": workload.numel * workload.dtype.itemsize,
         "source": workload.source,
     }
@@ -63,7 +67,7 @@ def launches(clock: Clock, case: Case, turn: LayerTurn) -> dict:
     kept = []
     with gpu_variants.use(getattr(turn, "variant", gpu_variants.DEFAULT)):
         case.clear()
-        forward = clock.kernels(lambda: kept.append(turn.module(*case.inputs)))
+        forward = clock.kernels(lambda: kept.append(turn.module(*turn.inputs)))
         backward = clock.kernels(lambda: kept.pop().backward(turn.grad))
     case.clear()
     return {"forward": forward, "backward": backward}

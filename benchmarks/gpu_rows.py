@@ -1,5 +1,5 @@
 """What is measured on a GPU: stages of a ResNet-50 at batch 128 and their like, in both layouts and dtypes; then the
-workloads of published models; and layers so small that launches are all there is.
+workloads of published models; layers so small that launches are all there is; and every other order and noise.
 
 The rows are ordered by what is lost if the run is cut off after them: `MAIN` holds one of each kind, `REST` the others.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.workloads import HEADLINE, MODELS, Workload
+from benchmarks.workloads import FAMILY, HEADLINE, MODELS, Workload
 
 # A target is set for tensors of at least this size, and for those below the other one.
 LARGE, SMALL = 25e6, 1e6  # bytes
@@ -32,6 +32,15 @@ TARGETS = Targets(eager={"bfloat16": (2.4, 3.0), "float32": (1.9, 2.8)})
 
 # Passes over the tensor that the maths needs: forward, backward.
 FLOOR = {"streaming": (3, 5), "resident": (2, 3)}
+
+
+def floors(workload: Workload) -> dict[str, tuple[int, int]]:
+    """The same of a row's order: an addition reads the residual, and backward writes its gradient unless the addition
+    comes last, where that is the output's gradient itself. Saved bits are not counted."""
+    if workload.order == "drop":
+        return dict.fromkeys(FLOOR, (2, 2))
+    written = workload.adds and not workload.order.endswith("-add")
+    return {kind: (forward + workload.adds, backward + written) for kind, (forward, backward) in FLOOR.items()}
 
 
 def _shape(n: int, c: int, side: int) -> tuple[int, ...]:
@@ -77,7 +86,9 @@ SMALL_ROWS = [
     Workload("early stage", (8, 64, 14, 14), 0.1, dtype=F32),
 ]
 
-STAGES = {"main": MAIN, "rest": REST, "small": SMALL_ROWS}
+ORDERS = [replace(workload, shape=(128, 256, 56, 56), dtype=BF16) for workload in FAMILY]
+
+STAGES = {"main": MAIN, "rest": REST, "small": SMALL_ROWS, "orders": ORDERS}
 
 
 def key(workload: Workload, p: float) -> str:
@@ -85,11 +96,12 @@ def key(workload: Workload, p: float) -> str:
 
 
 def tiny(rows: list[Workload]) -> list[Workload]:
-    """Rows of the same kinds that a dry run finishes in a second: one of each of two layouts."""
+    """Rows of the same kinds that a dry run finishes in a second or two: of two layouts one, of orders one a kind."""
     seen, picked = set(), []
     for row in rows:
-        if row.layout not in seen and len(picked) < 2:
-            seen.add(row.layout)
+        kind = row.layout if row.order == "norm-act-drop" else (row.adds, row.order == "drop")
+        if kind not in seen and len(picked) < 5:
+            seen.add(kind)
             n, c, *spatial = row.shape
             picked.append(replace(row, shape=(min(n, 6), min(c, 8), *(min(s, 5) for s in spatial))))
     return picked

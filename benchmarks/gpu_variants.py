@@ -50,8 +50,11 @@ def mask_policy() -> dict | None:
 
 
 def available(workload, p: float) -> list[Variant]:
-    """The variants that mean something for this row and that the library can be told."""
+    """The variants that mean something for this row and that the library can be told. The choices are studied on the
+    default order."""
     variants = [DEFAULT]
+    if workload.order != "norm-act-drop" or workload.noise != "bernoulli":
+        return variants
     told = set_residency("automatic")
     for group in (STREAMING, RESIDENT if workload.layout == "channels-first" else ()):
         for variant in group:

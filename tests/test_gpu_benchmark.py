@@ -52,11 +52,16 @@ echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
     child = drive(out, "--dry-run", PATH=path)
     report = (out / "report.txt").read_text()
     assert child.returncode == 0, report + child.stdout[-3000:] + child.stderr[-3000:]
-    parts = ("library", "quick check", "main rows", "small rows", "tests", "memcheck", "racecheck", "rest rows")
+    stages = ("main", "small", "rest", "orders")
+    parts = ("library", "quick check", "tests", "memcheck", "racecheck", *(f"{stage} rows" for stage in stages))
     for part in parts:
         assert any(line.startswith("ok ") and part in line for line in report.splitlines()), part
     data = json.loads((out / "results.json").read_text())
-    assert {row["stage"] for row in data["rows"]} == {"main", "rest"}
+    assert {row["stage"] for row in data["rows"]} == {"main", "rest", "orders"}
+    ordered = {row["order"]: row["floor"]["streaming"] for row in data["rows"]}
+    assert ordered["norm-act-drop"] == [3, 5]
+    assert ordered["drop"] == [2, 2]
+    assert any(order.endswith("-add") for order in ordered)
     assert {row["provider"] for row in data["small"]} == {"eager", "compile", "fused"}
     for row in data["rows"]:
         assert {"eager", "compile", "fused", "copy_"} <= set(row["modes"]["both"])
@@ -188,6 +193,7 @@ def row(resident, ms, shape=(128, 256, 56, 56), dtype="bfloat16"):
         "act": "relu",
         "p": 0.1,
         "unit_bytes": unit,
+        "floor": {"streaming": [3, 5], "resident": [2, 3]},
         "wrong": None,
         "missing": {},
         "modes": {mode: {k: {"median_ms": v} for k, v in times.items()} for mode in ("forward", "backward", "both")},
@@ -243,6 +249,12 @@ class TestReport:
         found = benchmarks("gpu_report").targets(row(True, 9.0, (128, 2048, 7, 7)), "fused", 4000.0)
         assert [entry["met"] for entry in found if "units" in entry["what"]] == [None, None]
 
+    def test_orders_have_floors_and_no_targets(self, benchmarks):
+        report = benchmarks("gpu_report")
+        other = row(False, 1.0) | {"stage": "orders", "floor": {"streaming": [4, 6], "resident": [3, 4]}}
+        assert report.targets(other, "fused", 4000.0) == []
+        assert report.floor(other, "fused", "both") == 10
+
     def test_text(self, benchmarks):
         failed = {k: row(False, 1.0)[k] for k in ("workload", "shape", "dtype", "layout", "act", "p", "unit_bytes")}
         failed |= {"key": "broken row", "failed": "RuntimeError: no"}
@@ -273,6 +285,23 @@ def test_rows_are_what_was_promised(benchmarks):
     assert len(set(keys)) == len(keys)
     assert all(w.numel * w.dtype.itemsize >= rows.LARGE for w in rows.MAIN)
     assert all(w.numel * w.dtype.itemsize <= rows.SMALL for w in rows.SMALL_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("order", "forward", "backward"),
+    [
+        ("norm-act-drop", 3, 5),
+        ("drop-norm-act", 3, 5),
+        ("norm-act-drop-add", 4, 5),
+        ("norm-add-act-drop", 4, 6),
+        ("drop", 2, 2),
+    ],
+)
+def test_floors(benchmarks, order, forward, backward):
+    rows = benchmarks("gpu_rows")
+    found = [rows.floors(w)["streaming"] for w in rows.ORDERS if w.order == order]
+    assert found
+    assert set(found) == {(forward, backward)}
 
 
 class TestLibrary:
