@@ -251,8 +251,9 @@ class Runs:
             if settings is None:
                 raise SystemExit(f"{path}: no runs there to report; leave --plot-only away")
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.head = {"command": command, "settings": asdict(settings)}
-            path.write_text(json.dumps(self.head) + "\n")
+            head = json.dumps({"command": command, "settings": asdict(settings)})
+            self.head = json.loads(head)  # as a later run finds it
+            path.write_text(head + "\n")
             return
         self.head, *runs = whole
         if settings is not None and self.head["settings"] != json.loads(json.dumps(asdict(settings))):
@@ -544,7 +545,9 @@ def plot(runs: Runs, path: Path) -> None:
                 losses.errorbar(x + offset, mean, mean - low, fmt=marker, ms=4, color=colours[k], lw=1)
                 if quantity == "nll" and k:
                     scatter.errorbar(ORDERS[k][1], mean, mean - low, fmt=marker, ms=4, color=colours[k], lw=1)
-                    scatter.annotate(str(k), (ORDERS[k][1], mean), (4, 3), textcoords="offset points", fontsize=8)
+                    end, offset_y, side = (2 * mean - low, 2, "bottom") if k in early else (low, -2, "top")
+                    at = {"xytext": (0, offset_y), "textcoords": "offset points", "ha": "center", "va": side}
+                    scatter.annotate(str(k), (ORDERS[k][1], end), fontsize=8, **at)
             losses.plot([], [], marker, ms=4, color="#555555", label=label)
             tables = [runs.tables(activation, epoch)[quantity] for epoch in epochs]
             gaps = np.array([interval(t[:, early].mean(1) - t[:, late].mean(1)) for t in tables])
