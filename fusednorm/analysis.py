@@ -23,17 +23,16 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from . import _observe
+from . import _observe, functional
 
-# Kind -> (variance of the multiplier of mean 1, largest strength, is that one allowed). The names and units are those
-# of the functional's `noise` and `p`; "alpha" is any noise of that variance.
-_KINDS = {
-    "bernoulli": (lambda p: p / (1 - p), 1.0, False),
-    "uniform": (lambda beta: beta * beta / 3, 1.0, True),
-    "gaussian": (lambda alpha: alpha, math.inf, False),
-    "alpha": (lambda alpha: alpha, math.inf, False),
+# Kind -> variance of the multiplier of mean 1. The names and units are those of the functional's `noise` and `p`;
+# "alpha" is any noise of that variance.
+_ALPHA = {
+    "bernoulli": lambda p: p / (1 - p),
+    "uniform": lambda beta: beta * beta / 3,
+    "gaussian": lambda alpha: alpha,
+    "alpha": lambda alpha: alpha,
 }
-_GRANULARITIES = ("element", "channel", "sample")
 _CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
@@ -61,13 +60,14 @@ def alpha_of(noise):
         kind, strength = noise
     else:
         raise TypeError(f"noise: expected a dropout module or (kind, strength), but got {noise!r}")
-    if kind not in _KINDS:
-        raise ValueError(f"noise: expected one of {', '.join(_KINDS)}, but got {kind!r}")
-    alpha, largest, closed = _KINDS[kind]
+    if kind not in _ALPHA:
+        raise ValueError(f"noise: expected one of {', '.join(_ALPHA)}, but got {kind!r}")
+    _, largest = functional.NOISES["gaussian" if kind == "alpha" else kind]
+    closed = kind == "uniform"  # the others' alpha is infinite there
     strength = float(strength)
     if not (0 <= strength < largest or (closed and strength == largest)):
         raise ValueError(f"noise: {kind} strength {strength} is outside [0, {largest:g}{']' if closed else ')'}")
-    return alpha(strength)
+    return _ALPHA[kind](strength)
 
 
 def variance_shift(noise, input=None, layer=None, *, mean=None, var=None, cov=None, granularity=None):
@@ -107,8 +107,8 @@ def variances(noise, input=None, layer=None, mean=None, var=None, cov=None, gran
     alpha = alpha_of(noise)
     if granularity is None:
         granularity = _granularity(noise, input, layer)
-    if granularity not in _GRANULARITIES:
-        raise ValueError(f"granularity: expected one of {', '.join(_GRANULARITIES)}, but got {granularity!r}")
+    if granularity not in functional.GRANULARITIES:
+        raise ValueError(f"granularity: expected one of {', '.join(functional.GRANULARITIES)}, but got {granularity!r}")
     if layer is not None and not isinstance(layer, (nn.Linear, _ConvNd)):
         raise TypeError(f"layer: expected a linear layer, a convolution or None, but got {type(layer).__name__}")
     if input is None:

@@ -80,6 +80,17 @@ FN_INLINE void copy_out(const T* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
+// A block's pointers, or padded copies of what is there.
+template <class T>
+struct Block {
+  alignas(64) T padded[kBlock];
+  FN_INLINE const T* at(const T* p, int64_t rest) {
+    if (rest >= kBlock) return p;
+    copy_padded(p, padded, rest);
+    return padded;
+  }
+};
+
 FN_INLINE uint32_t first_bits(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
 
 // ---- forward: y = activation((x - mean) * scale + shift) * multiplier where kept
@@ -96,14 +107,10 @@ void apply(const Apply<T>& q) {
     uint32_t* save = q.save ? q.save + row * q.ldsave : nullptr;
     for (int64_t i = 0; i < q.cols; i += kBlock) {
       const int64_t rest = q.cols - i;
-      const T* x = q.x + row * q.ldx + i;
-      T* y = q.y + row * q.ldy + i;
-      alignas(64) T in[kBlock], out[kBlock];
-      if (rest < kBlock) {
-        copy_padded(x, in, rest);
-        x = in;
-        y = out;
-      }
+      Block<T> in;
+      alignas(64) T out[kBlock];
+      const T* x = in.at(q.x + row * q.ldx + i, rest);
+      T* y = rest < kBlock ? out : q.y + row * q.ldy + i;
       const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
       uint32_t saved = 0;
       for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
@@ -197,17 +204,9 @@ FN_INLINE void sums_run(const Backward<T>& q) {
     const int64_t last = q.cols - first < kShortSum * kBlock ? q.cols : first + kShortSum * kBlock;
     for (int64_t i = first; i < last; i += kBlock) {
       const int64_t rest = q.cols - i;
-      const T *x = q.x + i, *g = q.g + i;
-      uint32_t keep = q.keep ? q.keep[i / kBlock] : ~0u;
-      alignas(64) T xs[kBlock], gs[kBlock];
-      if (rest < kBlock) {
-        copy_padded(x, xs, rest);
-        copy_padded(g, gs, rest);
-        x = xs;
-        g = gs;
-        keep &= first_bits(rest);
-      }
-      sums_block(local, 0, x, g, keep, sums);
+      Block<T> in, gradient;
+      const uint32_t keep = (q.keep ? q.keep[i / kBlock] : ~0u) & first_bits(rest);
+      sums_block(local, 0, in.at(q.x + i, rest), gradient.at(q.g + i, rest), keep, sums);
     }
     add_sums(sums, dz, dz_xmu);
   }
@@ -220,20 +219,12 @@ FN_INLINE void sums_columns(const Backward<T>& q) {
   const LocalGradient<T, Activation, kColumns, keep_is_saved> local(q);
   for (int64_t first = 0; first < q.rows; first += kShortSum) {
     for (int64_t i = 0; i < q.cols; i += kBlock) {
-      const int64_t n = q.cols - i < kBlock ? q.cols - i : kBlock;
+      const int64_t rest = q.cols - i;
       Sums<opmath_t<T>> sums{};
       for (int64_t row = first; row < q.rows && row < first + kShortSum; ++row) {
-        const T *x = q.x + row * q.ldx + i, *g = q.g + row * q.ldg + i;
-        uint32_t keep = q.keep ? q.keep[row * q.ldkeep + i / kBlock] : ~0u;
-        alignas(64) T xs[kBlock], gs[kBlock];
-        if (n < kBlock) {
-          copy_padded(x, xs, n);
-          copy_padded(g, gs, n);
-          x = xs;
-          g = gs;
-          keep &= first_bits(n);
-        }
-        sums_block(local, i, x, g, keep, sums);
+        Block<T> in, gradient;
+        const uint32_t keep = (q.keep ? q.keep[row * q.ldkeep + i / kBlock] : ~0u) & first_bits(rest);
+        sums_block(local, i, in.at(q.x + row * q.ldx + i, rest), gradient.at(q.g + row * q.ldg + i, rest), keep, sums);
       }
       add_sums(sums, q.sum_dz + i, q.sum_dz_xmu + i);  // padded to 32, like every per-channel vector
     }
@@ -259,16 +250,11 @@ FN_INLINE void input_gradient_rows(const Backward<T>& q) {
     const uint32_t* bits = q.keep ? q.keep + row * q.ldkeep : nullptr;
     for (int64_t i = 0; i < q.cols; i += kBlock) {
       const int64_t rest = q.cols - i;
-      const T *x = q.x + row * q.ldx + i, *g = q.g + row * q.ldg + i;
-      T* dx = q.dx + row * q.lddx + i;
-      alignas(64) T xs[kBlock], gs[kBlock], out[kBlock];
-      if (rest < kBlock) {
-        copy_padded(x, xs, rest);
-        copy_padded(g, gs, rest);
-        x = xs;
-        g = gs;
-        dx = out;
-      }
+      Block<T> in, gradient;
+      alignas(64) T out[kBlock];
+      const T* x = in.at(q.x + row * q.ldx + i, rest);
+      const T* g = gradient.at(q.g + row * q.ldg + i, rest);
+      T* dx = rest < kBlock ? out : q.dx + row * q.lddx + i;
       const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
       for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         const int64_t j = i + v * V::width;
@@ -288,17 +274,6 @@ void input_gradient(const Backward<T>& q) {
 }
 
 // ---- the other stages: elementwise, over rows that may be far apart
-// A block's pointers, or padded copies of what is there.
-template <class T>
-struct Block {
-  alignas(64) T padded[kBlock];
-  FN_INLINE const T* at(const T* p, int64_t rest) {
-    if (rest >= kBlock) return p;
-    copy_padded(p, padded, rest);
-    return padded;
-  }
-};
-
 // An activation's parameters: numbers, or for PReLU a vector of lanes.
 template <class A, class Activation, Span span>
 struct StageParameters {
