@@ -55,7 +55,7 @@ SAVE_MASK = {"cpu": True, "cuda": None}
 
 
 def _saves_mask(input):
-    saves = SAVE_MASK.get(input.device.type, False)
+    saves = SAVE_MASK["cpu"] if input.is_cpu else SAVE_MASK.get(input.device.type, False)
     return input.element_size() == 2 if saves is None else saves
 
 
@@ -251,7 +251,7 @@ class _BatchNormActDrop(torch.autograd.Function):
             grads[3] = grad_output
         else:
             grads = _backward(grad_output, *saved, *ctx.settings, needed)
-        gx, gw, gb, gr, ga = (g if wanted else None for g, wanted in zip(grads, needed, strict=True))
+        gx, gw, gb, gr, ga = [g if wanted else None for g, wanted in zip(grads, needed, strict=True)]
         return gx, gw, gb, None, None, gr, ga, None, None, None
 
 
@@ -524,7 +524,7 @@ def apply(
         else:
             results = _forward(*tensors, *settings, eval_matched_stats, False)
         output, mean, _, var, clean_mean, _ = results
-        if clean_mean.size(0):
+        if eval_matched_stats and clean_mean.size(0):
             mean = clean_mean
     if training and running_mean is not None:
         _update_stats_(running_mean, running_var, num_batches_tracked, mean, var, count, last_count, momentum)

@@ -248,16 +248,16 @@ class _FusedBatchNorm:
             last += 1
         return first, last
 
-    def _check_place(self, stage):
-        if stage not in self.order:  # the constructor refuses it, too
-            raise ValueError(f"{stage}: expected None, as order {self.order!r} has no {stage!r}")
+    def _no_place(self, stage):  # the constructor refuses it, too
+        return ValueError(f"{stage}: expected None, as order {self.order!r} has no {stage!r}")
 
     def _read_act(self):
         """(name, parameters) as the operator takes them, or None: it has to be called."""
         act = self.act
         if act is None:
             return "identity", ()
-        self._check_place("act")
+        if "act" not in self.order:
+            raise self._no_place("act")
         read = _ACTIVATIONS.get(type(act))
         return read(act) if read is not None and _is_plain(act) else None
 
@@ -266,7 +266,8 @@ class _FusedBatchNorm:
         drop = self.drop
         if drop is None:
             return _NO_NOISE
-        self._check_place("drop")
+        if "drop" not in self.order:
+            raise self._no_place("drop")
         read, ranks = _DROPS.get(type(drop), (None, ()))
         if rank not in ranks or not _is_plain(drop):
             return None
