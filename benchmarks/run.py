@@ -101,6 +101,7 @@ def measure_in_child(args, name: str, *more: str, **environment: str) -> tuple[l
         path = Path(folder) / "rows.json"
         command = [sys.executable, __file__, f"--only={name}", "--force", "--no-avx2", f"--json={path}", *more]
         command += ["--quick"] * args.quick + ["--own-p"] * args.own_p + [f"--mode={mode}" for mode in args.mode]
+        command += ["--family"] * args.family
         environment = os.environ | environment | {"FUSEDNORM_BENCH_CHILD": "1"}
         code = subprocess.run(command, env=environment, check=False).returncode
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
