@@ -76,6 +76,28 @@ struct StagedTeam {
   }
 };
 
+// What backward reads.
+template <class T, int V, int Share>
+struct BackwardQueues {
+  Queue<T, V, Share> x, g, residual;
+  // f(tile) for every one, whose values are then first in the queues.
+  template <class F>
+  FN_DEVICE void each(const StagedBackwardArguments<T>& q, const StagedTeam<T, V>& team, F f) {
+    team.template each<Queue<T, V, Share>::kLength>(
+        [&](int u, const Tile& tile) {
+          team.read(q.p.x, tile, x.tile[u]);
+          team.read(q.p.g, tile, g.tile[u]);
+          if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
+        },
+        f,
+        [&] {
+          x.move();
+          g.move();
+          residual.move();
+        });
+  }
+};
+
 template <int V, class T, class A>
 FN_DEVICE void add_fragment(const Fragment<T, V>& from, A (&to)[kFragment]) {
 #pragma unroll
@@ -311,25 +333,14 @@ channels_first_staged_gradient_sums(StagedBackwardArguments<T> q) {
   const Affine<A> affine = saved_statistics(q, team.group, team.c);
   const Seed seed = seed_of(q.program);
   A sums[kSums] = {};
-  Queue<T, V, 2> x, g, residual;
-  team.template each<Queue<T, V, 2>::kLength>(
-      [&](int u, const Tile& tile) {
-        team.read(q.p.x, tile, x.tile[u]);
-        team.read(q.p.g, tile, g.tile[u]);
-        if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
-      },
-      [&](const Tile& tile) {
-        A m[kFragment];
-        uint32_t pass;
-        restore_noise(q, team, seed, tile, m, pass);
-        add_tile<V>(q, team, affine, m, pass, in_registers<V>(x.tile[0]), in_registers<V>(g.tile[0]), residual.tile[0],
-                    sums);
-      },
-      [&] {
-        x.move();
-        g.move();
-        residual.move();
-      });
+  BackwardQueues<T, V, 2> in;
+  in.each(q, team, [&](const Tile& tile) {
+    A m[kFragment];
+    uint32_t pass;
+    restore_noise(q, team, seed, tile, m, pass);
+    add_tile<V>(q, team, affine, m, pass, in_registers<V>(in.x.tile[0]), in_registers<V>(in.g.tile[0]),
+                in.residual.tile[0], sums);
+  });
   team_sums(q, sums);
   if (!team.leads()) return;
 #pragma unroll
@@ -368,25 +379,14 @@ channels_first_staged_input_gradient(StagedBackwardArguments<T> q) {
   const Affine<A> affine = saved_statistics(q, team.group, team.c);
   const math::InputGradient<A> k = coefficients(q, team.group, team.window.rows, team.c, sums);
   const Seed seed = seed_of(q.program);
-  Queue<T, V, 2> x, g, residual;
-  team.template each<Queue<T, V, 2>::kLength>(
-      [&](int u, const Tile& tile) {
-        team.read(q.p.x, tile, x.tile[u]);
-        team.read(q.p.g, tile, g.tile[u]);
-        if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
-      },
-      [&](const Tile& tile) {
-        A m[kFragment];
-        uint32_t pass;
-        restore_noise(q, team, seed, tile, m, pass);
-        input_gradient_tile<V>(q, team, affine, k, m, pass, tile, in_registers<V>(x.tile[0]),
-                               in_registers<V>(g.tile[0]), residual.tile[0]);
-      },
-      [&] {
-        x.move();
-        g.move();
-        residual.move();
-      });
+  BackwardQueues<T, V, 2> in;
+  in.each(q, team, [&](const Tile& tile) {
+    A m[kFragment];
+    uint32_t pass;
+    restore_noise(q, team, seed, tile, m, pass);
+    input_gradient_tile<V>(q, team, affine, k, m, pass, tile, in_registers<V>(in.x.tile[0]),
+                           in_registers<V>(in.g.tile[0]), in.residual.tile[0]);
+  });
 }
 
 // Resident, as in channels_first_resident.cuh. The residual is read where it is needed; backward of several groups is
@@ -443,27 +443,16 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
   const Affine<A> affine = saved_statistics(q, team.group, team.c);
   const Seed seed = seed_of(q.program);
   A sums[kSums] = {};
-  Queue<T, V, kTilesInFlight<T, V>> x, g, residual;
-  team.template each<Queue<T, V, kTilesInFlight<T, V>>::kLength>(
-      [&](int u, const Tile& tile) {
-        team.read(q.p.x, tile, x.tile[u]);
-        team.read(q.p.g, tile, g.tile[u]);
-        if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
-      },
-      [&](const Tile& tile) {
-        A m[kFragment];
-        uint32_t pass;
-        shelf_x.put(tile.visit, x.tile[0]);
-        shelf_g.put(tile.visit, g.tile[0]);
-        const uint32_t keep = restore_noise(q, team, seed, tile, m, pass);
-        add_tile<V>(q, team, affine, m, pass, on_shelf(shelf_x, tile), on_shelf(shelf_g, tile), residual.tile[0], sums);
-        shelf_keep[tile.visit * threads] = static_cast<uint8_t>(keep);
-      },
-      [&] {
-        x.move();
-        g.move();
-        residual.move();
-      });
+  BackwardQueues<T, V, kTilesInFlight<T, V>> in;
+  in.each(q, team, [&](const Tile& tile) {
+    A m[kFragment];
+    uint32_t pass;
+    shelf_x.put(tile.visit, in.x.tile[0]);
+    shelf_g.put(tile.visit, in.g.tile[0]);
+    const uint32_t keep = restore_noise(q, team, seed, tile, m, pass);
+    add_tile<V>(q, team, affine, m, pass, on_shelf(shelf_x, tile), on_shelf(shelf_g, tile), in.residual.tile[0], sums);
+    shelf_keep[tile.visit * threads] = static_cast<uint8_t>(keep);
+  });
   team_sums(q, sums);
   const auto exchanged = [&](A& first, A& second) {
     const Pair<A> all = exchange(Pair<A>{first, second}, [&](auto part) { return sum_chunks<A>(q.chunks, part); });
@@ -484,7 +473,7 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
   const math::InputGradient<A> k = coefficients(q, team.group, team.window.rows, team.c, sums);
   team.template each<Queue<T, V, kTilesInFlight<T, V>>::kLength>(
       [&](int u, const Tile& tile) {
-        if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
+        if (q.p.residual) team.read(q.p.residual, tile, in.residual.tile[u]);
       },
       [&](const Tile& tile) {
         A m[kFragment];
@@ -496,9 +485,9 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
           team.draw(q.program, seed, tile, m);
         }
         input_gradient_tile<V>(q, team, affine, k, m, pass, tile, on_shelf(shelf_x, tile), on_shelf(shelf_g, tile),
-                               residual.tile[0]);
+                               in.residual.tile[0]);
       },
-      [&] { residual.move(); });
+      [&] { in.residual.move(); });
 }
 
 // ---- noise alone --------------------------------------------------------------------------------------------------
