@@ -75,10 +75,11 @@ def normalised(layer, x):
     """
     order = getattr(layer, "order", None)
     stages = order.split("-") if isinstance(order, str) else []
-    for stage in stages[: stages.index("norm")] if "norm" in stages else []:
-        child = getattr(layer, stage)
-        if child is not None:
-            x = child(x.clone() if getattr(child, "inplace", False) else x)
+    before = [getattr(layer, stage) for stage in (stages[: stages.index("norm")] if "norm" in stages else [])]
+    if any(child is not None for child in before):
+        x = x.clone()  # any of them may work in place, and the layer is to find its input as it was
+    for child in before:
+        x = x if child is None else child(x)
     return x
 
 

@@ -299,7 +299,8 @@ def measure_variance_shift(model, batches, *, device=None, forward=None, progres
     Each batch runs twice. Once as at evaluation: every module in evaluation mode, so all noise off and norms by running
     statistics. Once as in training, noise on: a model in training mode with the flags it has (layers frozen by `eval()`
     stay so), one in evaluation mode with every flag set. Variances are those over all batches, however they are split.
-    Nothing of the model changes, except that noise draws from torch's generator.
+    Nothing of the model changes, except that noise draws from torch's generator, and that modules which an `order` puts
+    before the norm of a fused layer are called once more for every batch.
 
     A layer that several noises reach, or that follows a shifted norm, shows all their effects together.
 

@@ -5,6 +5,7 @@ public face, with the arguments of `torch.nn.functional.batch_norm` first.
 """
 
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -216,6 +217,8 @@ class _BatchNormActDrop(torch.autograd.Function):
     `settings` are (training, *Chain).
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         input, weight, bias, running_mean, running_var, residual, act_weight, seed, settings, eval_matched_stats
@@ -244,7 +247,11 @@ class _BatchNormActDrop(torch.autograd.Function):
             return (None,) * 10
         saved, inputs = ctx.saved_tensors, ctx.needs_input_grad
         needed = [inputs[0], inputs[1], inputs[2], inputs[5], inputs[6]]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if (
+            torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and any(t is not None and t.requires_grad for t in (grad_output, *saved))
+        ):
             grads = _differentiable_backward(grad_output, *saved, ctx.settings, needed)
         elif needed[3] and _ends_with_add(ctx.settings):
             grads = [*_backward(grad_output, *saved, *ctx.settings, [*needed[:3], False, needed[4]])]
@@ -300,44 +307,61 @@ def _differentiable_backward(
                 [False, False, False, True, False],
             )[3]
         order = "-".join([*before, "norm", *after[: after.index("add")]])
-    if not any(w and t is not None for t, w in zip((input, weight, bias, residual, act_weight), needed, strict=True)):
-        return [None, None, None, grad_output * factor, None]  # the residual's, which asks for nothing else
-    # Aliases: a weight that was itself computed from the input must not lead back to it.
     leaves = (input, weight, bias, residual, act_weight)
-    parts = [t.view_as(t) if wanted and t is not None else t for t, wanted in zip(leaves, needed, strict=True)]
-    y = reference.batch_norm_act_drop(
-        parts[0],
-        mean,
-        invstd**-2 - chain.eps,
-        *parts[1:3],
-        training,
-        eps=chain.eps,
-        act=_act(chain, parts[4]),
-        order=order,
-        residual=parts[3],
-        noise=m,
-        ghost_batch_size=chain.ghost_batch_size,
-    )
-    if factor is not None:
-        y = y * factor
-    wanted = [t for t, w in zip(parts, needed, strict=True) if w and t is not None]
-    grads = iter(torch.autograd.grad(y, wanted, grad_output, create_graph=True, allow_unused=True))
-    grads = [next(grads) if w and t is not None else None for t, w in zip(parts, needed, strict=True)]
+    wanted = [t is not None and w for t, w in zip(leaves, needed, strict=True)]
+    if not any(wanted):
+        return [None, None, None, grad_output * factor, None]  # the residual's, which asks for nothing else
+
+    def output(*parts):
+        parts = iter(parts)
+        x, weight, bias, residual, act_weight = (next(parts) if w else t for t, w in zip(leaves, wanted, strict=True))
+        y = reference.batch_norm_act_drop(
+            x,
+            mean,
+            invstd**-2 - chain.eps,
+            weight,
+            bias,
+            training,
+            eps=chain.eps,
+            act=_act(chain, act_weight),
+            order=order,
+            residual=residual,
+            noise=m,
+            ghost_batch_size=chain.ghost_batch_size,
+        )
+        return y if factor is None else y * factor
+
+    parts = [t for t, w in zip(leaves, wanted, strict=True) if w]
+    if _transformed():
+        grads = torch.func.vjp(output, *parts)[1](grad_output)
+    else:
+        # Aliases: a weight that was itself computed from the input must not lead back to it.
+        parts = [t.view_as(t) for t in parts]
+        grads = torch.autograd.grad(output(*parts), parts, grad_output, create_graph=True, allow_unused=True)
+    grads = iter(grads)
+    grads = [next(grads) if w else None for w in wanted]
     if needed[3] and factor is not None:
         grads[3] = grad_output * factor
     return grads
 
 
+def _transformed():
+    """Within a torch.func transform, under which a tensor does not always say that it requires a gradient."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _differentiable(function, *args):
     # Function.apply binds its arguments through inspect.signature, which costs more than a small layer's kernels, and
     # only the transforms need it.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or _transformed():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
 
 
 class _Dropout(torch.autograd.Function):
     """x * m, which is its own derivative; so it may be differentiated any number of times."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(input, seed, p, noise, granularity):
@@ -361,9 +385,9 @@ def check_noise(p, noise="bernoulli", granularity="element"):
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, but got {granularity!r}")
     name, largest = NOISES[noise]
-    if not isinstance(p, (int, float)) or not 0 <= p <= largest or p == math.inf:
+    if not isinstance(p, numbers.Real) or not 0 <= p <= largest or p == math.inf:
         at_most = f"between 0 and {largest:g}" if largest < math.inf else "0 or more"
-        raise ValueError(f"{name} has to be {at_most}, but got {p}")
+        raise ValueError(f"{name} has to be {at_most}, but got {p if isinstance(p, numbers.Real) else type(p)}")
 
 
 def check_ghost_batch_size(size):
@@ -454,6 +478,8 @@ def batch_norm_act_drop(
     for stage, given in (("act", act is not None), ("drop", p != 0)):
         if given and stage not in order:
             raise ValueError(f"{'p' if stage == 'drop' else stage}: given, but order {order!r} has no {stage!r}")
+    if eval_matched_stats and "drop" not in reference.parse_order(order)[0]:
+        raise ValueError(f"eval_matched_stats: expected False, as order {order!r} has no 'drop' before 'norm'")
     act_weight, parameters = (parameters[0], ()) if name == "prelu" else (None, parameters)
     live = training if drop_training is None else drop_training
     return apply(
@@ -519,6 +545,7 @@ def apply(
             or (bias is not None and bias.requires_grad)
             or (residual is not None and residual.requires_grad)
             or (act_weight is not None and act_weight.requires_grad)
+            or _transformed()
         ):
             results = _differentiable(_BatchNormActDrop, *tensors, settings, eval_matched_stats)
         else:
@@ -583,7 +610,8 @@ def dropout(input, p=0.5, training=True, *, noise="bernoulli", granularity="elem
             float16; any strides.
 
     Returns:
-        The input's shape and dtype, in its memory format; the input itself where there is no noise.
+        The input's shape and dtype, in its memory format (contiguous beyond five dimensions); the input itself where
+        there is no noise.
 
     Raises:
         ValueError: an argument outside its domain, or too few dimensions for the granularity.
@@ -611,7 +639,7 @@ def dropout(input, p=0.5, training=True, *, noise="bernoulli", granularity="elem
     if _in_forward_mode():  # through plain torch, which carries tangents; torch.compile refuses a jvp of our own
         m = _noise(seed, input.shape, float(p), noise, granularity, _opmath(input))
         output = (reference.in_opmath(input) * m).to(input.dtype)
-    elif torch.is_grad_enabled() and input.requires_grad:
+    elif torch.is_grad_enabled() and (input.requires_grad or _transformed()):
         output = _differentiable(_Dropout, input, seed, float(p), noise, granularity)
     else:
         output = _dropout(input, seed, float(p), noise, granularity)

@@ -218,7 +218,7 @@ class _FusedBatchNorm:
             self.weight,
             self.bias,
             training,
-            self.momentum,
+            0.0 if self.momentum is None and self.num_batches_tracked is None else self.momentum,  # as torch has it
             functional.Chain(*chain),
             seed,
             residual if "add" in order else None,

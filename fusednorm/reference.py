@@ -80,7 +80,7 @@ def parse_order(order):
     Raises:
         ValueError: an order without "norm", with a stage twice, with "add" before "norm", or with another word.
     """
-    if order not in ORDERS:
+    if not isinstance(order, str) or order not in ORDERS:
         raise ValueError(
             "order: expected 'norm' and, at most once each, 'act', 'drop' and behind it 'add', joined by '-', "
             f"but got {order!r}"

@@ -534,6 +534,17 @@ def test_what_an_order_normalises(order):
         torch.testing.assert_close(got.ratio, torch.ones(6, dtype=DOUBLE), rtol=1e-9, atol=0)
 
 
+def test_a_child_that_works_in_place_unseen():
+    """What it does to the layer's input is not done again by the layer."""
+    x = torch.randn(64, 3)
+    found = []
+    for inplace in (False, True):
+        act = nn.Sequential(nn.ELU(inplace=inplace))
+        model = nn.Sequential(fusednorm.FusedBatchNorm1d(3, act=act, order="act-norm"), nn.BatchNorm1d(3)).eval()
+        found.append(measure_variance_shift(model, [x.clone()])["1"].evaluation)
+    assert torch.equal(*found)
+
+
 def everything_of(model):
     return [
         *((m.training, getattr(m, "track_running_stats", None)) for m in model.modules()),

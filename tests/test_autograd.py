@@ -1,6 +1,7 @@
 """No silent wrong gradient: first and second order, forward mode, transforms, checkpoints, the raw operator."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ from common import (
 from torch.utils.checkpoint import checkpoint
 
 import fusednorm
-from fusednorm import functional, reference
+from fusednorm import FusedBatchNorm2d, functional, reference
 
 acts = pytest.mark.parametrize("act", ACTIVATIONS, ids=act_id)
 training = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -254,6 +255,60 @@ class TestTransforms:
         expected = torch.autograd.grad(twin(x, weight, bias), x, eye, is_grads_batched=True)
         y = fused(x, weight, bias)
         right_or_raises(lambda: torch.autograd.grad(y, x, eye, is_grads_batched=True), expected, 10.0)
+
+    @training
+    def test_vmap_of_modules(self, training):
+        """Parameters that require gradients, unbatched and (an ensemble, as torch's recipe has it) batched."""
+        options = {"act": "relu", "drop": 0.3, "track_running_stats": not training, "dtype": torch.float64}
+        layers = [FusedBatchNorm2d(3, **options).train(training) for _ in range(2)]
+        for index, own in enumerate(layers):
+            torch.nn.init.constant_(own.weight, 0.5 + index)
+        x = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64, generator=generator(1))
+        fused, (parameters, buffers) = layers[0], torch.func.stack_module_state(layers)
+
+        def ensemble(parameters, buffers, x):
+            return torch.func.functional_call(fused, (parameters, buffers), (x,), {"seed": 3})
+
+        got = torch.func.vmap(ensemble)(parameters, buffers, x)
+        expected = torch.stack([own(each, seed=3) for own, each in zip(layers, x, strict=True)])
+        torch.testing.assert_close(got, expected)
+        got.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(parameters["weight"].grad, torch.stack([own.weight.grad for own in layers]))
+        torch.testing.assert_close(torch.func.vmap(lambda x: fused(x, seed=3))(x)[0], expected[0])
+
+    @strengths
+    @pytest.mark.parametrize("order", ["norm-act-drop", "drop-norm-act", "act-norm-drop"])
+    def test_jacobians(self, order, p):
+        """Reverse mode, that is vmap over the gradient, against forward mode, which goes through plain torch."""
+        weight = torch.rand(4, dtype=torch.float64, generator=generator(1))
+        x = torch.randn(3, 4, dtype=torch.float64, generator=generator(2))
+
+        def call(x, weight):
+            options = {"act": "tanh", "p": p, "seed": 3, "order": order}
+            return functional.batch_norm_act_drop(x, None, None, weight, None, True, **options)
+
+        both = (0, 1)
+        for got, expected in zip(
+            torch.func.jacrev(call, both)(x, weight), torch.func.jacfwd(call, both)(x, weight), strict=True
+        ):
+            torch.testing.assert_close(got, expected)
+
+        def loss(weight, x):
+            return call(x, weight).square().sum()
+
+        samples = torch.randn(5, 3, 4, dtype=torch.float64, generator=generator(3))
+        per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, samples)
+        torch.testing.assert_close(per_sample, torch.stack([torch.func.grad(loss)(weight, each) for each in samples]))
+
+    def test_noise_alone(self):
+        x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+        m = functional.dropout(torch.ones(6, 4, dtype=torch.float64), 0.3, seed=3)
+        drop = functools.partial(functional.dropout, p=0.3, seed=3)
+        torch.func.vmap(drop)(x[None]).sum().backward()
+        torch.testing.assert_close(x.grad, m)
+        jacobian = torch.func.jacrev(drop)(x.detach()).reshape(24, 24)
+        torch.testing.assert_close(jacobian, m.reshape(-1).diag())
 
 
 class TestRawOperator:

@@ -26,6 +26,7 @@ import torch
 from common import ACTIVATIONS, FLOATS, TOLERANCE, Problem, close, same_bits, slope
 from cuda_host.mutations import MUTATIONS, RACE
 
+import fusednorm
 from fusednorm import reference
 
 HERE = Path(__file__).resolve().parent / "cuda_host"
@@ -377,6 +378,8 @@ def multipliers(shape, p, seed, granularity="element", kind="bernoulli"):
 def test_oracle(kind, granularity):
     shape, p, seed = (21, 3, 5), 0.3, -5
     m = multipliers(shape, p, seed, granularity, kind).numpy()
+    ours = fusednorm.noise(shape, p, seed=seed, kind=kind, granularity=granularity)
+    assert np.array_equal(m, ours.double().numpy() if kind != "bernoulli" else np.where(ours == 0, 0, m.max()))
     if kind == "uniform":
         assert np.array_equal(m, definition.uniform(shape, p, seed, granularity))
     elif kind == "gaussian":

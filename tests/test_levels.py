@@ -44,10 +44,13 @@ import torch, fusednorm
 from fusednorm import functional
 
 masks, values = hashlib.sha256(), []
-for shape in ((5, 33), (3, 7, 49), (2, 100, 3, 3), (4001, 3)):
+for shape in ((5, 33), (3, 7, 49), (2, 100, 3, 3), (4001, 3), (2, 2, 30000)):
     for granularity in ("element", "channel"):
         m = fusednorm.noise(shape, 0.3, seed=-17, granularity=granularity)
         masks.update(m.numpy().tobytes())
+        for kind in ("uniform", "gaussian"):
+            m = fusednorm.noise(shape, 0.3, seed=-17, kind=kind, granularity=granularity)
+            masks.update(m.numpy().tobytes())
         for last in (False, True):
             x = torch.sin(torch.arange(m.numel(), dtype=torch.float32)).reshape(shape)
             x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
@@ -92,7 +95,7 @@ def test_level_follows_torch(level, folder):
 
 @pytest.mark.parametrize("level", lower_levels())
 def test_levels_agree(level, folder):
-    """The masks to the last bit; the values to a few units in the last place, since only some levels have FMA."""
+    """The noise to the last bit, Gaussian draws too; the values to a few units in the last place: not all have FMA."""
     _, masks, values = probe(level, folder)
     _, native_masks, native_values = probe(NATIVE, folder)
     assert masks == native_masks

@@ -87,6 +87,14 @@ class TestBatchNorm:
         assert ours["drop"].default is None
         assert ours["order"].default == "norm-act-drop"
 
+    @pytest.mark.parametrize("momentum", [None, 0.1])
+    def test_without_a_counter(self, momentum):
+        ours, theirs = (cls(4, momentum=momentum) for cls in (fusednorm.FusedBatchNorm1d, nn.BatchNorm1d))
+        ours.num_batches_tracked = theirs.num_batches_tracked = None
+        x = torch.randn(9, 4)
+        torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(ours.running_var, theirs.running_var)
+
     @pairs
     def test_subclass(self, stock, fused):
         assert issubclass(fused, stock)

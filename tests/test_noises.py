@@ -235,6 +235,14 @@ class TestAlone:
         with pytest.raises(ValueError, match=says):
             call()
 
+    @pytest.mark.parametrize("number", [np.float32, np.float64, int], ids=str)
+    def test_any_real_number_is_a_strength(self, number):
+        x = torch.randn(3, 4)
+        assert torch.equal(
+            functional.dropout(x, number(0.5), seed=1), functional.dropout(x, float(number(0.5)), seed=1)
+        )
+        FusedBatchNorm1d(4, drop=UniformDropout(number(0.5)))(x)
+
     def test_strength_set_to_nonsense_later(self):
         module = UniformDropout(0.5)
         with pytest.raises(ValueError, match="beta"):

@@ -304,14 +304,6 @@ FN_INLINE Vec<float> sqrt(Vec<float> a) {
   return a;
 #endif
 }
-FN_INLINE Vec<float> exact_fma(Vec<float> a, Vec<float> b, Vec<float> c) {
-#if FN_VECTOR_BYTES >= 32
-  return fma(a, b, c);
-#else
-  for (int i = 0; i < Vec<float>::width; ++i) a.raw[i] = ::fmaf(a.raw[i], b.raw[i], c.raw[i]);
-  return a;
-#endif
-}
 template <class F>
 FN_INLINE Vec<double> map(Vec<double> a, F f) {
   for (int i = 0; i < Vec<double>::width; ++i) a.raw[i] = f(a.raw[i]);
@@ -329,6 +321,27 @@ FN_INLINE DoublePair widen(Vec<float> a) {
   return {Vec<double>(__builtin_convertvector(h[0], Vec<double>::Raw)),
           Vec<double>(__builtin_convertvector(h[1], Vec<double>::Raw))};
 }
+
+#if FN_VECTOR_BYTES >= 32
+FN_INLINE Vec<float> exact_fma(Vec<float> a, Vec<float> b, Vec<float> c) { return fma(a, b, c); }
+#elif defined(__SSE2__)
+// The product is exact in double. A sum rounded to odd (its error is known: Knuth's two-sum) may be rounded once more
+// and is what one rounding had made of it (Boldo & Melquiond 2008).
+FN_INLINE Vec<double> multiply_add_to_odd(Vec<double> a, Vec<double> b, Vec<double> c) {
+  using Ints = Vec<double>::Ints;
+  const Vec<double> product = a * b, sum = product + c, added = sum - product;
+  const Vec<double> error = (product - (sum - added)) + (c - added);
+  const Vec<double>::Raw zero{};
+  const Ints bits = (Ints)sum.raw, towards_zero = (sum.raw < zero) ^ (error.raw < zero);
+  const Ints step = (error.raw != zero) & ~bits & 1;
+  return Vec<double>((Vec<double>::Raw)(bits + ((step ^ towards_zero) - towards_zero)));
+}
+FN_INLINE Vec<float> exact_fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  const DoublePair x = widen(a), y = widen(b), z = widen(c);
+  const Vec<double> low = multiply_add_to_odd(x.low, y.low, z.low), high = multiply_add_to_odd(x.high, y.high, z.high);
+  return Vec<float>(_mm_movelh_ps(_mm_cvtpd_ps(low.raw), _mm_cvtpd_ps(high.raw)));
+}
+#endif
 
 // Multipliers are floats, whatever the type that they multiply.
 template <class A>

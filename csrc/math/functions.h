@@ -87,16 +87,16 @@ FN_INLINE V log_unit(V u) {
   const mask_t<V> high = less(V(1.41421354f), f);
   const V x = select(high, V(0.5f) * f, f) - V(1.0f);
   V p(7.0376836292e-2f);  // (log(1 + x) - x + x^2/2) / x^3 on sqrt(1/2) <= 1 + x <= sqrt(2) (Cephes, logf)
-  p = fma(p, x, V(-1.1514610310e-1f));
-  p = fma(p, x, V(1.1676998740e-1f));
-  p = fma(p, x, V(-1.2420140846e-1f));
-  p = fma(p, x, V(1.4249322787e-1f));
-  p = fma(p, x, V(-1.6668057665e-1f));
-  p = fma(p, x, V(2.0000714765e-1f));
-  p = fma(p, x, V(-2.4999993993e-1f));
-  p = fma(p, x, V(3.3333331174e-1f));
-  const V y = fma(x * x, fma(x, p, V(-0.5f)), x);
-  return fma(select(high, e + V(1.0f), e), V(0.693147180559945309f), y);
+  p = exact_fma(p, x, V(-1.1514610310e-1f));
+  p = exact_fma(p, x, V(1.1676998740e-1f));
+  p = exact_fma(p, x, V(-1.2420140846e-1f));
+  p = exact_fma(p, x, V(1.4249322787e-1f));
+  p = exact_fma(p, x, V(-1.6668057665e-1f));
+  p = exact_fma(p, x, V(2.0000714765e-1f));
+  p = exact_fma(p, x, V(-2.4999993993e-1f));
+  p = exact_fma(p, x, V(3.3333331174e-1f));
+  const V y = exact_fma(x * x, exact_fma(x, p, V(-0.5f)), x);
+  return exact_fma(select(high, e + V(1.0f), e), V(0.693147180559945309f), y);
 }
 
 // sin and cos of pi*x for a float -1 <= x <= 1, to 2e-7. Folded to |y| <= 1/2 with y = 1/2 - |x|.
@@ -105,16 +105,16 @@ FN_INLINE void sincos_pi(V x, V& sine, V& cosine) {
   const V y = V(0.5f) - abs(x);
   const V s = y * y;
   V p(0x1.3e15f6p-4f);  // sin(pi y) / y
-  p = fma(p, s, V(-0x1.32533cp-1f));
-  p = fma(p, s, V(0x1.4668f0p+1f));
-  p = fma(p, s, V(-0x1.4abbc4p+2f));
-  p = fma(p, s, V(0x1.921fb6p+1f));
+  p = exact_fma(p, s, V(-0x1.32533cp-1f));
+  p = exact_fma(p, s, V(0x1.4668f0p+1f));
+  p = exact_fma(p, s, V(-0x1.4abbc4p+2f));
+  p = exact_fma(p, s, V(0x1.921fb6p+1f));
   V q(-0x1.8fb59ap-6f);  // cos(pi y)
-  q = fma(q, s, V(0x1.e126d0p-3f));
-  q = fma(q, s, V(-0x1.55d074p+0f));
-  q = fma(q, s, V(0x1.03c1e4p+2f));
-  q = fma(q, s, V(-0x1.3bd3ccp+2f));
-  q = fma(q, s, V(1.0f));
+  q = exact_fma(q, s, V(0x1.e126d0p-3f));
+  q = exact_fma(q, s, V(-0x1.55d074p+0f));
+  q = exact_fma(q, s, V(0x1.03c1e4p+2f));
+  q = exact_fma(q, s, V(-0x1.3bd3ccp+2f));
+  q = exact_fma(q, s, V(1.0f));
   cosine = p * y;
   sine = copy_sign(q, x);
 }

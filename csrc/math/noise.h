@@ -94,12 +94,12 @@ FN_INLINE V uniform_multiplier(V draw, V beta) {
 // 1958). A row needs 32 bits: the calls of stage 0 serve rows 0 to 3 of a group of 8, those of stage 1 the rows 4 to 7.
 template <class V>
 FN_INLINE void gaussian_multipliers(V radius_word, V angle_word, V sigma, V& first, V& second) {
-  const V u = fma(radius_word, V(0x1p-32f), V(0x1p-33f));  // (0, 1]: no infinity, at most 6.8 sigma
+  const V u = exact_fma(radius_word, V(0x1p-32f), V(0x1p-33f));  // (0, 1]: no infinity, at most 6.8 sigma
   const V radius = sigma * sqrt(V(-2.0f) * log_unit(u));
   V sine, cosine;
-  sincos_pi(fma(angle_word, V(0x1p-31f), V(-1.0f)), sine, cosine);
-  first = fma(radius, cosine, V(1.0f));
-  second = fma(radius, sine, V(1.0f));
+  sincos_pi(exact_fma(angle_word, V(0x1p-31f), V(-1.0f)), sine, cosine);
+  first = exact_fma(radius, cosine, V(1.0f));
+  second = exact_fma(radius, sine, V(1.0f));
 }
 
 // The multipliers of one call, from its words; of Gaussian noise those of 4 rows.
