@@ -1,7 +1,7 @@
 """How a row is timed: the providers take turns, round by round, on the same tensors.
 
 Each round is one turn of every contestant (two plain copies of the tensor, then the providers), so that whatever else
-the machine does falls on all of them alike, and ratios taken within a row cancel it. A turn is several steps where a
+the machine does falls on all of them alike, and ratios taken within a round cancel it. A turn is several steps where a
 step is too short for the clock. The timer is a parameter: pytest-benchmark in the benchmarks, a stopwatch in the demo.
 """
 
@@ -194,8 +194,9 @@ def time_row(case: Case, mode: str, budget: float, timer: Timer = stopwatch) -> 
         for turn in turns
         if isinstance(turn, LayerTurn)
     }
-    fused_ms = row["providers"]["fused"]["median_ms"]
     row["ratio"] = {
-        name: provider["median_ms"] / fused_ms for name, provider in row["providers"].items() if name != "fused"
+        name: statistics.median(theirs / ours for theirs, ours in zip(seconds[name], seconds["fused"], strict=True))
+        for name in row["providers"]
+        if name != "fused"
     }
     return row, seconds["fused"]

@@ -1,8 +1,8 @@
 """Who is timed: the stock layers run eagerly, the same under torch.compile, and the fused layer.
 
 All three start from the same parameters. torch.compile runs with fullgraph=True, so that it can never fall back to
-eager in silence and be timed as something that it is not. The other orders and noises meet a fourth: the fused layer
-in its default order, with Bernoulli noise.
+eager in silence and be timed as something that it is not. Orders and noises meet a fourth: the fused layer in its
+default order, with Bernoulli noise.
 """
 
 from __future__ import annotations
@@ -118,17 +118,12 @@ def compiled(workload: Workload, p: float, **how) -> nn.Module:
 
 
 def default(workload: Workload, p: float) -> nn.Module:
-    return fused(_default_order(workload), FAMILY[0].p)
-
-
-def _default_order(workload: Workload) -> Workload:
     names = "act", "order", "noise", "granularity"
-    return replace(workload, **{name: getattr(FAMILY[0], name) for name in names})
+    return fused(replace(workload, **{name: getattr(FAMILY[0], name) for name in names}), FAMILY[0].p)
 
 
 def providers_of(workload: Workload) -> tuple[str, ...]:
-    other = workload in FAMILY and workload != _default_order(workload)
-    return (*PROVIDERS, "default") if other else PROVIDERS
+    return (*PROVIDERS, "default") if workload in FAMILY else PROVIDERS
 
 
 BUILDERS = {"eager": eager, "compile": compiled, "fused": fused, "default": default}
