@@ -460,7 +460,8 @@ def batch_norm_act_drop(
         ghost_batch_size: when training, take statistics over so many samples at a time (the last group may be smaller),
             and update the running ones group by group (Hoffer et al. 2017). None: the whole batch.
         eval_matched_stats: in an order with "drop" before "norm", let the running statistics learn those of the values
-            without the noise, which are what evaluation sees. The output while training is the same.
+            without the noise, which are what evaluation sees. The output while training is the same. In other orders
+            it changes nothing.
         seed: int, or int64 scalar tensor on the input's device; None draws one from torch's default generator, and
             only when noise is live. The same seed gives the same noise on every device and in every memory format.
 
@@ -478,8 +479,6 @@ def batch_norm_act_drop(
     for stage, given in (("act", act is not None), ("drop", p != 0)):
         if given and stage not in order:
             raise ValueError(f"{'p' if stage == 'drop' else stage}: given, but order {order!r} has no {stage!r}")
-    if eval_matched_stats and "drop" not in reference.parse_order(order)[0]:
-        raise ValueError(f"eval_matched_stats: expected False, as order {order!r} has no 'drop' before 'norm'")
     act_weight, parameters = (parameters[0], ()) if name == "prelu" else (None, parameters)
     live = training if drop_training is None else drop_training
     return apply(

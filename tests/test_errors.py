@@ -207,7 +207,6 @@ def test_backward_options(bad):
         ({"order": None}, "order: expected 'norm'"),
         ({"order": ["norm"]}, "order: expected 'norm'"),
         ({"p": "0.5"}, "between 0 and 1, but got <class 'str'>"),
-        ({"order": "norm-drop", "eval_matched_stats": True}, "eval_matched_stats: expected False"),
         ({"order": "norm-add"}, "residual: expected a tensor"),
         ({"order": "norm-add", "residual": torch.zeros(N, C + 1)}, "residual: expected shape"),
         ({"noise": "uniform", "p": 1.5}, "beta"),
