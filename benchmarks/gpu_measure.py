@@ -62,14 +62,12 @@ def describe(workload, p: float) -> dict:
     }
 
 
-def launches(clock: Clock, case: Case, turn: LayerTurn) -> dict:
-    """Kernels with their times, forward and backward, of one contestant."""
+def launches(clock: Clock, turn: LayerTurn) -> dict:
+    """Kernels with their times, forward and backward, of one contestant: those of a timed step."""
     kept = []
     with gpu_variants.use(getattr(turn, "variant", gpu_variants.DEFAULT)):
-        case.clear()
         forward = clock.kernels(lambda: kept.append(turn.module(*turn.inputs)))
-        backward = clock.kernels(lambda: kept.pop().backward(turn.grad))
-    case.clear()
+        backward = clock.kernels(lambda: torch.autograd.grad(kept.pop(), turn.leaves, turn.grad))
     return {"forward": forward, "backward": backward}
 
 
@@ -99,7 +97,7 @@ def measure(clock: Clock, workload, p: float, rounds: int) -> dict:
         row["modes"][mode] = {name: summary(values) for name, values in seconds.items()}
         case.clear()
         if mode == "backward":
-            row["launches"] = {turn.name: launches(clock, case, turn) for turn in turns[1:]}
+            row["launches"] = {turn.name: launches(clock, turn) for turn in turns[1:]}
     row["saved_bytes_per_element"], row["peak_mb"] = memory_of(case, variants)
     return row
 

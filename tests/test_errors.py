@@ -10,7 +10,7 @@ import fusednorm
 from fusednorm import functional
 
 N, C = 6, 5
-REFUSED = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError)
+REFUSED = (RuntimeError, ValueError, TypeError, IndexError)  # of the first is what torch says of a missing kernel
 
 
 def forward_arguments():

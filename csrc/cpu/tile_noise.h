@@ -40,8 +40,8 @@ struct DrawBuffer {
 };
 
 // The streams that a tile goes through. They are fetched while its noise is drawn, which takes time and no memory;
-// where nothing is drawn per element, before the tile's first stage. Only for tiles that go through stages: the
-// processor's own prefetching serves a single kernel as well, and its pause between two tiles is short.
+// where nothing is drawn per element, before the tile's first stage. For tiles that go through stages, and for noise
+// alone channels-first; elsewhere the processor's own prefetching does as well, or better.
 class Ahead {
  public:
   Ahead() = default;
