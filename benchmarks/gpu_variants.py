@@ -44,9 +44,9 @@ def set_residency(name: str) -> bool:
 
 
 def mask_policy() -> dict | None:
-    from fusednorm import functional
+    from fusednorm import _autograd
 
-    return getattr(functional, "SAVE_MASK", None)
+    return getattr(_autograd, "SAVE_MASK", None)
 
 
 def available(workload, p: float) -> list[Variant]:

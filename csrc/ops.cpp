@@ -189,7 +189,7 @@ void check_shape(const Shape& s, const Chain& chain, const Tensor& x) {
               "expected samples of fewer than 2^31 values per channel, but got shape ", x.sizes());
 }
 
-// The output's strides are those of empty_like(input), which the fake kernels call too (functional.py).
+// The output's strides are those of empty_like(input), which the fake kernels call too (_operators.py).
 Tensor restore_strides(const Tensor& y, const Tensor& input) {
   // What is dense keeps its strides: spares allocating a tensor just to look at its own.
   if (y.strides() == input.strides() && input.is_non_overlapping_and_dense()) return y;
@@ -257,9 +257,9 @@ std::vector<int64_t> mask_size(const Shape& s, const Tensor& x) {
 }
 at::ScalarType mask_dtype(const Tensor& x) { return x.is_cuda() ? at::kByte : at::kInt; }
 
-// At most a bit per element beside the input: where padding the bits would cost more, they are redrawn.
-// (The fake kernel in functional.py repeats this rule; opcheck compares them. It does not ask for R % 32 == 0: a
-// compiled graph would be pinned to batch sizes.)
+// At most a bit per element beside the input: where padding the bits would cost more, they are redrawn, and the mask is
+// empty: its second size is 0, so that its rank does not hang on the batch. (The fake kernel in _operators.py repeats
+// this rule; opcheck compares them. It does not ask for R % 32 == 0: a compiled graph would be pinned to batch sizes.)
 bool worth_saving(const Shape& s, const Tensor& x) {
   if (x.is_cuda()) return s.rows() >= 512;
   return s.channels_last ? s.C % 32 == 0 || s.C >= 512 : piece_layout(s).length >= 512;
@@ -323,9 +323,12 @@ Forward check_forward(const Tensor& input, const OptionalTensor& weight, const O
   q.invstd = vectors(true);
   q.stat_var = vectors(true);
   q.stat_mean = vectors(eval_matched_stats && q.training && q.chain.before_has(Stage::drop));
-  const bool saves =
-      save_mask && q.groups == 1 && (q.chain.saves_pass() || q.chain.saves_keep()) && worth_saving(q.shape, q.x);
-  q.mask = at::empty(saves ? mask_size(q.shape, q.x) : std::vector<int64_t>{0}, q.x.options().dtype(mask_dtype(q.x)));
+  std::vector<int64_t> mask = {0};
+  if (save_mask && q.groups == 1 && (q.chain.saves_pass() || q.chain.saves_keep())) {
+    mask = mask_size(q.shape, q.x);
+    if (!worth_saving(q.shape, q.x)) mask[1] = 0;
+  }
+  q.mask = at::empty(mask, q.x.options().dtype(mask_dtype(q.x)));
   return q;
 }
 
@@ -478,7 +481,7 @@ void check_update_stats(const Tensor& running_mean, const Tensor& running_var,
 // ---- registration -------------------------------------------------------------------------------------------------
 namespace {
 
-// Autograd lives in functional.py, around these operators. A call that reaches one directly with something to
+// Autograd lives in _autograd.py, around these operators. A call that reaches one directly with something to
 // differentiate is refused: going on would return a result without a history, that is, a silent zero gradient.
 void refuse(const Tensor& t) {
   if (!t.defined()) return;

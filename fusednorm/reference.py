@@ -89,7 +89,10 @@ def parse_order(order):
 
 
 def run_stages(stages, v, act=None, noise=None, residual=None):
-    """`v` (N, C, ...) through activation, noise and addition in the order of `stages`."""
+    """`v` (N, C, ...) through activation, noise and addition in the order of `stages`.
+
+    The noise is a multiplier, or a function of `v` that applies one.
+    """
     for stage in stages:
         if stage == "act":
             name, parameters = resolve_activation(act)
@@ -97,8 +100,19 @@ def run_stages(stages, v, act=None, noise=None, residual=None):
         elif stage == "add":
             v = v + residual.to(v.dtype)
         elif noise is not None:
-            v = v * noise.to(v.dtype)
+            v = noise(v) if callable(noise) else v * noise.to(v.dtype)
     return v
+
+
+def moments(u):
+    """(C,) mean and biased variance of (N, C, ...)."""
+    var, mean = torch.var_mean(u, [0, *range(2, u.dim())], correction=0)
+    return mean, var
+
+
+def ghosts(u, size):
+    """`u` (N, C, ...) in groups of `size` samples; whole where that is None, 0, or N and more."""
+    return u.split(size) if size and size < u.size(0) else (u,)
 
 
 def in_opmath(input):
@@ -151,9 +165,7 @@ def batch_norm_act_drop(
     before, after = parse_order(order)
     if training and ghost_batch_size and ghost_batch_size < input.size(0):
         chunks = [
-            (None,) * (input.size(0) // ghost_batch_size + 1)
-            if t is None
-            else t.expand_as(input).split(ghost_batch_size)
+            itertools.repeat(None) if t is None else ghosts(t.expand_as(input), ghost_batch_size)
             for t in (input, residual, noise)
         ]
         return torch.cat(
@@ -166,8 +178,7 @@ def batch_norm_act_drop(
         )
     u = run_stages(before, in_opmath(input), act, noise)
     if training:
-        axes = [0, *range(2, u.dim())]
-        var, mean = torch.var_mean(u, axes, correction=0)
+        mean, var = moments(u)
     else:
         mean, var = running_mean.to(u.dtype), running_var.to(u.dtype)
     z = (u - per_channel(mean, u)) * per_channel(torch.rsqrt(var + eps), u)

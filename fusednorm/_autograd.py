@@ -1,0 +1,151 @@
+"""Where a call goes: to the kernels through their autograd Functions, or to plain torch where `why_plain` says so.
+
+`run` and `run_dropout` take a resolved call; `_BatchNormActDrop` and `_Dropout` say which gradient belongs to which
+operator, and what is kept for it.
+"""
+
+import torch
+
+from . import _operators, _plain, reference
+from ._operators import Chain
+
+# Whether backward reads the noise's bits, saved by forward, or draws them again. On the CPU drawing costs more than
+# memory. On CUDA (None) it is a matter of instructions: about 11 an element to draw, where a GPU has time for 30 while
+# it moves a 16-bit element in and its gradient, and for 60 with float32. So 16-bit types save, others draw again.
+# Not part of the interface: for measuring.
+SAVE_MASK = {"cpu": True, "cuda": None}
+
+
+def _saves_mask(input):
+    saves = SAVE_MASK["cpu"] if input.is_cpu else SAVE_MASK.get(input.device.type, False)
+    return input.element_size() == 2 if saves is None else saves
+
+
+class _BatchNormActDrop(torch.autograd.Function):
+    """(output, save_mean, save_invstd, stat_var, stat_mean, mask); only the output is differentiable.
+
+    `settings` are (training, *Chain).
+    """
+
+    @staticmethod
+    def forward(
+        ctx, input, weight, bias, running_mean, running_var, residual, act_weight, seed, settings, eval_matched_stats
+    ):
+        tensors = (input, weight, bias, running_mean, running_var, residual, act_weight, seed)
+        results = _operators.forward(*tensors, *settings, eval_matched_stats, _saves_mask(input))
+        _, mean, invstd, *others, mask = results
+        ctx.mark_non_differentiable(mean, invstd, *others, mask)
+        ctx.set_materialize_grads(False)
+        if residual is not None:
+            # Backward asks for what entered an activation, unless a bit says all about it.
+            chain = Chain(*settings[1:])
+            if not _operators.add_precedes_act(chain) or (chain.act in _operators.ONE_BIT and _has_bits(mask)):
+                residual = None
+        # Never the running statistics themselves: the next forward overwrites them.
+        ctx.save_for_backward(input, weight, bias, residual, act_weight, mean, invstd, mask, seed)
+        ctx.settings = settings
+        return results
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        if grad_output is None:
+            return (None,) * 10
+        saved, inputs = ctx.saved_tensors, ctx.needs_input_grad
+        needed = [inputs[0], inputs[1], inputs[2], inputs[5], inputs[6]]
+        if _plain.why_plain(backward_of=(grad_output, *saved)):
+            grads = _plain.differentiable_backward(grad_output, *saved, ctx.settings, needed)
+        elif needed[3] and _ends_with_add(ctx.settings):
+            grads = [*_operators.backward(grad_output, *saved, *ctx.settings, [*needed[:3], False, needed[4]])]
+            grads[3] = grad_output
+        else:
+            grads = _operators.backward(grad_output, *saved, *ctx.settings, needed)
+        gx, gw, gb, gr, ga = [g if wanted else None for g, wanted in zip(grads, needed, strict=True)]
+        return gx, gw, gb, None, None, gr, ga, None, None, None
+
+
+def _has_bits(mask):
+    if torch.compiler.is_compiling():  # without pinning a compiled graph to batches on one side of a limit
+        return torch.fx.experimental.symbolic_shapes.statically_known_true(mask.numel() > 0)
+    return mask.numel() > 0
+
+
+def _ends_with_add(settings):
+    # As a word: stages behind it that do nothing this time make no difference worth a second rule.
+    return settings[2].endswith("-add")
+
+
+def _requires_grad(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def run(
+    tensors,
+    num_batches_tracked,
+    training,
+    momentum,
+    chain,
+    seed,
+    eval_matched_stats,
+    count,
+    last_count,
+):
+    """The output of a checked call; updates the running statistics, where given, if `training`.
+
+    Args:
+        tensors: input, weight, bias, running_mean, running_var, residual, act_weight.
+        seed: None, or a tensor.
+        count, last_count: values per channel, in a group of the batch and in the last one.
+    """
+    reason = _plain.why_plain(training, chain.draws())
+    if _plain.leaves_process(reason):
+        return _plain.stock((*tensors, None), num_batches_tracked, training, momentum, chain, eval_matched_stats)
+    input, weight, bias, running_mean, running_var, residual, act_weight = tensors
+    if not chain.draws():
+        seed = None  # the generator stays as it is, as with stock dropout
+    elif seed is None:
+        seed = _operators.draw_seed(input)
+    tensors = (*tensors, seed)
+    if reason:
+        output, mean, var = _plain.exact(tensors, training, chain, eval_matched_stats)
+    else:
+        if _requires_grad(input, weight, bias, residual, act_weight):
+            results = _BatchNormActDrop.apply(*tensors, (training, *chain), eval_matched_stats)
+        else:
+            results = _operators.forward(*tensors, training, *chain, eval_matched_stats, False)
+        output, mean, _, var, clean_mean, _ = results
+        if eval_matched_stats and clean_mean.size(0):
+            mean = clean_mean
+    if training and running_mean is not None:
+        _operators.update_stats_(running_mean, running_var, num_batches_tracked, mean, var, count, last_count, momentum)
+    return output
+
+
+class _Dropout(torch.autograd.Function):
+    """x * m, which is its own derivative; so it may be differentiated any number of times."""
+
+    @staticmethod
+    def forward(ctx, input, seed, p, noise, granularity):
+        ctx.save_for_backward(seed)
+        ctx.chain = (p, noise, granularity)
+        return _operators.dropout(input, seed, p, noise, granularity)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return run_dropout(grad_output, *ctx.chain, *ctx.saved_tensors), None, None, None, None
+
+
+def run_dropout(input, p, noise, granularity, seed):
+    """input * m for an input (N, C, ...) of at most five dimensions, and p > 0."""
+    reason = _plain.why_plain()
+    if _plain.leaves_process(reason):
+        return _plain.stock_noise(input, p, noise, granularity)
+    if not _operators.is_live(noise, p):
+        seed = torch.zeros((), dtype=torch.int64, device=input.device)  # everything is dropped: looked at by nobody
+    elif seed is None:
+        seed = _operators.draw_seed(input)
+    if reason:
+        m = _operators.noise(seed, input.shape, p, noise, granularity, _operators.opmath(input))
+        return (reference.in_opmath(input) * m).to(input.dtype)
+    if _requires_grad(input):
+        return _Dropout.apply(input, seed, p, noise, granularity)
+    return _operators.dropout(input, seed, p, noise, granularity)

@@ -1,0 +1,206 @@
+"""The operator's stages in plain torch: when that runs instead of the kernels, and how.
+
+`why_plain` decides, for all of the package, and `REASONS` says why. Two renderings follow. `exact` is the formula of
+the kernels with their own noise, for whatever differentiates in ways of its own. `stock` calls what the stock layers call,
+noise included, for programs that leave this process: what is exported or traced needs no fusednorm to run.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from . import _operators, reference
+from ._operators import Chain
+
+REASONS = {
+    "export": "an exported program (torch.export, ONNX, AOTInductor) runs where fusednorm is not",
+    "trace": "and so does a traced one (torch.jit.trace)",
+    "transform": "torch.func's transforms differentiate and batch each operation by rules of torch's own",
+    "forward mode": "tangents pass through torch's operations only",
+    "compiled evaluation": "without noise the compiler fuses the stages with their neighbours, which is faster",
+    "double backward": "a gradient that is differentiated again has to be a graph, from the input on",
+}
+_LEAVING = ("export", "trace", "compiled evaluation")
+
+
+def why_plain(training=True, draws=True, backward_of=()):
+    """The reason to run in plain torch, a key of REASONS, or None: the kernels do it.
+
+    Args:
+        training: whether statistics are those of the batch.
+        draws: whether noise is live.
+        backward_of: in a backward, the tensors that its result depends on.
+    """
+    compiling = torch.compiler.is_compiling()
+    if compiling and torch.compiler.is_exporting():
+        return "export"
+    # While compiling too: what requires_grad says of the arguments of a compiled torch.func.grad is not true.
+    if torch._C._are_functorch_transforms_active():
+        return "transform"
+    if compiling:
+        return None if training or draws or backward_of else "compiled evaluation"
+    if torch.jit.is_tracing():
+        return "trace"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward mode"
+    if backward_of and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in backward_of):
+        return "double backward"
+    return None
+
+
+def leaves_process(reason):
+    """Whether that reason asks for `stock`: the program may run without fusednorm, and has the stock layers' noise."""
+    return reason in _LEAVING
+
+
+def act_of(chain, act_weight):
+    """The activation as `reference` takes it."""
+    return (chain.act, *chain.act_params) if act_weight is None else (chain.act, act_weight)
+
+
+def multiplier(input, seed, chain):
+    """The kernels' noise as a tensor to multiply by, None where there is none."""
+    if not chain.drops():
+        return None
+    if not chain.draws():
+        return input.new_zeros(())
+    return _operators.noise(seed, input.shape, chain.p, chain.noise, chain.granularity, _operators.opmath(input))
+
+
+# ---- as the kernels compute it ---------------------------------------------------------------------------------------
+def exact(tensors, training, chain, eval_matched_stats):
+    """(output, mean, variance for the running statistics), differentiable any number of times in any mode."""
+    input, weight, bias, running_mean, running_var, residual, act_weight, seed = tensors
+    m, act = multiplier(input, seed, chain), act_of(chain, act_weight)
+    output = reference.batch_norm_act_drop(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        eps=chain.eps,
+        act=act,
+        order=chain.order,
+        residual=residual,
+        noise=m,
+        ghost_batch_size=chain.ghost_batch_size,
+    )
+    if not training or running_mean is None:
+        return output, None, None
+    before, _ = reference.parse_order(chain.order)
+    with torch.no_grad():
+        u = reference.run_stages(before, reference.in_opmath(input), act, None if eval_matched_stats else m)
+        moments = [reference.moments(group) for group in reference.ghosts(u, chain.ghost_batch_size)]
+    if len(moments) == 1:
+        return output, *moments[0]
+    return output, *(torch.stack(parts) for parts in zip(*moments, strict=True))
+
+
+def differentiable_backward(
+    grad_output, input, weight, bias, residual, act_weight, mean, invstd, mask, seed, settings, needed
+):
+    """The gradients as a graph.
+
+    In training the statistics are recomputed from `input`: the saved ones are constants here, and with them the first
+    derivative would be right and the second one wrong.
+    """
+    training, *chain = settings
+    chain = Chain(*chain)
+    before, after = reference.parse_order(chain.order)
+    m = multiplier(input, seed, chain)
+    order, factor = chain.order, None
+    if "add" in after and residual is None:
+        # It was not saved, as it has no say in the derivative of what follows: a constant factor (an activation there
+        # is piecewise linear), which is the residual's gradient for a gradient of ones.
+        with torch.no_grad():
+            factor = _operators.backward(
+                *(torch.ones_like(input), input, weight, bias, residual, act_weight, mean, invstd, mask, seed),
+                *settings,
+                [False, False, False, True, False],
+            )[3]
+        order = "-".join([*before, "norm", *after[: after.index("add")]])
+    leaves = (input, weight, bias, residual, act_weight)
+    wanted = [t is not None and w for t, w in zip(leaves, needed, strict=True)]
+    if not any(wanted):
+        return [None, None, None, grad_output * factor, None]  # the residual's, which asks for nothing else
+
+    def output(*parts):
+        parts = iter(parts)
+        x, weight, bias, residual, act_weight = (next(parts) if w else t for t, w in zip(leaves, wanted, strict=True))
+        y = reference.batch_norm_act_drop(
+            x,
+            mean,
+            invstd**-2 - chain.eps,
+            weight,
+            bias,
+            training,
+            eps=chain.eps,
+            act=act_of(chain, act_weight),
+            order=order,
+            residual=residual,
+            noise=m,
+            ghost_batch_size=chain.ghost_batch_size,
+        )
+        return y if factor is None else y * factor
+
+    parts = [t for t, w in zip(leaves, wanted, strict=True) if w]
+    if torch._C._are_functorch_transforms_active():
+        grads = torch.func.vjp(output, *parts)[1](grad_output)
+    else:
+        # Aliases: a weight that was itself computed from the input must not lead back to it.
+        parts = [t.view_as(t) for t in parts]
+        grads = torch.autograd.grad(output(*parts), parts, grad_output, create_graph=True, allow_unused=True)
+    grads = iter(grads)
+    grads = [next(grads) if w else None for w in wanted]
+    if needed[3] and factor is not None:
+        grads[3] = grad_output * factor
+    return grads
+
+
+# ---- as the stock layers compute it ----------------------------------------------------------------------------------
+def stock(tensors, num_batches_tracked, training, momentum, chain, eval_matched_stats):
+    """The output, by the functions behind the stock layers; updates the running statistics as they do."""
+    input, weight, bias, running_mean, running_var, residual, act_weight, _ = tensors
+    act, (before, after) = act_of(chain, act_weight), reference.parse_order(chain.order)
+
+    def norm(u, mean, var, weight=None, bias=None):
+        if not training or mean is None:
+            return F.batch_norm(u, mean, var, weight, bias, training, 0.0, chain.eps)
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        if momentum is None:  # a cumulative average, whose factor F.batch_norm cannot take from a tensor
+            batch_mean, batch_var = reference.moments(u)
+            factor, count = 1 / num_batches_tracked.to(mean.dtype), u.numel() // u.size(1)
+            mean.lerp_(batch_mean.to(mean.dtype), factor)
+            var.lerp_((batch_var * (count / (count - 1))).to(var.dtype), factor)
+            mean = var = None
+        return F.batch_norm(u, mean, var, weight, bias, True, 0.0 if mean is None else momentum, chain.eps)
+
+    def noise(v):
+        return stock_noise(v, chain.p, chain.noise, chain.granularity)
+
+    u = reference.run_stages(before, input, act, noise if chain.drops() else None)
+    if not training:
+        z = norm(u, running_mean, running_var, weight, bias)
+    else:
+        clean = eval_matched_stats and chain.drops() and "drop" in before
+        groups = reference.ghosts(u, chain.ghost_batch_size)
+        if clean:
+            for group in reference.ghosts(reference.run_stages(before, input, act), chain.ghost_batch_size):
+                norm(group, running_mean, running_var)
+            running_mean = running_var = None
+        z = [norm(group, running_mean, running_var, weight, bias) for group in groups]
+        z = z[0] if len(z) == 1 else torch.cat(z)
+    return reference.run_stages(after, z, act, noise if chain.drops() else None, residual)
+
+
+def stock_noise(v, p, kind, granularity):
+    """`v` times noise of torch's own generators: F.dropout's at the noise's granularity, torch.rand, torch.randn."""
+    if kind == "bernoulli" and granularity == "element":
+        return F.dropout(v, p)
+    ones = v.new_ones(_operators.noise_shape(v.shape, granularity))
+    if kind == "bernoulli":
+        return v * F.dropout(ones, p)
+    if kind == "uniform":
+        return v * (ones + p * (2 * torch.rand_like(ones) - 1))
+    return v * (ones + p**0.5 * torch.randn_like(ones))
