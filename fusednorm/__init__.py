@@ -12,7 +12,15 @@ except ImportError:
 else:
     from . import analysis, functional, recalibration, reference
     from .functional import noise
-    from .modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedBatchNorm3d, ICLayer
+    from .modules import (
+        FusedBatchNorm1d,
+        FusedBatchNorm2d,
+        FusedBatchNorm3d,
+        ICLayer,
+        LazyFusedBatchNorm1d,
+        LazyFusedBatchNorm2d,
+        LazyFusedBatchNorm3d,
+    )
     from .noises import DropPath, GaussianDropout, UniformDropout, at_alpha
     from .recalibration import recalibrate, restore_running_var
 
@@ -23,6 +31,9 @@ else:
         "FusedBatchNorm3d",
         "GaussianDropout",
         "ICLayer",
+        "LazyFusedBatchNorm1d",
+        "LazyFusedBatchNorm2d",
+        "LazyFusedBatchNorm3d",
         "UniformDropout",
         "analysis",
         "at_alpha",

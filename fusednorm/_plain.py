@@ -1,8 +1,8 @@
 """The operator's stages in plain torch: when that runs instead of the kernels, and how.
 
 `why_plain` decides, for all of the package, and `REASONS` says why. Two renderings follow. `exact` is the formula of
-the kernels with their own noise, for whatever differentiates in ways of its own. `stock` calls what the stock layers call,
-noise included, for programs that leave this process: what is exported or traced needs no fusednorm to run.
+the kernels with their own noise, for whatever differentiates in ways of its own. `stock` calls what the stock layers
+call, noise included, for programs that leave this process: what is exported or traced needs no fusednorm to run.
 """
 
 import torch

@@ -6,11 +6,14 @@
 
 import math
 import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from . import _autograd, _operators, reference
+from . import _autograd, _operators, _plain, reference
 from ._operators import DEFAULT_ORDER, Chain
 
 # Kind of noise -> the name of its strength, and the largest one.
@@ -18,27 +21,47 @@ NOISES = {"bernoulli": ("dropout probability", 1.0), "uniform": ("beta", 1.0), "
 GRANULARITIES = ("element", "channel", "sample")
 
 
-def activations():
+def activations() -> tuple[str, ...]:
     """Names of the fused activations, as `act` takes them."""
     return tuple(reference.ACTIVATIONS)
 
 
-def check_noise(p, noise="bernoulli", granularity="element"):
-    """Raises ValueError unless that noise exists and `p` is a strength that it can have."""
+def as_number(value: Any) -> float | None:
+    """A number of Python, numpy or torch as a float; None for what is none (a bool, a string, several numbers)."""
+    if isinstance(value, Tensor):
+        value = value.item() if value.numel() == 1 and not torch.is_complex(value) else None
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
+
+
+def check_noise(p: Any, noise: str = "bernoulli", granularity: str = "element") -> float:
+    """Returns `p` as a float, or raises ValueError unless that noise exists and `p` is a strength that it can have."""
     if noise not in NOISES:
         raise ValueError(f"noise: expected one of {', '.join(NOISES)}, but got {noise!r}")
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, but got {granularity!r}")
     name, largest = NOISES[noise]
-    if not isinstance(p, numbers.Real) or not 0 <= p <= largest or p == math.inf:
+    value = as_number(p)
+    if value is None or not 0 <= value <= largest or value == math.inf:
         at_most = f"between 0 and {largest:g}" if largest < math.inf else "0 or more"
-        raise ValueError(f"{name} has to be {at_most}, but got {p if isinstance(p, numbers.Real) else type(p)}")
+        raise ValueError(f"{name} has to be {at_most}, but got {type(p) if value is None else p}")
+    return value
 
 
-def check_ghost_batch_size(size):
-    """Raises ValueError unless `size` is None or a positive int."""
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+def check_ghost_batch_size(size: Any) -> int | None:
+    """Returns `size` as an int or None, or raises ValueError unless it is None or a positive integer."""
+    if size is None:
+        return None
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
         raise ValueError(f"ghost_batch_size: expected a positive int or None, but got {size!r}")
+    return int(size)
+
+
+def leaf_of_graph(module: nn.Module, input: Any, residual: Any = None, seed: Any = None) -> Any:
+    """A call of `module` in the graph that torch.fx is tracing: like torch's own layers, it is not looked into."""
+    arguments = (input,) if residual is None else (input, residual)
+    keywords = {} if seed is None else {"seed": seed}
+    tracer = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, keywords)
 
 
 def _seed_tensor(seed, device):
@@ -51,33 +74,34 @@ def _seed_tensor(seed, device):
         if seed.device != device:
             raise ValueError(f"seed: expected a tensor on {device}, but got one on {seed.device}")
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected an int of 64 bits or an int64 scalar tensor, but got {seed!r}")
     # full, not tensor: that one would synchronise a device and break a graph capture.
+    seed = int(seed)
     return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
 
 
 def batch_norm_act_drop(
-    input,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
     *,
-    act=None,
-    p=0.0,
-    noise="bernoulli",
-    granularity="element",
-    drop_training=None,
-    order=DEFAULT_ORDER,
-    residual=None,
-    ghost_batch_size=None,
-    eval_matched_stats=False,
-    seed=None,
-):
+    act: str | tuple[str | float | Tensor, ...] | None = None,
+    p: float = 0.0,
+    noise: str = "bernoulli",
+    granularity: str = "element",
+    drop_training: bool | None = None,
+    order: str = DEFAULT_ORDER,
+    residual: Tensor | None = None,
+    ghost_batch_size: int | None = None,
+    eval_matched_stats: bool = False,
+    seed: int | Tensor | None = None,
+) -> Tensor:
     """Batch norm (Ioffe & Szegedy 2015), activation, noise and addition in one pass each way, in any order.
 
     The leading arguments are those of :func:`torch.nn.functional.batch_norm`, and mean what they mean there.
@@ -97,7 +121,8 @@ def batch_norm_act_drop(
         granularity: a draw per "element", per "channel" of a sample (as in dropout2d) or per "sample" (drop path).
         drop_training: whether the noise is on; None follows `training`.
         order: "norm", with "act" and "drop" before or after it and "add" after it, joined by "-".
-        residual: of the input's shape and dtype, what "add" adds. Needed exactly for an order with "add".
+        residual: what "add" adds; needed exactly for an order with "add". One that is not of the input's shape and
+            dtype is added as `+` adds it, with its result's shape and dtype, and ends what is fused.
         ghost_batch_size: when training, take statistics over so many samples at a time (the last group may be smaller),
             and update the running ones group by group (Hoffer et al. 2017). None: the whole batch.
         eval_matched_stats: in an order with "drop" before "norm", let the running statistics learn those of the values
@@ -114,8 +139,8 @@ def batch_norm_act_drop(
         RuntimeError: per-channel vectors whose size is not C.
     """
     reference.parse_order(order)
-    check_noise(p, noise, granularity)
-    check_ghost_batch_size(ghost_batch_size)
+    p = check_noise(p, noise, granularity)
+    ghost_batch_size = check_ghost_batch_size(ghost_batch_size)
     name, parameters = reference.resolve_activation(act)
     for stage, given in (("act", act is not None), ("drop", p != 0)):
         if given and stage not in order:
@@ -131,7 +156,7 @@ def batch_norm_act_drop(
         bias,
         training,
         momentum,
-        Chain(eps, order, name, parameters, noise, float(p) if live else 0.0, granularity, ghost_batch_size or 0),
+        Chain(eps, order, name, parameters, noise, p if live else 0.0, granularity, ghost_batch_size or 0),
         seed,
         residual,
         act_weight,
@@ -159,6 +184,21 @@ def apply(
     Running statistics, where given, are updated if `training`; with `num_batches_tracked` that is incremented (once for
     each ghost batch) and `momentum` may be None.
     """
+    _check_residual(input, residual, chain.order)
+    if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
+        head, tail = _split_at_addition(chain)
+        seed = _seed_of(chain, seed, input)
+        output = apply(
+            *(input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, head, seed),
+            *(None, act_weight, eval_matched_stats),
+        )
+        return _behind_addition(output + residual, chain, tail, act_weight, seed)
+    if num_batches_tracked is not None and (
+        num_batches_tracked.dtype != torch.int64 or num_batches_tracked.device != input.device
+    ):  # averaged with all buffers, or left on another device: counted here
+        num_batches_tracked.add_(1)
+        momentum = 1.0 / float(num_batches_tracked) if momentum is None else momentum
+        num_batches_tracked = None
     count = last_count = math.prod(input.shape[2:], start=input.shape[0])  # values per channel
     if training and 0 < chain.ghost_batch_size < input.shape[0]:
         samples, values = chain.ghost_batch_size, count // input.shape[0]
@@ -188,7 +228,52 @@ def apply(
     )
 
 
-def dropout(input, p=0.5, training=True, *, noise="bernoulli", granularity="element", seed=None):
+def _check_residual(input, residual, order):
+    adds = "add" in order
+    if adds != (residual is not None) or not (residual is None or isinstance(residual, Tensor)):
+        got = residual if residual is None else type(residual).__name__
+        raise ValueError(f"residual: expected {'a tensor' if adds else 'None'} for order {order!r}, but got {got}")
+    if not adds or residual.shape == input.shape and residual.device == input.device:
+        return
+    if residual.device != input.device:
+        raise ValueError(f"residual: expected a tensor on {input.device}, but got one on {residual.device}")
+    sizes = zip(reversed(residual.shape), reversed(input.shape), strict=False)
+    if any(a != b and a != 1 and b != 1 for a, b in sizes):
+        raise ValueError(
+            f"residual: expected shape {list(input.shape)}, or one that can be added to it, but got "
+            f"{list(residual.shape)}"
+        )
+
+
+def _split_at_addition(chain):
+    """The chain ahead of "add", and the stages behind it."""
+    stages = chain.order.split("-")
+    at = stages.index("add")
+    return chain._replace(order="-".join(stages[:at])), stages[at + 1 :]
+
+
+def _seed_of(chain, seed, input):
+    """One seed for a chain that runs in two parts."""
+    draws = seed is None and chain.draws() and not _plain.leaves_process(_plain.why_plain())
+    return _operators.draw_seed(input) if draws else seed
+
+
+def _behind_addition(v, chain, stages, act_weight, seed):
+    def noise(v):
+        return dropout(v, chain.p, noise=chain.noise, granularity=chain.granularity, seed=seed)
+
+    return reference.run_stages(stages, v, _plain.act_of(chain, act_weight), noise if chain.drops() else None)
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    noise: str = "bernoulli",
+    granularity: str = "element",
+    seed: int | Tensor | None = None,
+) -> Tensor:
     """Multiplicative noise alone: input * m, in one pass each way, with nothing saved for backward.
 
     The arguments are first those of :func:`torch.nn.functional.dropout`, and then as in :func:`batch_norm_act_drop`;
@@ -205,7 +290,7 @@ def dropout(input, p=0.5, training=True, *, noise="bernoulli", granularity="elem
     Raises:
         ValueError: an argument outside its domain, or too few dimensions for the granularity.
     """
-    check_noise(p, noise, granularity)
+    p = check_noise(p, noise, granularity)
     if not training or p == 0:
         return input
     dims = {"element": 0, "sample": 1, "channel": 2}[granularity]
@@ -223,10 +308,19 @@ def dropout(input, p=0.5, training=True, *, noise="bernoulli", granularity="elem
         return input.clone().reshape(shape)
     if seed is not None:
         seed = _seed_tensor(seed, input.device)
-    return _autograd.run_dropout(input, float(p), noise, granularity, seed).reshape(shape)
+    return _autograd.run_dropout(input, p, noise, granularity, seed).reshape(shape)
 
 
-def noise(shape, p, *, seed, kind="bernoulli", granularity="element", device=None, dtype=torch.float32):
+def noise(
+    shape: Sequence[int],
+    p: float,
+    *,
+    seed: int | Tensor,
+    kind: str = "bernoulli",
+    granularity: str = "element",
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """The multiplier m that a layer applies to a tensor of `shape` (N, C, ...) at this seed, broadcast to `shape`.
 
     "bernoulli": m = 65536/T where kept and 0 elsewhere, T = floor((1-p)*65536 + 0.5): its mean is exactly 1.
@@ -238,10 +332,8 @@ def noise(shape, p, *, seed, kind="bernoulli", granularity="element", device=Non
         ValueError: a strength outside its range, fewer than two dimensions, an unknown kind or granularity, a bad one
             as the seed.
     """
-    check_noise(p, kind, granularity)
-    if isinstance(seed, torch.Tensor) and device is None:
-        device = seed.device
-    else:  # through a tensor: "cuda" alone is the current one, and an int its index
-        device = torch.empty(0, device="cpu" if device is None else device).device
-    m = _operators.noise(_seed_tensor(seed, device), list(shape), float(p), kind, granularity, dtype)
+    p = check_noise(p, kind, granularity)
+    # Through a tensor: "cuda" alone is the current one, an int its index, None the default one.
+    like = seed if isinstance(seed, Tensor) and device is None else torch.empty(0, device=device)
+    m = _operators.noise(_seed_tensor(seed, like.device), list(shape), p, kind, granularity, dtype)
     return m.expand(shape)

@@ -5,123 +5,59 @@ people do to a stock `nn.Dropout` (schedules on `p`, `m.eval(); m.drop.train()`)
 does not know exactly (subclasses, hooks, parametrisations) are called; what stands between them and the norm is fused.
 """
 
-from torch import nn
+import sys
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from . import functional, reference
-from .noises import DropPath, GaussianDropout, UniformDropout
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-# Exact type -> (operator's name, parameters) from a live module.
-_ACTIVATIONS = {
-    nn.Identity: lambda m: ("identity", ()),
-    nn.ReLU: lambda m: ("relu", ()),
-    nn.LeakyReLU: lambda m: ("leaky_relu", (m.negative_slope,)),
-    nn.ELU: lambda m: ("elu", (m.alpha,)),
-    nn.GELU: lambda m: reference.resolve_activation(("gelu", m.approximate)),
-    nn.SiLU: lambda m: ("silu", ()),
-    nn.Tanh: lambda m: ("tanh", ()),
-    nn.Sigmoid: lambda m: ("sigmoid", ()),
-    nn.Hardtanh: lambda m: ("hardtanh", (m.min_val, m.max_val)),
-    nn.ReLU6: lambda m: ("relu6", ()),
-    nn.Hardswish: lambda m: ("hardswish", ()),
-    nn.Mish: lambda m: ("mish", ()),
-    nn.Softplus: lambda m: ("softplus", (m.beta, m.threshold)),
-    nn.PReLU: lambda m: ("prelu", (m.weight,)),
-}
-# Operator's name -> module, for act given by name.
-_MODULES = {
-    "identity": nn.Identity,
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU("tanh"),
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "hardtanh": nn.Hardtanh,
-    "relu6": nn.ReLU6,
-    "hardswish": nn.Hardswish,
-    "mish": nn.Mish,
-    "softplus": nn.Softplus,
-    "prelu": nn.PReLU,
-}
-# Exact type -> (kind, strength, granularity) of a live module, and the input ranks at which it means that: torch's
-# modules for channels mean something else at other ranks (nn.Dropout1d on (N, C) drops rows), and are called.
-_ANY_RANK = (2, 3, 4, 5)
-_DROPS = {
-    nn.Dropout: (lambda m: ("bernoulli", m.p, "element"), _ANY_RANK),
-    nn.Dropout1d: (lambda m: ("bernoulli", m.p, "channel"), (3,)),
-    nn.Dropout2d: (lambda m: ("bernoulli", m.p, "channel"), (4,)),
-    nn.Dropout3d: (lambda m: ("bernoulli", m.p, "channel"), (5,)),
-} | {
-    noise: (lambda m: (m.kind, m.strength, m.granularity), _ANY_RANK)
-    for noise in (UniformDropout, GaussianDropout, DropPath)
-}
+from . import _children, functional, reference
+from ._guard import guarded
+from ._unfused import AnyBatchNorm, unfused
+
+Act: TypeAlias = str | tuple[str | float | Tensor, ...] | nn.Module | None
+Drop: TypeAlias = float | nn.Module | None
+Seed: TypeAlias = int | Tensor | None
 
 
-_NO_NOISE = ("bernoulli", 0.0, "element")
+class _FusedBatchNorm(_BatchNorm):
+    """What all the layers add to their torch base class."""
 
-
-def _is_plain(module):
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _make_act(act, device=None, dtype=None):
-    if act is None or isinstance(act, nn.Module):
-        return act
-    if act == "prelu":
-        return nn.PReLU(device=device, dtype=dtype)
-    name, parameters = reference.resolve_activation(act)
-    if name == "prelu":
-        raise ValueError("act: expected nn.PReLU(...) or 'prelu', as a layer has the weight as its own parameter")
-    return _MODULES[name](*parameters)
-
-
-def _make_drop(drop):
-    if isinstance(drop, (nn.AlphaDropout, nn.FeatureAlphaDropout)):
-        raise TypeError(
-            f"drop: expected a multiplicative noise, but {type(drop).__name__} adds as well, and keeps the variance of "
-            "selu's output only"
-        )
-    if drop is None or isinstance(drop, nn.Module):
-        return drop
-    if isinstance(drop, bool) or not isinstance(drop, (int, float)):
-        raise ValueError(f"drop: expected a probability, a module or None, but got {drop!r}")
-    return nn.Dropout(drop)
-
-
-class _FusedBatchNorm:
-    """What the three classes add to their torch base class."""
+    act: nn.Module | None
+    drop: nn.Module | None
+    order: str
+    ghost_batch_size: int | None
+    eval_matched_stats: bool
+    frozen = False  # see freeze()
+    # Whether the last to set the children's modes was the train() of a model that this layer is a part of.
+    _led = False
 
     def __init__(
         self,
-        num_features,
-        eps=1e-5,
-        momentum=0.1,
-        affine=True,
-        track_running_stats=True,
-        device=None,
-        dtype=None,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
         *,
-        act=None,
-        drop=None,
-        order=functional.DEFAULT_ORDER,
-        ghost_batch_size=None,
-        eval_matched_stats=False,
-        **newer,  # keywords that only a newer torch has (bias=, since 2.13)
-    ):
-        act, drop = _make_act(act, device, dtype), _make_drop(drop)
+        act: Act = None,
+        drop: Drop = None,
+        order: str = functional.DEFAULT_ORDER,
+        ghost_batch_size: int | None = None,
+        eval_matched_stats: bool = False,
+        **newer: Any,  # keywords that only a newer torch has (bias=, since 2.13)
+    ) -> None:
+        if isinstance(eps, (str, nn.Module)):
+            raise TypeError(f"eps: expected a number, but got {eps!r}; an activation is given by name, as act={eps!r}")
+        act, drop = _children.make_act(act, device, dtype), _children.make_drop(drop)
         before, after = reference.parse_order(order)
         for name, child in (("act", act), ("drop", drop)):
             if child is not None and name not in before + after:
                 raise ValueError(f"{name}: expected None, as order {order!r} has no {name!r}")
-        functional.check_ghost_batch_size(ghost_batch_size)
+        ghost_batch_size = functional.check_ghost_batch_size(ghost_batch_size)
         if eval_matched_stats and "drop" not in before:
             raise ValueError(f"eval_matched_stats: expected False, as order {order!r} has no 'drop' before 'norm'")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
@@ -131,86 +67,208 @@ class _FusedBatchNorm:
         self.ghost_batch_size = ghost_batch_size
         self.eval_matched_stats = eval_matched_stats
 
-    _torch_classes = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if TYPE_CHECKING:
 
+        def __call__(self, input: Tensor, residual: Tensor | None = None, *, seed: Seed = None) -> Tensor: ...
+
+    # ---- what the layer says of itself ------------------------------------------------------------------------------
+    _torch_class: Any = None  # the stock layer, None: that of the input's rank
+    eps = guarded("eps")
+    num_features = guarded("num_features")
+
+    def _beside_the_norm(self) -> str:
+        """In words, what a bare BatchNorm with this layer's parameters would lack; "" where it lacks nothing."""
+        own = self.__dict__
+        if "order" not in own:  # still being built
+            return ""
+        children = [(name, getattr(self, name, None)) for name in ("act", "drop")]
+        lost = [f"{name}={child!r}" for name, child in children if _children.does_something(child)]
+        lost += ["the addition"] if "add" in own["order"] else []
+        lost += [f"ghost_batch_size={self.ghost_batch_size}"] if self.ghost_batch_size else []
+        return ", ".join(lost)
+
+    def extra_repr(self) -> str:
+        ghost = f", ghost_batch_size={self.ghost_batch_size}" if self.ghost_batch_size else ""
+        matched = ", eval_matched_stats=True" if self.eval_matched_stats else ""
+        frozen = ", frozen=True" if self.frozen else ""
+        return f"{super().extra_repr()}, order={self.order!r}{ghost}{matched}{frozen}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("act", "drop"):
+            value = _children.make_act(value) if name == "act" else _children.make_drop(value)
+        super().__setattr__(name, value)
+
+    # ---- modes ------------------------------------------------------------------------------------------------------
+    def train(self, mode: bool = True) -> Self:
+        """As :meth:`torch.nn.Module.train`, children included; a frozen layer keeps its statistics."""
+        super().train(mode)
+        caller = sys._getframe(1)
+        while caller is not None and caller.f_locals.get("self") is self:
+            caller = caller.f_back
+        self._led = caller is not None and caller.f_code is nn.Module.train.__code__
+        if self.frozen:
+            self.training = False
+        return self
+
+    def eval(self) -> Self:
+        """Evaluation mode: of the norm alone where a model's `train()` or `eval()` has set the children, else of all.
+
+        So `for m in model.modules(): if isinstance(m, nn.BatchNorm2d): m.eval()` behind `model.train()` freezes the
+        statistics and leaves the noise on, as it does with stock layers, and a layer by itself evaluates without noise.
+        `layer.train(False)` always means all of it, `layer.freeze()` always the norm.
+        """
+        if not self._led:
+            return super().eval()
+        self.training = False
+        return self
+
+    def freeze(self) -> Self:
+        """Normalises by the running statistics from now on and does not move them, whatever `train()` says.
+
+        Activation and noise go on as the mode of the children has it; parameters keep their `requires_grad`.
+        """
+        self.frozen, self.training = True, False
+        return self
+
+    def unfreeze(self) -> Self:
+        """Ends :meth:`freeze`; the mode is that of the next `train()` or `eval()`."""
+        self.frozen = False
+        return self
+
+    # ---- from and to the stock layers -------------------------------------------------------------------------------
     @classmethod
-    def from_torch(cls, bn, act=None, drop=None, order=functional.DEFAULT_ORDER, **options):
+    def from_torch(
+        cls,
+        bn: nn.Module,
+        act: Act = None,
+        drop: Drop = None,
+        order: str = functional.DEFAULT_ORDER,
+        *,
+        ghost_batch_size: int | None = None,
+        eval_matched_stats: bool = False,
+    ) -> Self:
         """The fused layer of an existing BatchNorm and the modules around it.
 
-        Parameters, buffers and children are shared, not copied: optimizers and references stay valid.
+        Parameters, buffers and children are shared, not copied: optimizers and references stay valid. Attributes and
+        hooks of `bn` are taken over too, forward pre-hooks where the norm comes first.
 
         Args:
-            bn: an instance of the torch class that this class extends.
+            bn: an instance of the torch class that this class extends, or, for a lazy class, of the lazy one.
             act, drop, order: as in the constructor; typically the modules that stood around `bn`.
-            options: `ghost_batch_size`, `eval_matched_stats`.
+            ghost_batch_size, eval_matched_stats: as in the constructor.
 
         Raises:
             TypeError: `bn` is of another class (or a subclass with behaviour of its own, as SyncBatchNorm).
+            ValueError: `bn` has hooks that would see something else than they do now.
         """
-        like = next((t for t in (getattr(bn, n, None) for n in ("weight", "running_mean")) if t is not None), None)
-        place = {} if like is None else {"device": like.device, "dtype": like.dtype}
-        own = cls(1, affine=False, track_running_stats=False, act=act, drop=drop, order=order, **place, **options)
-        return own._adopt(bn, act, drop)
+        options = {"ghost_batch_size": ghost_batch_size, "eval_matched_stats": eval_matched_stats}
+        return cls(0, affine=False, track_running_stats=False, order=order, **options)._adopt(bn, act, drop)
 
-    def _adopt(self, bn, *given):
-        classes = [c for c in self._torch_classes if isinstance(self, c)] or self._torch_classes
+    def _adopt(self, bn: nn.Module, act: Act, drop: Drop) -> Self:
+        classes = [self._torch_class] if self._torch_class else [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
         if type(bn) not in classes:
             expected = " or ".join(c.__name__ for c in classes)
-            raise TypeError(f"bn: expected {expected}, but got {type(bn).__name__}")
-        for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):
-            setattr(self, name, getattr(bn, name))
-        for name in ("weight", "bias"):
-            self.register_parameter(name, getattr(bn, name))
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            self.register_buffer(name, getattr(bn, name))
-        self.training = bn.training
+            lazy = f"; {_LAZY[type(bn)].__name__} takes it" if type(bn) in _LAZY else ""
+            raise TypeError(f"bn: expected {expected}, but got {type(bn).__name__}{lazy}")
+        like = next((t for t in (getattr(bn, n, None) for n in ("weight", "running_mean")) if t is not None), None)
+        place = (None, None) if like is None else (like.device, like.dtype)
+        given = act, drop
+        act, drop = _children.make_act(act, *place), _children.make_drop(drop)
+        for name, child in (("act", act), ("drop", drop)):
+            if child is not None and name not in self.order:
+                raise self._no_place(name)
+        self.act, self.drop = act, drop
+        self._check_hooks(bn)
+        children = self._modules
+        for name, value in bn.__dict__.items():  # parameters, buffers, hooks, and what people put there
+            if name not in self._own_when_adopting:
+                self.__dict__[name] = value.copy() if name in _CONTAINERS else value
+        self._modules = children
         for child in (self.act, self.drop):
             if child is not None and not any(child is g for g in given):
                 child.train(bn.training)
         return self
 
-    def forward(self, input, residual=None, *, seed=None):
+    _own_when_adopting: tuple[str, ...] = ()  # attributes that stay
+
+    def _check_hooks(self, layer: nn.Module) -> None:
+        """Raises ValueError if a hook of `layer`, to be turned into or made of this one, would see something else."""
+        alone = self.act is None and self.drop is None and "add" not in self.order
+        for kind, moved in (
+            ("forward ", not alone and layer._forward_hooks),
+            ("backward ", not alone and (layer._backward_hooks or layer._backward_pre_hooks)),
+            ("forward pre-", not self.order.startswith("norm") and layer._forward_pre_hooks),
+        ):
+            if moved:
+                raise ValueError(
+                    f"{type(layer).__name__}: expected no {kind}hooks, as the fused layer takes and gives other values "
+                    "than its norm; remove them first, and register them anew where they belong"
+                )
+
+    def to_torch(self) -> nn.Module:
+        """The stock modules of this layer, sharing parameters, buffers and children: what `from_torch` began with.
+
+        Returns:
+            `nn.Sequential` of BatchNorm, activation and dropout in this layer's order; a small module in plain torch,
+            called with the residual if there is one, for what a Sequential cannot say: "add", ghost batches,
+            `eval_matched_stats`. Noises that torch has no module for become one that draws by torch's generators.
+
+        Raises:
+            ValueError: the layer is lazy and has seen no input yet, or has hooks that would see something else.
+        """
+        if isinstance(self, _LazyNormBase):
+            raise ValueError("to_torch: expected a layer that knows its size; call the model once before")
+        self._check_hooks(self)
+        stock = self._torch_class or AnyBatchNorm
+        norm = stock.__new__(stock)
+        beside = {"order", "ghost_batch_size", "eval_matched_stats", "frozen", "_led", "act", "drop"}
+        norm.__dict__.update(
+            {n: v.copy() if n in _CONTAINERS else v for n, v in self.__dict__.items() if n not in beside}
+        )
+        for name in ("act", "drop"):
+            norm._modules.pop(name, None)
+        return unfused(norm, self.act, self.drop, self.order, self.ghost_batch_size, self.eval_matched_stats)
+
+    def __prepare_scriptable__(self) -> nn.Module:  # torch.jit.script asks
+        return self.to_torch()
+
+    # ---- the call ---------------------------------------------------------------------------------------------------
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, seed: Seed = None) -> Tensor:
         """(N, C, ...) to (N, C, ...): the stages of `order`.
 
         Args:
-            residual: (N, C, ...) of the input's dtype, what "add" adds; needed exactly for an order with "add".
+            residual: what "add" adds, (N, C, ...); needed exactly for an order with "add".
             seed: of the noise; int, int64 scalar tensor, or None to draw one from torch's generator.
 
         Raises:
             ValueError: as the torch base class; a residual that is missing or not expected; a seed, or
                 `eval_matched_stats`, where the dropout cannot be fused.
         """
+        if isinstance(input, torch.fx.Proxy):
+            return functional.leaf_of_graph(self, input, residual, seed)
         self._check_input_dim(input)
         before, after = reference.parse_order(self.order)
         if (residual is not None) != ("add" in after):
             expected = "a tensor" if "add" in after else "None"
             raise ValueError(f"residual: expected {expected} for order {self.order!r}")
-        act, drop = self._read_act(), self._read_drop(input.dim())
-        order, called = self.order, ()
+        for name, child in (("act", self.act), ("drop", self.drop)):
+            if child is not None and name not in self.order:
+                raise self._no_place(name)
+        act, drop = _children.read_act(self.act), _children.read_drop(self.drop, input.dim())
         if act is None or drop is None:
-            first, last = self._fusable(before, after, act is not None, drop is not None)
-            order = "-".join([*before[first:], "norm", *after[:last]])
-            called = before[:first] + after[last:]
-            if "drop" in called and self.drop is not None:
-                if seed is not None:
-                    raise ValueError(f"seed: expected None, as {type(self.drop).__name__} is called and not fused")
-                if self.eval_matched_stats and self.training and "drop" in before:
-                    raise ValueError(
-                        f"eval_matched_stats: expected False, as {type(self.drop).__name__} is called and not fused"
-                    )
-            for stage in before[:first]:
-                child = getattr(self, stage)
-                if child is not None:
-                    input = child(input.clone() if getattr(child, "inplace", False) else input)
-            after = after[last:]
-        name, parameters = act if act is not None and "act" not in called else ("identity", ())
+            return self._call_children(input, residual, seed, before, after, act, drop)
+        return self._fused(input, residual, seed, self.order, act, drop, self.eval_matched_stats)
+
+    def _fused(
+        self, input: Any, residual: Any, seed: Any, order: str, act: Any, drop: Any, matched: bool, update: bool = True
+    ) -> Tensor:
+        name, parameters = act
         act_weight, parameters = (parameters[0], ()) if name == "prelu" else (None, parameters)
-        kind, p, granularity = drop if drop is not None and "drop" not in called else _NO_NOISE
-        track = self.training and self.track_running_stats
+        kind, p, granularity = drop
+        track = self.training and self.track_running_stats and update
         training = self.training or (self.running_mean is None and self.running_var is None)
         use_running = not training or track
-        chain = (self.eps, order, name, parameters, kind, p, granularity, self.ghost_batch_size or 0)
-        output = functional.apply(
+        return functional.apply(
             input,
             self.running_mean if use_running else None,
             self.running_var if use_running else None,
@@ -219,26 +277,55 @@ class _FusedBatchNorm:
             self.bias,
             training,
             0.0 if self.momentum is None and self.num_batches_tracked is None else self.momentum,  # as torch has it
-            functional.Chain(*chain),
+            functional.Chain(
+                self.__dict__["eps"], order, name, parameters, kind, p, granularity, self.ghost_batch_size or 0
+            ),
             seed,
-            residual if "add" in order else None,
+            residual,
             act_weight,
-            self.eval_matched_stats,
+            matched,
         )
-        for stage in after if called else ():
+
+    def _call_children(
+        self, input: Any, residual: Any, seed: Any, before: Any, after: Any, act: Any, drop: Any
+    ) -> Tensor:
+        """The stages one by one as far out as a child has to be called; what stands between is fused."""
+        first, last = self._fusable(before, after, act is not None, drop is not None)
+        ahead, behind = before[:first], after[last:]
+        order = "-".join([*before[first:], "norm", *after[:last]])
+        called = self.drop is not None and "drop" in ahead + behind
+        seedable = called and _children.seedable(self.drop, input.dim())
+        if seed is not None and called and not seedable and _children.is_live(self.drop):
+            raise ValueError(f"seed: expected None, as {type(self.drop).__name__} is called and not fused")
+        noise = drop if drop is not None and not called else _children.NO_NOISE
+        act = act if act is not None and "act" not in ahead + behind else _children.NO_ACT
+
+        # Where noise is drawn outside, the running statistics learn from a pass without it.
+        apart = self.eval_matched_stats and self.training and "drop" in ahead and _children.is_live(self.drop)
+        if apart and self.track_running_stats:
+            with torch.no_grad():
+                clean = _children.without_hooks(self.act, input) if "act" in ahead and self.act is not None else input
+                prologue = "-".join([*before[first:], "norm"])
+                self._fused(clean, None, None, prologue, act if "act" in prologue else _children.NO_ACT, noise, False)
+        for stage in ahead:
+            child = getattr(self, stage)
+            if child is not None:
+                ready = input.clone() if getattr(child, "inplace", False) else input
+                input = _children.call_drop(child, ready, seed) if stage == "drop" else child(ready)
+        adds = "add" in order
+        matched = self.eval_matched_stats and not apart
+        output = self._fused(input, residual if adds else None, seed, order, act, noise, matched, update=not apart)
+        for stage in behind:
             if stage == "add":
-                if residual.shape != output.shape or residual.dtype != output.dtype:
-                    raise ValueError(
-                        f"residual: expected shape {list(output.shape)} of {output.dtype}, but got "
-                        f"{list(residual.shape)} of {residual.dtype}"
-                    )
                 output = output + residual
+            elif stage == "drop" and self.drop is not None:
+                output = _children.call_drop(self.drop, output, seed)
             elif getattr(self, stage) is not None:
                 output = getattr(self, stage)(output)
         return output
 
     @staticmethod
-    def _fusable(before, after, act, drop):
+    def _fusable(before: Any, after: Any, act: bool, drop: bool) -> tuple[int, int]:
         """The stages around the norm that are fused, before[first:] and after[:last]: as far as children can be."""
         can = {"act": act, "drop": drop, "add": True}
         first, last = len(before), 0
@@ -248,36 +335,12 @@ class _FusedBatchNorm:
             last += 1
         return first, last
 
-    def _no_place(self, stage):  # the constructor refuses it, too
+    def _no_place(self, stage: str) -> ValueError:
         return ValueError(f"{stage}: expected None, as order {self.order!r} has no {stage!r}")
 
-    def _read_act(self):
-        """(name, parameters) as the operator takes them, or None: it has to be called."""
-        act = self.act
-        if act is None:
-            return "identity", ()
-        if "act" not in self.order:
-            raise self._no_place("act")
-        read = _ACTIVATIONS.get(type(act))
-        return read(act) if read is not None and _is_plain(act) else None
 
-    def _read_drop(self, rank):
-        """(kind, strength, granularity) as the operator takes them, or None: it has to be called."""
-        drop = self.drop
-        if drop is None:
-            return _NO_NOISE
-        if "drop" not in self.order:
-            raise self._no_place("drop")
-        read, ranks = _DROPS.get(type(drop), (None, ()))
-        if rank not in ranks or not _is_plain(drop):
-            return None
-        kind, strength, granularity = read(drop)
-        return kind, float(strength) if drop.training else 0.0, granularity
-
-    def extra_repr(self):
-        ghost = f", ghost_batch_size={self.ghost_batch_size}" if self.ghost_batch_size else ""
-        matched = ", eval_matched_stats=True" if self.eval_matched_stats else ""
-        return f"{super().extra_repr()}, order={self.order!r}{ghost}{matched}"
+# What an nn.Module keeps in dictionaries of its own.
+_CONTAINERS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
 
 
 class FusedBatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
@@ -300,19 +363,89 @@ class FusedBatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
     Raises:
         ValueError: an unknown activation, a probability outside [0, 1], an order that is none, an `act` or `drop` that
             the order has no place for.
-        TypeError: a noise that is not multiplicative (alpha dropout).
+        TypeError: a noise that is not multiplicative (alpha dropout), or an activation where `eps` stands.
     """
+
+    _torch_class = nn.BatchNorm1d
 
 
 class FusedBatchNorm2d(_FusedBatchNorm, nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d` over (N, C, H, W), and more around it. See :class:`FusedBatchNorm1d`."""
 
+    _torch_class = nn.BatchNorm2d
+
 
 class FusedBatchNorm3d(_FusedBatchNorm, nn.BatchNorm3d):
     """:class:`torch.nn.BatchNorm3d` over (N, C, D, H, W), and more around it. See :class:`FusedBatchNorm1d`."""
 
+    _torch_class = nn.BatchNorm3d
 
-class ICLayer(_FusedBatchNorm, nn.modules.batchnorm._BatchNorm):
+
+class _LazyFusedBatchNorm(_LazyNormBase, _FusedBatchNorm):
+    """Keywords of the fused layer, around the constructor that torch's lazy layers share."""
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        act: Act = None,
+        drop: Drop = None,
+        order: str = functional.DEFAULT_ORDER,
+        ghost_batch_size: int | None = None,
+        eval_matched_stats: bool = False,
+        **newer: Any,
+    ) -> None:
+        if isinstance(act, str) and act == "prelu":  # torch's lazy constructor hands no keywords on
+            act = nn.PReLU(device=device, dtype=dtype)
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype, **newer)
+        options = {"order": order, "ghost_batch_size": ghost_batch_size, "eval_matched_stats": eval_matched_stats}
+        checked = _FusedBatchNorm(0, affine=False, track_running_stats=False, act=act, drop=drop, **options)
+        for name in options:
+            setattr(self, name, getattr(checked, name))
+        self.act, self.drop = checked.act, checked.drop
+
+    @classmethod
+    def from_torch(cls, bn: nn.Module, act: Act = None, drop: Drop = None, **options: Any) -> Self:  # type: ignore[override]
+        """As :meth:`FusedBatchNorm1d.from_torch`, of a lazy BatchNorm."""
+        return cls(affine=False, track_running_stats=False, **options)._adopt(bn, act, drop)
+
+    # The hooks with which a lazy module makes its parameters are bound to it.
+    _own_when_adopting = ("_load_hook", "_initialize_hook", *(name for name in _CONTAINERS if "hook" in name))
+
+    def _check_hooks(self, layer: nn.Module) -> None:
+        pass
+
+
+class LazyFusedBatchNorm1d(_LazyFusedBatchNorm, FusedBatchNorm1d):
+    """:class:`FusedBatchNorm1d` that learns `num_features` from its first input, as torch.nn.LazyBatchNorm1d does."""
+
+    cls_to_become = FusedBatchNorm1d  # type: ignore[assignment]
+    _torch_class = nn.LazyBatchNorm1d
+
+
+class LazyFusedBatchNorm2d(_LazyFusedBatchNorm, FusedBatchNorm2d):
+    """:class:`FusedBatchNorm2d` that learns `num_features` from its first input, as torch.nn.LazyBatchNorm2d does."""
+
+    cls_to_become = FusedBatchNorm2d  # type: ignore[assignment]
+    _torch_class = nn.LazyBatchNorm2d
+
+
+class LazyFusedBatchNorm3d(_LazyFusedBatchNorm, FusedBatchNorm3d):
+    """:class:`FusedBatchNorm3d` that learns `num_features` from its first input, as torch.nn.LazyBatchNorm3d does."""
+
+    cls_to_become = FusedBatchNorm3d  # type: ignore[assignment]
+    _torch_class = nn.LazyBatchNorm3d
+
+
+_LAZY = {c._torch_class: c for c in (LazyFusedBatchNorm1d, LazyFusedBatchNorm2d, LazyFusedBatchNorm3d)}
+
+
+class ICLayer(_FusedBatchNorm):
     """BatchNorm and dropout before a weight layer: the independent-component layer of Chen et al. (arXiv 1905.05928).
 
     Shape: (N, C) to (N, C, D, H, W); output like input.
@@ -327,29 +460,29 @@ class ICLayer(_FusedBatchNorm, nn.modules.batchnorm._BatchNorm):
 
     def __init__(
         self,
-        num_features,
-        p=0.05,
-        eps=1e-5,
-        momentum=0.1,
-        affine=True,
-        track_running_stats=True,
-        device=None,
-        dtype=None,
-        **newer,
-    ):
+        num_features: int,
+        p: Drop = 0.05,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        **newer: Any,
+    ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, drop=p, order="norm-drop", **newer
         )
 
     @classmethod
-    def from_torch(cls, bn, p=0.05):
+    def from_torch(cls, bn: nn.Module, p: Drop = 0.05) -> Self:  # type: ignore[override]
         """The layer of an existing BatchNorm1d, 2d or 3d, whose parameters and buffers it shares.
 
         Raises:
             TypeError: `bn` is of another class.
         """
-        return cls(1, p, affine=False, track_running_stats=False)._adopt(bn, p)
+        return cls(0, None, affine=False, track_running_stats=False)._adopt(bn, None, p)
 
-    def _check_input_dim(self, input):
+    def _check_input_dim(self, input: Tensor) -> None:
         if not 2 <= input.dim() <= 5:
             raise ValueError(f"expected 2D to 5D input (got {input.dim()}D input)")

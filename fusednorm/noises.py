@@ -5,21 +5,66 @@ of different kinds have in common: at equal alpha they raise variances equally (
 """
 
 import math
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from . import functional
 
 
-class _Noise(nn.Module):
-    """`kind` and `strength` as the functional takes them, and `granularity`."""
+class _Noise(nn.Dropout):
+    """`kind` and `strength` as the functional takes them, and `granularity`.
 
-    def forward(self, input):
+    Dropouts to those who look for them: code that switches `nn.Dropout` or `_DropoutNd` on for Monte-Carlo sampling, or
+    sets their `p`, which is here the probability of the Bernoulli noise of equal variance.
+    """
+
+    kind: str
+    granularity: str
+    inplace = False
+
+    def __init__(self, granularity: str) -> None:
+        nn.Module.__init__(self)
+        self.granularity = granularity
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
+
+    @property
+    def strength(self) -> float:
+        raise NotImplementedError
+
+    @property
+    def alpha(self) -> float:
+        raise NotImplementedError
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        raise NotImplementedError
+
+    @property
+    def p(self) -> float:  # type: ignore[override]
+        return 1.0 if self.alpha == math.inf else self.alpha / (1 + self.alpha)
+
+    @p.setter
+    def p(self, p: float) -> None:
+        p = functional.check_noise(p, "bernoulli", self.granularity)
+        self.alpha = p / (1 - p) if p < 1 else math.inf
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, torch.fx.Proxy):
+            return functional.leaf_of_graph(self, input)
         return functional.dropout(input, self.strength, self.training, noise=self.kind, granularity=self.granularity)
 
-    def _set(self, name, value):
-        functional.check_noise(value, self.kind, self.granularity)
-        self.__dict__[name] = value
+    def __prepare_scriptable__(self) -> nn.Module:  # torch.jit.script asks
+        from ._unfused import torch_noise
+
+        return torch_noise(self)
+
+    def _set(self, name: str, value: Any) -> None:
+        self.__dict__[name] = functional.check_noise(value, self.kind, self.granularity)
 
 
 class UniformDropout(_Noise):
@@ -37,26 +82,33 @@ class UniformDropout(_Noise):
 
     kind = "uniform"
 
-    def __init__(self, beta=0.1, granularity="element"):
-        super().__init__()
-        self.granularity = granularity
+    def __init__(self, beta: float = 0.1, granularity: str = "element") -> None:
+        super().__init__(granularity)
         self.beta = beta
 
     @property
-    def beta(self):
-        return self.__dict__["_beta"]
+    def beta(self) -> float:
+        return self.__dict__["_beta"]  # type: ignore[no-any-return]
 
     @beta.setter
-    def beta(self, beta):
+    def beta(self, beta: float) -> None:
         self._set("_beta", beta)
 
-    strength = beta
+    @property
+    def strength(self) -> float:
+        return self.beta
 
     @property
-    def alpha(self):
+    def alpha(self) -> float:
         return self.beta**2 / 3
 
-    def extra_repr(self):
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        if alpha > 1 / 3:
+            raise ValueError(f"alpha: expected at most 1/3 for UniformDropout, but got {alpha}")
+        self.beta = min(1.0, math.sqrt(3 * alpha))
+
+    def extra_repr(self) -> str:
         return f"beta={self.beta}, granularity={self.granularity!r}"
 
 
@@ -75,22 +127,23 @@ class GaussianDropout(_Noise):
 
     kind = "gaussian"
 
-    def __init__(self, alpha=1.0, granularity="element"):
-        super().__init__()
-        self.granularity = granularity
+    def __init__(self, alpha: float = 1.0, granularity: str = "element") -> None:
+        super().__init__(granularity)
         self.alpha = alpha
 
     @property
-    def alpha(self):
-        return self.__dict__["_alpha"]
+    def alpha(self) -> float:
+        return self.__dict__["_alpha"]  # type: ignore[no-any-return]
 
     @alpha.setter
-    def alpha(self, alpha):
+    def alpha(self, alpha: float) -> None:
         self._set("_alpha", alpha)
 
-    strength = alpha
+    @property
+    def strength(self) -> float:
+        return self.alpha
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"alpha={self.alpha}, granularity={self.granularity!r}"
 
 
@@ -107,31 +160,35 @@ class DropPath(_Noise):
     """
 
     kind = "bernoulli"
-    granularity = "sample"
 
-    def __init__(self, p=0.5):
-        super().__init__()
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__("sample")
         self.p = p
 
     @property
-    def p(self):
-        return self.__dict__["_p"]
+    def p(self) -> float:  # type: ignore[override]
+        return self.__dict__["_p"]  # type: ignore[no-any-return]
 
     @p.setter
-    def p(self, p):
+    def p(self, p: float) -> None:
         self._set("_p", p)
 
-    strength = p
+    @property
+    def strength(self) -> float:
+        return self.p
 
     @property
-    def alpha(self):
+    def alpha(self) -> float:
         return self.p / (1 - self.p) if self.p < 1 else math.inf
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
-def at_alpha(noise, alpha, **arguments):
+_AnyNoise = TypeVar("_AnyNoise", bound=nn.Module)
+
+
+def at_alpha(noise: type[_AnyNoise], alpha: float, **arguments: Any) -> _AnyNoise:
     """A noise of the given class whose multiplier has variance `alpha`: the same shift of variances for every class.
 
         at_alpha(nn.Dropout2d, 0.25)         # p = 0.2
@@ -146,14 +203,13 @@ def at_alpha(noise, alpha, **arguments):
         TypeError: another class.
         ValueError: an alpha that this class cannot have.
     """
-    if not isinstance(alpha, (int, float)) or not 0 <= alpha < math.inf:
+    value = functional.as_number(alpha)
+    if value is None or not 0 <= value < math.inf:
         raise ValueError(f"alpha: expected a number of 0 or more, but got {alpha!r}")
-    if noise is GaussianDropout:
-        return noise(float(alpha), **arguments)
-    if noise is UniformDropout:
-        if alpha > 1 / 3:
-            raise ValueError(f"alpha: expected at most 1/3 for UniformDropout, but got {alpha}")
-        return noise(min(1.0, math.sqrt(3 * alpha)), **arguments)
+    if noise in (UniformDropout, GaussianDropout):
+        module = noise(**arguments)
+        module.alpha = value
+        return module
     if noise in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, DropPath):
-        return noise(alpha / (1 + alpha), **arguments)
+        return noise(value / (1 + value), **arguments)
     raise TypeError(f"noise: expected a class of dropout, but got {noise!r}")

@@ -5,6 +5,7 @@ double backward differentiates. Imports only torch.
 """
 
 import itertools
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,8 @@ def resolve_activation(act):
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, prelu, but got {name!r}")
     defaults = ACTIVATIONS[name][1]
-    if len(given) > len(defaults) or not all(isinstance(g, (int, float)) for g in given):
+    given = [g.item() if isinstance(g, torch.Tensor) and g.numel() == 1 else g for g in given]
+    if len(given) > len(defaults) or not all(isinstance(g, numbers.Real) for g in given):
         raise ValueError(f"act: expected at most {len(defaults)} numbers as parameters of {name!r}, but got {given}")
     return name, tuple(float(g) for g in given) + defaults[len(given) :]
 

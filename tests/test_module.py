@@ -479,10 +479,32 @@ class TestOrders:
         with pytest.raises(ValueError, match="seed: expected None, as UserDropout"):
             fusednorm.FusedBatchNorm1d(4, drop=UserDropout(0.5))(x, seed=3)
 
-    @pytest.mark.parametrize("residual", [torch.randn(2, 9, 4), torch.randn(9, 4).double()], ids=["shape", "dtype"])
-    def test_residual_of_a_called_chain(self, residual):
-        with pytest.raises(ValueError, match="residual: expected"):
-            fusednorm.FusedBatchNorm1d(4, act=UserReLU(), order="norm-act-add")(torch.randn(9, 4), residual)
+    @pytest.mark.parametrize(
+        "residual",
+        [torch.randn(2, 9, 4), torch.randn(9, 4).double(), torch.randn(4), torch.randn(9, 4).bfloat16()],
+        ids=str,
+    )
+    @pytest.mark.parametrize("order", ["norm-act-add", "norm-add-act", "norm-drop-add-act", "act-norm-add-drop"])
+    @pytest.mark.parametrize("act", [nn.ReLU, UserReLU])
+    def test_residual_as_plus_takes_it(self, act, order, residual):
+        """Broadcast and promoted; the noise stays that of the seed."""
+        x, p = torch.randn(9, 4), 0.5 if "drop" in order else None
+        layer, norm = fusednorm.FusedBatchNorm1d(4, act=act(), drop=p, order=order), nn.BatchNorm1d(4)
+        shape = torch.broadcast_shapes(x.shape, residual.shape) if order.endswith("add-drop") else x.shape
+        m = noise(shape, 0.5, 3, dtype=torch.float32)
+        results = []
+        for model in (
+            lambda *args: layer(*args, seed=3),
+            lambda *args: staged(order, norm, *args, act=nn.ReLU(), drop=lambda v: v * m.to(v.dtype)),
+        ):
+            leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+            y = model(*leaves)
+            results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(
+                got, expected, rtol=1e-2 if residual.dtype == torch.bfloat16 else 1e-4, atol=1e-3
+            )
+        assert int(layer.num_batches_tracked) == 1
 
     def test_matched_statistics_need_noise_ahead(self):
         with pytest.raises(ValueError, match="eval_matched_stats"):
@@ -499,7 +521,8 @@ class TestOrders:
         with pytest.raises(ValueError, match="residual: expected a tensor"):
             layer(torch.randn(9, 4))
         with pytest.raises((ValueError, RuntimeError), match="residual: expected shape"):
-            layer(torch.randn(9, 4), torch.randn(9, 1))
+            layer(torch.randn(9, 4), torch.randn(9, 3))
+        assert int(layer.num_batches_tracked) == 0
 
     def test_prelu_weight_learns(self):
         layer = fusednorm.FusedBatchNorm1d(4, act="prelu")
@@ -588,7 +611,7 @@ class TestFromTorch:
         ours = fused.from_torch(bn, act="relu", drop=0.3)
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             assert getattr(ours, name) is getattr(bn, name), name
-        assert (ours.eps, ours.momentum, ours.training) == (1e-3, 0.02, bn.training)
+        assert (vars(ours)["eps"], ours.momentum, ours.training) == (1e-3, 0.02, bn.training)
         x = torch.randn(SHAPES[stock][0])
         ours(x).sum().backward()
         assert bn.weight.grad is not None

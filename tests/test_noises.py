@@ -434,10 +434,25 @@ class TestEvalMatchedStatistics:
         assert losses[True] < 0.85 * losses[False]
         assert losses[True] < 1.1 * losses["recalibrated"]
 
-    def test_needs_a_fused_noise(self):
+    @pytest.mark.parametrize("order", ["drop-norm", "drop-act-norm", "act-drop-norm"])
+    @pytest.mark.parametrize("way", ["subclass", "hook"])
+    def test_noise_that_is_called(self, way, order):
+        """Statistics come from a pass without it, which hooks do not see."""
+
         class Own(nn.Dropout):
             pass
 
-        layer = FusedBatchNorm1d(3, drop=Own(0.5), order="drop-norm", eval_matched_stats=True)
-        with pytest.raises(ValueError, match="eval_matched_stats"):
-            layer(torch.randn(4, 3))
+        options = {"act": "relu" if "act" in order else None, "order": order, "eval_matched_stats": True}
+        layer = FusedBatchNorm1d(3, drop=Own(0.5) if way == "subclass" else nn.Dropout(0.5), **options)
+        seen, norm, x = [], nn.BatchNorm1d(3), torch.randn(40, 3)
+        layer.drop.register_forward_hook(lambda *args: seen.append(args))
+        y = layer(x)
+        assert (len(seen), int(layer.num_batches_tracked)) == (1, 1)
+        norm(x.relu() if "act" in order else x)
+        torch.testing.assert_close(layer.running_mean, norm.running_mean)
+        torch.testing.assert_close(layer.running_var, norm.running_var)
+        u = seen[0][2] if order == "act-drop-norm" or "act" not in order else seen[0][2].relu()
+        torch.testing.assert_close(y, nn.functional.batch_norm(u, None, None, training=True))
+        layer.drop.eval()
+        layer(x)
+        assert int(layer.num_batches_tracked) == 2

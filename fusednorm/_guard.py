@@ -1,0 +1,53 @@
+"""Keeps tools from taking a fused layer for a bare BatchNorm and losing its activation and noise in silence.
+
+Code that rebuilds, freezes or folds a BatchNorm by isinstance (convert_sync_batchnorm, FrozenBatchNorm2d,
+fuse_conv_bn_eval, BatchNorm to GroupNorm) has one thing in common: one function reads `eps` or `num_features`, and
+names the running statistics or the norm that it builds instead. Such a reader gets a sentence, all others the value.
+"""
+
+import re
+import sys
+
+import torch
+
+# In a function that reads eps or num_features, names that tell what for.
+_REBUILDS = re.compile(r"running_(mean|var)|\w*(Group|Instance|Layer|Sync|Frozen)\w*Norm\w*")
+
+
+def guarded(name):
+    """A property over the layer's own `name` that a function which rebuilds the layer as something else cannot read."""
+
+    def get(self):
+        try:
+            value = self.__dict__[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
+        if not torch.compiler.is_compiling() and (lost := self._beside_the_norm()):
+            _check_reader(self, name, lost, sys._getframe(1))
+        return value
+
+    def set(self, value):
+        self.__dict__[name] = value
+
+    return property(get, set)
+
+
+def _check_reader(layer, name, lost, frame):
+    code = frame.f_code
+    if frame.f_globals.get("__name__", "").startswith("fusednorm.") or frame.f_locals.get("self") is layer:
+        return
+    words = [*code.co_names, *_strings(code.co_consts)]
+    if any(_REBUILDS.fullmatch(word) for word in words):
+        raise RuntimeError(
+            f"{code.co_name}() in {frame.f_globals.get('__name__')} takes a fusednorm {type(layer).__name__} for a "
+            f"bare BatchNorm (it reads {name} to rebuild or fold it), and would lose {lost}. Give it the stock layers "
+            "instead: replace the layer by layer.to_torch() before"
+        )
+
+
+def _strings(constants):
+    for c in constants:
+        if isinstance(c, str) and c.isidentifier():
+            yield c
+        elif isinstance(c, tuple):
+            yield from _strings(c)

@@ -1,0 +1,112 @@
+"""The way back: a fused layer as stock modules, and small ones in plain torch for what stock has none for."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import _plain, reference
+from .noises import _Noise
+
+
+class AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm of (N, C) to (N, C, D, H, W), as an ICLayer is."""
+
+    def _check_input_dim(self, input):
+        if not 2 <= input.dim() <= 5:
+            raise ValueError(f"expected 2D to 5D input (got {input.dim()}D input)")
+
+
+class TorchNoise(nn.Module):
+    """`UniformDropout`, `GaussianDropout` or `DropPath` by torch's own generators.
+
+    Args:
+        kind: "uniform", "gaussian" or "bernoulli".
+        strength: beta, alpha or p.
+        granularity: a draw per "element", "channel" or "sample".
+
+    Shape: as that of the noise.
+    """
+
+    def __init__(self, kind, strength, granularity):
+        super().__init__()
+        self.kind, self.strength, self.granularity = kind, strength, granularity
+
+    def forward(self, input):
+        if not self.training or self.strength == 0:
+            return input
+        return _plain.stock_noise(input, self.strength, self.kind, self.granularity)
+
+    def extra_repr(self):
+        return f"{self.kind}, {self.strength}, granularity={self.granularity!r}"
+
+
+class Stages(nn.Module):
+    """A BatchNorm, an activation and a dropout called one by one in any order, with an addition between them.
+
+    Args:
+        norm, act, drop: modules; the last two may be None.
+        order, ghost_batch_size, eval_matched_stats: as in :class:`fusednorm.FusedBatchNorm1d`.
+
+    Shape: that of `norm`; a residual is what `+` takes.
+    """
+
+    def __init__(self, norm, act, drop, order, ghost_batch_size=None, eval_matched_stats=False):
+        super().__init__()
+        self.norm, self.act, self.drop, self.order = norm, act, drop, order
+        self.ghost_batch_size, self.eval_matched_stats = ghost_batch_size, eval_matched_stats
+
+    def forward(self, input, residual=None):
+        before, after = reference.parse_order(self.order)
+        v = self._normalise(input, before)
+        for stage in after:
+            child = None if stage == "add" else getattr(self, stage)
+            v = v + residual if stage == "add" else v if child is None else child(v)
+        return v
+
+    def _normalise(self, input, before):
+        groups = self.ghost_batch_size if self.norm.training else None
+        u = self._prologue(input, before, noise=True)
+        if not (self.eval_matched_stats and self.norm.training and self.drop is not None and self.drop.training):
+            return _joined([self.norm(group) for group in reference.ghosts(u, groups)])
+        for group in reference.ghosts(self._prologue(input, before, noise=False), groups):
+            self.norm(group)  # for its running statistics
+        weight, bias, eps = self.norm.weight, self.norm.bias, self.norm.eps
+        normed = [F.batch_norm(g, None, None, weight, bias, True, 0.0, eps) for g in reference.ghosts(u, groups)]
+        return _joined(normed)
+
+    def _prologue(self, v, stages, noise):
+        for stage in stages:
+            child = getattr(self, stage)
+            if child is not None and (noise or stage == "act"):
+                v = child(v.clone() if getattr(child, "inplace", False) else v)
+        return v
+
+    def extra_repr(self):
+        return f"order={self.order!r}"
+
+
+def _joined(groups):
+    return groups[0] if len(groups) == 1 else torch.cat(groups)
+
+
+def torch_noise(noise):
+    """The :class:`TorchNoise` of one of this package's noises."""
+    return TorchNoise(noise.kind, noise.strength, noise.granularity).train(noise.training)
+
+
+def unfused(norm, act, drop, order, ghost_batch_size, eval_matched_stats):
+    """`nn.Sequential` of the modules where that says it all, else :class:`Stages`."""
+    drop = torch_noise(drop) if isinstance(drop, _Noise) else drop
+    children = {"norm": norm, "act": act, "drop": drop}
+    names = order.split("-")
+    if "add" in names or ghost_batch_size or eval_matched_stats:
+        module = Stages(norm, act, drop, order, ghost_batch_size, eval_matched_stats)
+    else:
+        stages = [children[name] for name in names if children[name] is not None]
+        ahead = stages[: stages.index(norm)]
+        if any(getattr(child, "inplace", False) for child in ahead):  # it would write the caller's tensor
+            module = Stages(norm, act, drop, order)
+        else:
+            module = nn.Sequential(*stages)
+    module.training = norm.training
+    return module
