@@ -257,12 +257,12 @@ std::vector<int64_t> mask_size(const Shape& s, const Tensor& x) {
 }
 at::ScalarType mask_dtype(const Tensor& x) { return x.is_cuda() ? at::kByte : at::kInt; }
 
-// At most a bit per element beside the input: where padding the bits would cost more, they are redrawn, and the mask is
-// empty: its second size is 0, so that its rank does not hang on the batch. (The fake kernel in _operators.py repeats
-// this rule; opcheck compares them. It does not ask for R % 32 == 0: a compiled graph would be pinned to batch sizes.)
+// About a bit per element beside the input: where padding the channels of a row to whole words would cost much more,
+// the bits are redrawn. The sizes of a mask hang on the batch by arithmetic only, and it is never empty for some
+// batches: a compiled graph would be pinned to the others. (The fake kernel in _operators.py repeats this; opcheck
+// compares them.)
 bool worth_saving(const Shape& s, const Tensor& x) {
-  if (x.is_cuda()) return s.rows() >= 512;
-  return s.channels_last ? s.C % 32 == 0 || s.C >= 512 : piece_layout(s).length >= 512;
+  return x.is_cuda() || !s.channels_last || s.C % 32 == 0 || s.C >= 512;
 }
 
 Tensor check_residual(const OptionalTensor& residual, const Tensor& x, bool channels_last) {
@@ -323,12 +323,9 @@ Forward check_forward(const Tensor& input, const OptionalTensor& weight, const O
   q.invstd = vectors(true);
   q.stat_var = vectors(true);
   q.stat_mean = vectors(eval_matched_stats && q.training && q.chain.before_has(Stage::drop));
-  std::vector<int64_t> mask = {0};
-  if (save_mask && q.groups == 1 && (q.chain.saves_pass() || q.chain.saves_keep())) {
-    mask = mask_size(q.shape, q.x);
-    if (!worth_saving(q.shape, q.x)) mask[1] = 0;
-  }
-  q.mask = at::empty(mask, q.x.options().dtype(mask_dtype(q.x)));
+  const bool saves =
+      save_mask && q.groups == 1 && (q.chain.saves_pass() || q.chain.saves_keep()) && worth_saving(q.shape, q.x);
+  q.mask = at::empty(saves ? mask_size(q.shape, q.x) : std::vector<int64_t>{0}, q.x.options().dtype(mask_dtype(q.x)));
   return q;
 }
 

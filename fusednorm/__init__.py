@@ -11,6 +11,7 @@ except ImportError:
         raise
 else:
     from . import analysis, functional, recalibration, reference
+    from .checkpoints import keep_act_keys
     from .functional import noise
     from .modules import (
         FusedBatchNorm1d,
@@ -38,6 +39,7 @@ else:
         "analysis",
         "at_alpha",
         "functional",
+        "keep_act_keys",
         "noise",
         "recalibrate",
         "recalibration",

@@ -74,8 +74,19 @@ def _ends_with_add(settings):
     return settings[2].endswith("-add")
 
 
+def _apply(function, *args):
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    # Function.apply looks for what is left of transforms in every argument; where they are active, nothing comes here.
+    return super(torch.autograd.Function, function).apply(*args)
+
+
 def _requires_grad(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # a loop, as a generator costs a microsecond
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def run(
@@ -109,7 +120,7 @@ def run(
         output, mean, var = _plain.exact(tensors, training, chain, eval_matched_stats)
     else:
         if _requires_grad(input, weight, bias, residual, act_weight):
-            results = _BatchNormActDrop.apply(*tensors, (training, *chain), eval_matched_stats)
+            results = _apply(_BatchNormActDrop, *tensors, (training, *chain), eval_matched_stats)
         else:
             results = _operators.forward(*tensors, training, *chain, eval_matched_stats, False)
         output, mean, _, var, clean_mean, _ = results
@@ -147,5 +158,5 @@ def run_dropout(input, p, noise, granularity, seed):
         m = _operators.noise(seed, input.shape, p, noise, granularity, _operators.opmath(input))
         return (reference.in_opmath(input) * m).to(input.dtype)
     if _requires_grad(input):
-        return _Dropout.apply(input, seed, p, noise, granularity)
+        return _apply(_Dropout, input, seed, p, noise, granularity)
     return _operators.dropout(input, seed, p, noise, granularity)

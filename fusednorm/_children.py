@@ -8,7 +8,7 @@ import contextlib
 
 import torch
 from torch import nn
-from torch.nn.modules import module as _module
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional, reference
 from .noises import DropPath, GaussianDropout, UniformDropout
@@ -60,6 +60,7 @@ _DROPS = {
     noise: (lambda m: (m.kind, m.strength, m.granularity), _ANY_RANK)
     for noise in (UniformDropout, GaussianDropout, DropPath)
 }
+_UNKNOWN = (None, ())
 NO_ACT = ("identity", ())
 NO_NOISE = ("bernoulli", 0.0, "element")
 
@@ -92,17 +93,14 @@ def make_drop(drop):
 
 
 def _is_plain(child):
+    own = child.__dict__
     return not (
-        child._forward_hooks
-        or child._forward_pre_hooks
-        or child._backward_hooks
-        or child._backward_pre_hooks
-        or "forward" in child.__dict__
-        # Profilers and trackers watch every module of a model by these.
-        or _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or _has_any_global_hook()  # profilers and trackers watch every module of a model by these
     )
 
 
@@ -123,7 +121,7 @@ def read_drop(drop, rank):
 
 
 def _known_noise(drop, rank):
-    read, ranks = _DROPS.get(type(drop), (None, ()))
+    read, ranks = _DROPS.get(type(drop), _UNKNOWN)
     if rank not in ranks:
         return None
     kind, strength, granularity = read(drop)

@@ -134,15 +134,14 @@ def _(
     size, on_cuda = (0,), input.device.type == "cuda"
     if save_mask and not ghosts and _saves_bits(chain):
         last = C != 1 and (S == 1 or (not output.is_contiguous() and _is_channels_last(output)))
-        # By arithmetic, not by comparison: a compiled graph would be pinned to batches on one side of 512 rows.
         if on_cuda:
-            calls, worth = (N * S + 7) // 8, torch.sym_min(N * S // 512, 1)
-            size = (calls, C * worth, 1) if last else (C, calls * worth)
-        elif last:
-            size = (N, S if C % 32 == 0 or C >= 512 else 0, (C + 31) // 32)
-        else:
+            calls = (N * S + 7) // 8
+            size = (calls, C, 1) if last else (C, calls)
+        elif not last:
             pieces, length = (N, S) if S >= 512 and N > 1 and C > 1 else (1, N * S)
-            size = (C, pieces * ((length + 31) // 32) * torch.sym_min(length // 512, 1))
+            size = (C, pieces * ((length + 31) // 32))
+        elif C % 32 == 0 or C >= 512:
+            size = (N, S, (C + 31) // 32)
     mask = input.new_empty(size, dtype=torch.uint8 if on_cuda else torch.int32)
     return output, vector, torch.empty_like(vector), torch.empty_like(vector), stat_mean, mask
 

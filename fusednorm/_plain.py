@@ -13,12 +13,13 @@ from ._operators import Chain
 
 REASONS = {
     "export": "an exported program (torch.export, ONNX, AOTInductor) runs where fusednorm is not",
-    "trace": "and so does a traced one (torch.jit.trace)",
+    "trace": "and so does a traced one (torch.jit.trace, make_fx)",
     "transform": "torch.func's transforms differentiate and batch each operation by rules of torch's own",
     "forward mode": "tangents pass through torch's operations only",
     "compiled evaluation": "without noise the compiler fuses the stages with their neighbours, which is faster",
     "double backward": "a gradient that is differentiated again has to be a graph, from the input on",
 }
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 _LEAVING = ("export", "trace", "compiled evaluation")
 
 
@@ -38,7 +39,7 @@ def why_plain(training=True, draws=True, backward_of=()):
         return "transform"
     if compiling:
         return None if training or draws or backward_of else "compiled evaluation"
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() or torch._C._get_dispatch_mode(_PROXY) is not None:
         return "trace"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward mode"

@@ -1,10 +1,13 @@
 """The way back: a fused layer as stock modules, and small ones in plain torch for what stock has none for."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from . import _plain, reference
+from .functional import ghost_batches
 from .noises import _Noise
 
 
@@ -45,15 +48,18 @@ class Stages(nn.Module):
 
     Args:
         norm, act, drop: modules; the last two may be None.
-        order, ghost_batch_size, eval_matched_stats: as in :class:`fusednorm.FusedBatchNorm1d`.
+        order, ghost_batch_size, even_ghost_batches, eval_matched_stats: as in :class:`fusednorm.FusedBatchNorm1d`.
 
     Shape: that of `norm`; a residual is what `+` takes.
     """
 
-    def __init__(self, norm, act, drop, order, ghost_batch_size=None, eval_matched_stats=False):
+    def __init__(
+        self, norm, act, drop, order, ghost_batch_size=None, even_ghost_batches=False, eval_matched_stats=False
+    ):
         super().__init__()
         self.norm, self.act, self.drop, self.order = norm, act, drop, order
-        self.ghost_batch_size, self.eval_matched_stats = ghost_batch_size, eval_matched_stats
+        self.ghost_batch_size, self.even_ghost_batches = ghost_batch_size, even_ghost_batches
+        self.eval_matched_stats = eval_matched_stats
 
     def forward(self, input, residual=None):
         before, after = reference.parse_order(self.order)
@@ -64,7 +70,8 @@ class Stages(nn.Module):
         return v
 
     def _normalise(self, input, before):
-        groups = self.ghost_batch_size if self.norm.training else None
+        cut = input.size(0), self.ghost_batch_size, self.even_ghost_batches, math.prod(input.shape[2:])
+        groups = ghost_batches(*cut) if self.norm.training else None
         u = self._prologue(input, before, noise=True)
         if not (self.eval_matched_stats and self.norm.training and self.drop is not None and self.drop.training):
             return _joined([self.norm(group) for group in reference.ghosts(u, groups)])
@@ -94,13 +101,13 @@ def torch_noise(noise):
     return TorchNoise(noise.kind, noise.strength, noise.granularity).train(noise.training)
 
 
-def unfused(norm, act, drop, order, ghost_batch_size, eval_matched_stats):
+def unfused(norm, act, drop, order, ghost_batch_size, even_ghost_batches, eval_matched_stats):
     """`nn.Sequential` of the modules where that says it all, else :class:`Stages`."""
     drop = torch_noise(drop) if isinstance(drop, _Noise) else drop
     children = {"norm": norm, "act": act, "drop": drop}
     names = order.split("-")
     if "add" in names or ghost_batch_size or eval_matched_stats:
-        module = Stages(norm, act, drop, order, ghost_batch_size, eval_matched_stats)
+        module = Stages(norm, act, drop, order, ghost_batch_size, even_ghost_batches, eval_matched_stats)
     else:
         stages = [children[name] for name in names if children[name] is not None]
         ahead = stages[: stages.index(norm)]

@@ -56,6 +56,28 @@ def check_ghost_batch_size(size: Any) -> int | None:
     return int(size)
 
 
+def ghost_batches(batch: int, size: int | None, even: bool = False, values: int = 1) -> int:
+    """How many samples a group holds of a batch cut into groups of at most `size`; 0 for the whole batch.
+
+    `even` cuts as `x.chunk(ceil(batch / size))` does, into groups of nearly equal size (TabNet). Where the last group
+    would be left with one value per channel, of which there is no variance, the nearest size is taken that leaves more.
+
+    Args:
+        batch: samples.
+        size: of a group, None or 0 for no groups.
+        even: see above.
+        values: per channel and sample, the product of the spatial sizes.
+    """
+    if not size or size >= batch:
+        return 0
+    evenly = -(-batch // -(-batch // size))
+    if even:
+        size = evenly
+    if values > 1 or batch % size != 1:
+        return size
+    return next(s for s in (evenly, *range(size, 1, -1), *range(size + 1, batch + 1)) if batch % s != 1)
+
+
 def leaf_of_graph(module: nn.Module, input: Any, residual: Any = None, seed: Any = None) -> Any:
     """A call of `module` in the graph that torch.fx is tracing: like torch's own layers, it is not looked into."""
     arguments = (input,) if residual is None else (input, residual)
@@ -99,6 +121,7 @@ def batch_norm_act_drop(
     order: str = DEFAULT_ORDER,
     residual: Tensor | None = None,
     ghost_batch_size: int | None = None,
+    even_ghost_batches: bool = False,
     eval_matched_stats: bool = False,
     seed: int | Tensor | None = None,
 ) -> Tensor:
@@ -125,6 +148,8 @@ def batch_norm_act_drop(
             dtype is added as `+` adds it, with its result's shape and dtype, and ends what is fused.
         ghost_batch_size: when training, take statistics over so many samples at a time (the last group may be smaller),
             and update the running ones group by group (Hoffer et al. 2017). None: the whole batch.
+        even_ghost_batches: cut the batch into groups of nearly equal size, as `input.chunk` does (TabNet, Arik &
+            Pfister 2019), and not into full ones and a rest. A rest of a single value is avoided in either case.
         eval_matched_stats: in an order with "drop" before "norm", let the running statistics learn those of the values
             without the noise, which are what evaluation sees. The output while training is the same. In other orders
             it changes nothing.
@@ -147,6 +172,9 @@ def batch_norm_act_drop(
             raise ValueError(f"{'p' if stage == 'drop' else stage}: given, but order {order!r} has no {stage!r}")
     act_weight, parameters = (parameters[0], ()) if name == "prelu" else (None, parameters)
     live = training if drop_training is None else drop_training
+    groups = ghost_batch_size and ghost_batches(
+        input.size(0), ghost_batch_size, even_ghost_batches, math.prod(input.shape[2:])
+    )
     return apply(
         input,
         running_mean,
@@ -156,7 +184,7 @@ def batch_norm_act_drop(
         bias,
         training,
         momentum,
-        Chain(eps, order, name, parameters, noise, p if live else 0.0, granularity, ghost_batch_size or 0),
+        Chain(eps, order, name, parameters, noise, p if live else 0.0, granularity, groups or 0),
         seed,
         residual,
         act_weight,
@@ -184,7 +212,8 @@ def apply(
     Running statistics, where given, are updated if `training`; with `num_batches_tracked` that is incremented (once for
     each ghost batch) and `momentum` may be None.
     """
-    _check_residual(input, residual, chain.order)
+    if residual is not None or "add" in chain.order:
+        _check_residual(input, residual, chain.order)
     if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
         head, tail = _split_at_addition(chain)
         seed = _seed_of(chain, seed, input)

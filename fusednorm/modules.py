@@ -5,6 +5,7 @@ people do to a stock `nn.Dropout` (schedules on `p`, `m.eval(); m.drop.train()`)
 does not know exactly (subclasses, hooks, parametrisations) are called; what stands between them and the norm is fused.
 """
 
+import math
 import sys
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
@@ -28,6 +29,7 @@ class _FusedBatchNorm(_BatchNorm):
     drop: nn.Module | None
     order: str
     ghost_batch_size: int | None
+    even_ghost_batches = False
     eval_matched_stats: bool
     frozen = False  # see freeze()
     # Whether the last to set the children's modes was the train() of a model that this layer is a part of.
@@ -47,6 +49,7 @@ class _FusedBatchNorm(_BatchNorm):
         drop: Drop = None,
         order: str = functional.DEFAULT_ORDER,
         ghost_batch_size: int | None = None,
+        even_ghost_batches: bool = False,
         eval_matched_stats: bool = False,
         **newer: Any,  # keywords that only a newer torch has (bias=, since 2.13)
     ) -> None:
@@ -65,6 +68,7 @@ class _FusedBatchNorm(_BatchNorm):
         self.drop = drop
         self.order = order
         self.ghost_batch_size = ghost_batch_size
+        self.even_ghost_batches = even_ghost_batches
         self.eval_matched_stats = eval_matched_stats
 
     if TYPE_CHECKING:
@@ -89,6 +93,7 @@ class _FusedBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         ghost = f", ghost_batch_size={self.ghost_batch_size}" if self.ghost_batch_size else ""
+        ghost += ", even_ghost_batches=True" if self.even_ghost_batches else ""
         matched = ", eval_matched_stats=True" if self.eval_matched_stats else ""
         frozen = ", frozen=True" if self.frozen else ""
         return f"{super().extra_repr()}, order={self.order!r}{ghost}{matched}{frozen}"
@@ -145,6 +150,7 @@ class _FusedBatchNorm(_BatchNorm):
         order: str = functional.DEFAULT_ORDER,
         *,
         ghost_batch_size: int | None = None,
+        even_ghost_batches: bool = False,
         eval_matched_stats: bool = False,
     ) -> Self:
         """The fused layer of an existing BatchNorm and the modules around it.
@@ -155,13 +161,17 @@ class _FusedBatchNorm(_BatchNorm):
         Args:
             bn: an instance of the torch class that this class extends, or, for a lazy class, of the lazy one.
             act, drop, order: as in the constructor; typically the modules that stood around `bn`.
-            ghost_batch_size, eval_matched_stats: as in the constructor.
+            ghost_batch_size, even_ghost_batches, eval_matched_stats: as in the constructor.
 
         Raises:
             TypeError: `bn` is of another class (or a subclass with behaviour of its own, as SyncBatchNorm).
             ValueError: `bn` has hooks that would see something else than they do now.
         """
-        options = {"ghost_batch_size": ghost_batch_size, "eval_matched_stats": eval_matched_stats}
+        options: dict[str, Any] = {
+            "ghost_batch_size": ghost_batch_size,
+            "even_ghost_batches": even_ghost_batches,
+            "eval_matched_stats": eval_matched_stats,
+        }
         return cls(0, affine=False, track_running_stats=False, order=order, **options)._adopt(bn, act, drop)
 
     def _adopt(self, bn: nn.Module, act: Act, drop: Drop) -> Self:
@@ -221,13 +231,13 @@ class _FusedBatchNorm(_BatchNorm):
         self._check_hooks(self)
         stock = self._torch_class or AnyBatchNorm
         norm = stock.__new__(stock)
-        beside = {"order", "ghost_batch_size", "eval_matched_stats", "frozen", "_led", "act", "drop"}
+        beside = {*_OPTIONS, "frozen", "_led", "act", "drop"}
         norm.__dict__.update(
             {n: v.copy() if n in _CONTAINERS else v for n, v in self.__dict__.items() if n not in beside}
         )
         for name in ("act", "drop"):
             norm._modules.pop(name, None)
-        return unfused(norm, self.act, self.drop, self.order, self.ghost_batch_size, self.eval_matched_stats)
+        return unfused(norm, self.act, self.drop, **{name: getattr(self, name) for name in _OPTIONS})
 
     def __prepare_scriptable__(self) -> nn.Module:  # torch.jit.script asks
         return self.to_torch()
@@ -251,10 +261,13 @@ class _FusedBatchNorm(_BatchNorm):
         if (residual is not None) != ("add" in after):
             expected = "a tensor" if "add" in after else "None"
             raise ValueError(f"residual: expected {expected} for order {self.order!r}")
-        for name, child in (("act", self.act), ("drop", self.drop)):
-            if child is not None and name not in self.order:
-                raise self._no_place(name)
-        act, drop = _children.read_act(self.act), _children.read_drop(self.drop, input.dim())
+        children = self._modules  # as in _tensor
+        act, drop = children.get("act"), children.get("drop")
+        if act is not None and "act" not in self.order:
+            raise self._no_place("act")
+        if drop is not None and "drop" not in self.order:
+            raise self._no_place("drop")
+        act, drop = _children.read_act(act), _children.read_drop(drop, input.dim())
         if act is None or drop is None:
             return self._call_children(input, residual, seed, before, after, act, drop)
         return self._fused(input, residual, seed, self.order, act, drop, self.eval_matched_stats)
@@ -265,26 +278,33 @@ class _FusedBatchNorm(_BatchNorm):
         name, parameters = act
         act_weight, parameters = (parameters[0], ()) if name == "prelu" else (None, parameters)
         kind, p, granularity = drop
+        mean, var, count = (self._tensor(self._buffers, name) for name in _STATISTICS)
         track = self.training and self.track_running_stats and update
-        training = self.training or (self.running_mean is None and self.running_var is None)
+        training = self.training or (mean is None and var is None)
         use_running = not training or track
+        size = self.ghost_batch_size
+        groups = size and functional.ghost_batches(
+            input.size(0), size, self.even_ghost_batches, math.prod(input.shape[2:])
+        )
         return functional.apply(
             input,
-            self.running_mean if use_running else None,
-            self.running_var if use_running else None,
-            self.num_batches_tracked if track else None,
-            self.weight,
-            self.bias,
+            mean if use_running else None,
+            var if use_running else None,
+            count if track else None,
+            self._tensor(self._parameters, "weight"),
+            self._tensor(self._parameters, "bias"),
             training,
-            0.0 if self.momentum is None and self.num_batches_tracked is None else self.momentum,  # as torch has it
-            functional.Chain(
-                self.__dict__["eps"], order, name, parameters, kind, p, granularity, self.ghost_batch_size or 0
-            ),
+            0.0 if self.momentum is None and count is None else self.momentum,  # as torch has it
+            functional.Chain(self.__dict__["eps"], order, name, parameters, kind, p, granularity, groups or 0),
             seed,
             residual,
             act_weight,
             matched,
         )
+
+    def _tensor(self, among: Any, name: str) -> Any:
+        # Straight from where it usually is: nn.Module.__getattr__ costs a small layer more than its kernels.
+        return among[name] if name in among else getattr(self, name)
 
     def _call_children(
         self, input: Any, residual: Any, seed: Any, before: Any, after: Any, act: Any, drop: Any
@@ -339,6 +359,8 @@ class _FusedBatchNorm(_BatchNorm):
         return ValueError(f"{stage}: expected None, as order {self.order!r} has no {stage!r}")
 
 
+_OPTIONS = ("order", "ghost_batch_size", "even_ghost_batches", "eval_matched_stats")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # What an nn.Module keeps in dictionaries of its own.
 _CONTAINERS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
 
@@ -357,6 +379,8 @@ class FusedBatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
             forward; joined by "-". "act-norm-drop" is the IC layer of Chen et al. (arXiv 1905.05928) after a ReLU.
         ghost_batch_size: statistics are taken over so many samples at a time, as by a BatchNorm called chunk by chunk
             (Hoffer et al. 2017); None: over the whole batch.
+        even_ghost_batches: cut the batch into groups of nearly equal size, as `x.chunk` does (TabNet), and not into
+            full ones and a rest. A rest of a single value is avoided in either case.
         eval_matched_stats: in an order with "drop" before "norm", the running statistics learn the values without the
             noise, which are what evaluation sees: no variance shift (Li et al., arXiv 1801.05134) in this layer.
 
@@ -397,13 +421,19 @@ class _LazyFusedBatchNorm(_LazyNormBase, _FusedBatchNorm):
         drop: Drop = None,
         order: str = functional.DEFAULT_ORDER,
         ghost_batch_size: int | None = None,
+        even_ghost_batches: bool = False,
         eval_matched_stats: bool = False,
         **newer: Any,
     ) -> None:
         if isinstance(act, str) and act == "prelu":  # torch's lazy constructor hands no keywords on
             act = nn.PReLU(device=device, dtype=dtype)
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype, **newer)
-        options = {"order": order, "ghost_batch_size": ghost_batch_size, "eval_matched_stats": eval_matched_stats}
+        options: dict[str, Any] = {
+            "order": order,
+            "ghost_batch_size": ghost_batch_size,
+            "even_ghost_batches": even_ghost_batches,
+            "eval_matched_stats": eval_matched_stats,
+        }
         checked = _FusedBatchNorm(0, affine=False, track_running_stats=False, act=act, drop=drop, **options)
         for name in options:
             setattr(self, name, getattr(checked, name))

@@ -246,3 +246,74 @@ class TestAutocast:
         x = torch.randn(10, 8, dtype=dtype)
         with torch.autocast(DEVICE.type, torch.bfloat16):
             assert ours(x).dtype == theirs(x).dtype == dtype
+
+
+class TestGraphs:
+    """What is compiled, and how often."""
+
+    def test_batches_around_512_rows(self):
+        """Two graphs for any batch, as the stock layers; whether bits are saved is no reason for a third."""
+        counts = []
+        for layer in (
+            fusednorm.FusedBatchNorm2d(8, act="relu", drop=0.3),
+            nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3)),
+        ):
+            torch._dynamo.reset()
+            counter = CompileCounterWithBackend("aot_eager")
+            compiled = torch.compile(layer, fullgraph=True, backend=counter)
+            for batch in (3, 5, 9, 40, 130, 7):
+                x = torch.randn(batch, 8, 5, 5, requires_grad=True)
+                compiled(x).sum().backward()
+                assert torch.isfinite(x.grad).all()
+            counts.append(counter.frame_count)
+        assert counts[0] <= counts[1] == 2
+
+    def test_residual_of_a_dynamic_batch(self):
+        layer, twin = (fusednorm.FusedBatchNorm2d(4, act="relu", order="norm-add-act") for _ in range(2))
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(layer, fullgraph=True, backend=counter)
+        for batch in (3, 5, 40, 130, 7):
+            x, r = torch.randn(batch, 4, 5, 5, requires_grad=True), torch.randn(batch, 4, 5, 5, requires_grad=True)
+            got = torch.autograd.grad(compiled(x, r).pow(3).sum(), (x, r))
+            for a, b in zip(got, torch.autograd.grad(twin(x, r).pow(3).sum(), (x, r)), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert counter.frame_count == 2
+
+    def test_evaluation_is_plain_torch(self):
+        """So that the compiler fuses it with its neighbours; with live noise it stays our operator, and our noise."""
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph.code)
+            return graph
+
+        net = Net().eval()
+        compiled = torch.compile(net, backend=backend)
+        x = torch.randn(4, 3, 6, 6)
+        torch.testing.assert_close(compiled(x)[0], net(x)[0])
+        assert "fusednorm" not in graphs[-1]
+        net.layer.drop.train()
+        torch.manual_seed(2)
+        y = compiled(x)[0]
+        torch.manual_seed(2)
+        assert torch.equal(y == 0, net(x)[0] == 0)
+        assert "fusednorm" in graphs[-1]
+
+    def test_cache_of_training_graphs(self):
+        """AOTAutograd's cache takes no custom autograd Function unless told to; stock and ours differ in that alone."""
+        from torch._dynamo.utils import counters
+
+        config = torch._functorch.config
+        found = []
+        for allowed in (False, True):
+            with config.patch(
+                {"enable_autograd_cache": True, "autograd_cache_allow_custom_autograd_functions": allowed}
+            ):
+                for _ in range(2):
+                    torch._dynamo.reset()
+                    counters.clear()
+                    layer = fusednorm.FusedBatchNorm1d(6, act="relu", drop=0.3)
+                    torch.compile(layer, backend="inductor")(torch.randn(9, 6, requires_grad=True)).sum().backward()
+                    found.append(dict(counters["aot_autograd"]))
+        assert found[1].get("autograd_cache_bypass", 0) == 1
+        assert found[3].get("autograd_cache_hit", 0) + found[3].get("autograd_cache_miss", 0) == 1

@@ -266,7 +266,7 @@ def test_ghost_batches_equal_chunks(size, momentum):
 
 def test_a_ghost_batch_of_one_value_raises():
     with pytest.raises(ValueError, match="ghost_batch_size: expected more than 1 value per channel"):
-        functional.batch_norm_act_drop(torch.randn(9, 3), None, None, training=True, ghost_batch_size=4)
+        functional.batch_norm_act_drop(torch.randn(9, 3), None, None, training=True, ghost_batch_size=1)
 
 
 # ---- statistics for evaluation ---------------------------------------------------------------------------------------
