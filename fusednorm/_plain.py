@@ -39,10 +39,10 @@ def why_plain(training=True, draws=True, backward_of=()):
         return "transform"
     if compiling:
         return None if training or draws or backward_of else "compiled evaluation"
+    if torch.autograd.forward_ad._current_level >= 0:  # before the next, as torch.func.linearize traces it
+        return "forward mode"
     if torch.jit.is_tracing() or torch._C._get_dispatch_mode(_PROXY) is not None:
         return "trace"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward mode"
     if backward_of and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in backward_of):
         return "double backward"
     return None
