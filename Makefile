@@ -5,6 +5,10 @@ VENV   = .venv
 PYTHON = python3
 ARGS   =
 QUICK  =
+SECONDS  = 60
+SEED     =
+CASES    =
+SANITIZE =
 # `make cuda` has an environment and a library of its own, so that the ones above stay for the CPU.
 CUDA_TORCH = torch==2.11.0
 CUDA_VENV  = $(if $(VENV),.venv-cuda)
@@ -29,9 +33,9 @@ say  = @echo "==> $(1)"
 need = @$(PY) -c "import sys, importlib.util as u; no = [m for m in '$(1)'.split() if not u.find_spec(m)]; \
 	no and sys.exit('$(PY) lacks ' + ', '.join(no) + ': install that, or leave VENV at its default.')"
 
-.PHONY: help demo test bench gpu build cuda cuda-library lint format clean interpreter
+.PHONY: help demo test fuzz sanitized bench gpu build cuda cuda-library lint format clean interpreter
 help:
-	@echo "make demo | test | bench [QUICK=1] | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
+	@echo "make demo | test | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1] | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
 
 demo: build
 	$(call say,Running the demo)
@@ -41,6 +45,23 @@ test: build
 	$(call need,pytest)
 	$(call say,Running the tests)
 	@$(PY) -m pytest -q tests $(ARGS)
+
+# Random calls against the reference; with SANITIZE=1 under AddressSanitizer and UndefinedBehaviorSanitizer.
+FUZZ := tests/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(CASES),--cases $(CASES))
+fuzz: $(if $(filter-out 0,$(SANITIZE)),sanitized,build)
+	$(call say,Random calls for $(SECONDS) seconds)
+ifneq ($(filter-out 0,$(SANITIZE)),)
+	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitized $(PY) $(FUZZ)
+else
+	@$(PY) $(FUZZ)
+endif
+
+# A package of its own in build/sanitized, compiled again only when a source has changed.
+sanitized: $(TOOLS)
+	$(call say,Compiling the operators with sanitizers (some minutes the first time))
+	@FUSEDNORM_CUDA=0 FUSEDNORM_SANITIZE=1 $(PY) setup.py --quiet build \
+		--build-lib build/sanitized --build-temp build/sanitized-objects >/dev/null
 
 bench: build
 	$(call say,Running the benchmarks)

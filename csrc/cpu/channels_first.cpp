@@ -280,7 +280,7 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
     if (&pass == &plan || !plan.once) to.residual = target(p.grad_residual, b.grad_residual);
     if (p.grad_act_weight) to.act_weight = &weight_sums[at.c * tiles + at.tile];
     to.a = &coefficients.a[at.c];
-    to.b = &coefficients.b[at.c];
+    to.b = call.training ? &coefficients.b[at.c] : nullptr;
     to.c = &coefficients.c[at.c];
     return to;
   };

@@ -217,7 +217,7 @@ void backward_channels_last(const Call& call, const BackwardPointers<T>& p) {
     if (&pass == &plan || !plan.once) to.residual = at(p.grad_residual, t);
     if (p.grad_act_weight) to.act_weight = weight_sums.data() + chunk * padded(C) + t.column;
     to.a = a.data() + t.column;
-    to.b = b.data() + t.column;
+    to.b = call.training ? b.data() + t.column : nullptr;
     to.c = c_.data() + t.column;
     return to;
   };

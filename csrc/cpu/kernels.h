@@ -72,7 +72,7 @@ struct Backward {
   T* dx;               // [rows, lddx]
   int64_t lddx;
   const A* a;  // per-channel: dx = a*dz + b*(x - mean) + c
-  const A* b;
+  const A* b;  // null: 0, with running statistics, so that an infinite x has no say
   const A* c;
 };
 

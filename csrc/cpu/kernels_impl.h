@@ -245,7 +245,8 @@ FN_INLINE void input_gradient_rows(const Backward<T>& q) {
   using A = opmath_t<T>;
   using V = Vec<A>;
   const LocalGradient<T, Activation, span, keep_is_saved> local(q);
-  const PerChannel<span, A> a(q.a), b(q.b), c(q.c);
+  const bool depends_on_x = q.b != nullptr;
+  const PerChannel<span, A> a(q.a), b(depends_on_x ? q.b : q.a), c(q.c);
   for (int64_t row = 0; row < q.rows; ++row) {
     const uint32_t* bits = q.keep ? q.keep + row * q.ldkeep : nullptr;
     for (int64_t i = 0; i < q.cols; i += kBlock) {
@@ -260,7 +261,9 @@ FN_INLINE void input_gradient_rows(const Backward<T>& q) {
         const int64_t j = i + v * V::width;
         const V xv = V::load(x + v * V::width);
         const V dz = local(j, xv, V::load(g + v * V::width), keep, v);
-        math::apply_input_gradient(dz, xv - local.channel.mean[j], a[j], b[j], c[j]).store(dx + v * V::width);
+        const V result =
+            depends_on_x ? math::apply_input_gradient(dz, xv - local.channel.mean[j], a[j], b[j], c[j]) : a[j] * dz;
+        result.store(dx + v * V::width);
       });
       if (rest < kBlock) copy_out(out, q.dx + row * q.lddx + i, rest);
     }

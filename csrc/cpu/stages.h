@@ -172,7 +172,7 @@ struct Gradients {
   using A = opmath_t<T>;
   View<T> dx, residual;
   double* act_weight;  // [1 or cols] +=
-  const A *a, *b, *c;  // per-channel
+  const A *a, *b, *c;  // per-channel; b as in Backward
 };
 
 template <class T>
