@@ -99,6 +99,7 @@ def fused(module: nn.Module, workload: Workload, p: float, inputs: tuple, grad: 
     module.train()
 
     before, after = fusednorm.reference.parse_order(workload.order)
+    eps = workload.norm.get("eps", 1e-5)
     exact = {"grad_weight": [], "grad_bias": []}
     slack = {"grad_weight": [], "grad_bias": []}
     width = max(1, CHUNK[x.device.type] * workload.channels // workload.numel)
@@ -113,7 +114,7 @@ def fused(module: nn.Module, workload: Workload, p: float, inputs: tuple, grad: 
 
         def reference(x, order, stats=stats, weight=weight, bias=bias, **arguments):
             return fusednorm.reference.batch_norm_act_drop(
-                x, *stats, weight, bias, eps=module.eps, act=workload.act, order=order, **arguments
+                x, *stats, weight, bias, eps=eps, act=workload.act, order=order, **arguments
             )
 
         expected = reference(leaf, workload.order, training=True, residual=residual, noise=noised)
@@ -130,7 +131,7 @@ def fused(module: nn.Module, workload: Workload, p: float, inputs: tuple, grad: 
                 flip = torch.zeros_like(z)
             xhat = (z - _column(bias, z)) / _column(weight, z)
             over = [d for d in range(z.dim()) if d != 1]
-            slack["grad_x"] = flip * _column(weight / (u.var(over, correction=0) + module.eps).sqrt(), z)
+            slack["grad_x"] = flip * _column(weight / (u.var(over, correction=0) + eps).sqrt(), z)
             slack["grad_bias"].append(flip.sum(over))
             slack["grad_weight"].append((flip * xhat.abs()).sum(over))
             still = reference(leaf, workload.order, training=False, residual=residual)

@@ -172,9 +172,9 @@ def batch_norm_act_drop(
             raise ValueError(f"{'p' if stage == 'drop' else stage}: given, but order {order!r} has no {stage!r}")
     act_weight, parameters = (parameters[0], ()) if name == "prelu" else (None, parameters)
     live = training if drop_training is None else drop_training
-    groups = ghost_batch_size and ghost_batches(
-        input.size(0), ghost_batch_size, even_ghost_batches, math.prod(input.shape[2:])
-    )
+    groups = 0
+    if training and ghost_batch_size:
+        groups = ghost_batches(input.size(0), ghost_batch_size, even_ghost_batches, math.prod(input.shape[2:]))
     return apply(
         input,
         running_mean,
@@ -184,7 +184,7 @@ def batch_norm_act_drop(
         bias,
         training,
         momentum,
-        Chain(eps, order, name, parameters, noise, p if live else 0.0, granularity, groups or 0),
+        Chain(eps, order, name, parameters, noise, p if live else 0.0, granularity, groups),
         seed,
         residual,
         act_weight,
@@ -229,7 +229,7 @@ def apply(
         momentum = 1.0 / float(num_batches_tracked) if momentum is None else momentum
         num_batches_tracked = None
     count = last_count = math.prod(input.shape[2:], start=input.shape[0])  # values per channel
-    if training and 0 < chain.ghost_batch_size < input.shape[0]:
+    if training and chain.ghost_batch_size and chain.ghost_batch_size < input.shape[0]:
         samples, values = chain.ghost_batch_size, count // input.shape[0]
         count, last_count = samples * values, (input.shape[0] - 1) % samples * values + values
         if count == 1 or last_count == 1:

@@ -282,10 +282,9 @@ class _FusedBatchNorm(_BatchNorm):
         track = self.training and self.track_running_stats and update
         training = self.training or (mean is None and var is None)
         use_running = not training or track
-        size = self.ghost_batch_size
-        groups = size and functional.ghost_batches(
-            input.size(0), size, self.even_ghost_batches, math.prod(input.shape[2:])
-        )
+        size, groups = self.ghost_batch_size, 0
+        if training and size:  # the batch size of an evaluation is nobody's business: it may be symbolic
+            groups = functional.ghost_batches(input.size(0), size, self.even_ghost_batches, math.prod(input.shape[2:]))
         return functional.apply(
             input,
             mean if use_running else None,
@@ -295,7 +294,7 @@ class _FusedBatchNorm(_BatchNorm):
             self._tensor(self._parameters, "bias"),
             training,
             0.0 if self.momentum is None and count is None else self.momentum,  # as torch has it
-            functional.Chain(self.__dict__["eps"], order, name, parameters, kind, p, granularity, groups or 0),
+            functional.Chain(self.__dict__["eps"], order, name, parameters, kind, p, granularity, groups),
             seed,
             residual,
             act_weight,
