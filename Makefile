@@ -33,9 +33,9 @@ say  = @echo "==> $(1)"
 need = @$(PY) -c "import sys, importlib.util as u; no = [m for m in '$(1)'.split() if not u.find_spec(m)]; \
 	no and sys.exit('$(PY) lacks ' + ', '.join(no) + ': install that, or leave VENV at its default.')"
 
-.PHONY: help demo test fuzz sanitized bench gpu build cuda cuda-library lint format clean interpreter
+.PHONY: help wheel sdist demo test fuzz sanitized bench gpu build cuda cuda-library lint format clean interpreter
 help:
-	@echo "make demo | test | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1] | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
+	@echo "make demo | test | wheel | sdist | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1] | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
 
 demo: build
 	$(call say,Running the demo)
@@ -72,6 +72,14 @@ gpu: $(TOOLS)
 	@[ -n "$(OUT)" ] || { echo "make gpu OUT=dir: name a folder for the results"; exit 1; }
 	$(call say,Testing and measuring on the GPU: minutes)
 	@$(PY) benchmarks/gpu.py --out '$(OUT)' $(ARGS)
+
+# Into dist/, with the torch of the environment: a wheel's name says which. Not in isolation, where pip would fetch another.
+wheel: $(TOOLS)
+	$(call say,Building a wheel)
+	@$(PY) -m build --wheel --no-isolation $(ARGS) .
+sdist: $(TOOLS)
+	$(call say,Building a source distribution)
+	@$(PY) -m build --sdist --no-isolation $(ARGS) .
 
 # The library is also stale when it was built for another torch or Python than the one at hand.
 build: $(TOOLS)

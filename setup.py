@@ -17,6 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 OLDEST_TORCH = (2, 11)
+VERSION = re.search(r'^__version__ = "(.+)"$', Path("fusednorm/__init__.py").read_text(), re.M)[1]
 INSTALL = "python -m pip install --no-build-isolation ."
 # Never -ffast-math: NaN, infinities and the order of additions are part of the contract, and multiply-adds fuse only
 # where the source says so. errno and floating-point traps are not, and without giving them up the plain loops do not
@@ -172,7 +173,24 @@ def extension(name, sources, libraries=()):
 
 
 OPS = sorted({*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")} - {BUILD_INFO})
+
+
+def version():
+    """The package's own, and in anything built from it the torch that it was built for: 0.1.0+torch2.13.0.cpu.
+
+    A wheel runs with that torch alone. Named after it, no cache and no index can hand it to another.
+    """
+    if "sdist" in sys.argv:
+        return VERSION
+    try:
+        from torch.version import __version__ as torch_version  # not all of torch, which takes seconds
+    except ImportError:  # reading the metadata needs none
+        return VERSION
+    return f"{VERSION}+torch{torch_version.replace('+', '.')}"
+
+
 setup(
+    version=version(),
     license="MIT",
     ext_modules=[
         extension("fusednorm._ops", OPS, libraries=["c10", "torch", "torch_cpu"]),

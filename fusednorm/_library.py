@@ -6,7 +6,11 @@ from pathlib import Path
 
 ops_path = Path(__file__).with_name("_ops.so")
 
-BUILD = "python -m pip install --no-build-isolation -e ."
+_CHECKOUT = ops_path.parents[1] / "setup.py"
+# From a checkout, or, where the package stands alone, from the package index. Never from pip's cache: a wheel there was
+# built for another torch.
+_SOURCE = "--force-reinstall --no-deps --no-cache-dir --no-binary=fusednorm fusednorm"
+BUILD = f"python -m pip install --no-build-isolation {f'-e {_CHECKOUT.parent}' if _CHECKOUT.exists() else _SOURCE}"
 
 
 def built_for() -> str | None:
