@@ -33,9 +33,9 @@ say  = @echo "==> $(1)"
 need = @$(PY) -c "import sys, importlib.util as u; no = [m for m in '$(1)'.split() if not u.find_spec(m)]; \
 	no and sys.exit('$(PY) lacks ' + ', '.join(no) + ': install that, or leave VENV at its default.')"
 
-.PHONY: help wheel sdist demo test fuzz sanitized bench gpu build cuda cuda-library lint format clean interpreter
+.PHONY: help wheel sdist packages clean-dist demo test fuzz sanitized bench gpu build cuda cuda-library lint format clean interpreter
 help:
-	@echo "make demo | test | wheel | sdist | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1] | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
+	@echo "make demo | test | wheel | sdist | packages | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1] | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
 
 demo: build
 	$(call say,Running the demo)
@@ -80,6 +80,13 @@ wheel: $(TOOLS)
 sdist: $(TOOLS)
 	$(call say,Building a source distribution)
 	@$(PY) -m build --sdist --no-isolation $(ARGS) .
+
+# Both, installed into fresh environments as users would; the source distribution is compiled there: minutes.
+packages: clean-dist wheel sdist
+	$(call say,Installing the wheel and the source distribution)
+	@$(PY) tests/check_packages.py dist
+clean-dist:
+	@rm -rf dist
 
 # The library is also stale when it was built for another torch or Python than the one at hand.
 build: $(TOOLS)
