@@ -277,7 +277,7 @@ Tensor check_residual(const OptionalTensor& residual, const Tensor& x, bool chan
 }
 Tensor check_act_weight(const OptionalTensor& weight, const Tensor& x) {
   if (!weight.has_value()) return Tensor();
-  return parameter("act_weight", weight->numel() == 1 ? weight->reshape({1}).expand({x.size(1)}) : *weight, x);
+  return parameter("prelu weight", weight->numel() == 1 ? weight->reshape({1}).expand({x.size(1)}) : *weight, x);
 }
 
 // Samples of a group of the batch, and groups.

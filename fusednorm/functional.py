@@ -7,14 +7,17 @@
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _autograd, _operators, _plain, reference
-from ._operators import DEFAULT_ORDER, Chain
+from ._operators import DEFAULT_ORDER as DEFAULT_ORDER  # for modules
+from ._operators import Chain as Chain
+
+Device: TypeAlias = torch.device | str | int | None
 
 # Kind of noise -> the name of its strength, and the largest one.
 NOISES = {"bernoulli": ("dropout probability", 1.0), "uniform": ("beta", 1.0), "gaussian": ("alpha", math.inf)}
@@ -75,7 +78,8 @@ def ghost_batches(batch: int, size: int | None, even: bool = False, values: int 
         size = evenly
     if values > 1 or batch % size != 1:
         return size
-    return next(s for s in (evenly, *range(size, 1, -1), *range(size + 1, batch + 1)) if batch % s != 1)
+    sizes: tuple[int, ...] = (evenly, *range(size, 1, -1), *range(size + 1, batch + 1))
+    return next(s for s in sizes if batch % s != 1)
 
 
 def leaf_of_graph(module: nn.Module, input: Any, residual: Any = None, seed: Any = None) -> Any:
@@ -86,7 +90,7 @@ def leaf_of_graph(module: nn.Module, input: Any, residual: Any = None, seed: Any
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, keywords)
 
 
-def _seed_tensor(seed, device):
+def _seed_tensor(seed: Any, device: torch.device) -> Tensor:
     """An int64 scalar tensor on `device` from an int in [-2^63, 2^64) or such a tensor."""
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
@@ -96,7 +100,7 @@ def _seed_tensor(seed, device):
         if seed.device != device:
             raise ValueError(f"seed: expected a tensor on {device}, but got one on {seed.device}")
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not -(2**63) <= int(seed) < 2**64:
         raise ValueError(f"seed: expected an int of 64 bits or an int64 scalar tensor, but got {seed!r}")
     # full, not tensor: that one would synchronise a device and break a graph capture.
     seed = int(seed)
@@ -170,6 +174,7 @@ def batch_norm_act_drop(
     for stage, given in (("act", act is not None), ("drop", p != 0)):
         if given and stage not in order:
             raise ValueError(f"{'p' if stage == 'drop' else stage}: given, but order {order!r} has no {stage!r}")
+    act_weight: Any  # a tensor or None
     act_weight, parameters = (parameters[0], ()) if name == "prelu" else (None, parameters)
     live = training if drop_training is None else drop_training
     groups = 0
@@ -193,20 +198,20 @@ def batch_norm_act_drop(
 
 
 def apply(
-    input,
-    running_mean,
-    running_var,
-    num_batches_tracked,
-    weight,
-    bias,
-    training,
-    momentum,
-    chain,
-    seed,
-    residual=None,
-    act_weight=None,
-    eval_matched_stats=False,
-):
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    chain: Chain,
+    seed: int | Tensor | None,
+    residual: Tensor | None = None,
+    act_weight: Tensor | None = None,
+    eval_matched_stats: bool = False,
+) -> Tensor:
     """The operator with everything resolved into a :class:`Chain`; what modules call.
 
     Running statistics, where given, are updated if `training`; with `num_batches_tracked` that is incremented (once for
@@ -237,7 +242,7 @@ def apply(
                 f"ghost_batch_size: expected more than 1 value per channel in every group when training, but "
                 f"{samples} of input size {list(input.shape)} leave a group with 1"
             )
-    if (training and count == 1) or chain.eps <= 0 or input.size(1) == 0:
+    if (training and count == 1) or chain.eps <= 0:
         # torch's own checks, with its words: F.batch_norm raises, or has no objection.
         F.batch_norm(input, running_mean, running_var, weight, bias, training, 0.0, chain.eps)
     if not training and (running_mean is None or running_var is None):
@@ -257,12 +262,12 @@ def apply(
     )
 
 
-def _check_residual(input, residual, order):
+def _check_residual(input: Tensor, residual: Any, order: str) -> None:
     adds = "add" in order
     if adds != (residual is not None) or not (residual is None or isinstance(residual, Tensor)):
         got = residual if residual is None else type(residual).__name__
         raise ValueError(f"residual: expected {'a tensor' if adds else 'None'} for order {order!r}, but got {got}")
-    if not adds or residual.shape == input.shape and residual.device == input.device:
+    if residual is None or residual.shape == input.shape and residual.device == input.device:
         return
     if residual.device != input.device:
         raise ValueError(f"residual: expected a tensor on {input.device}, but got one on {residual.device}")
@@ -274,21 +279,23 @@ def _check_residual(input, residual, order):
         )
 
 
-def _split_at_addition(chain):
+def _split_at_addition(chain: Chain) -> tuple[Chain, list[str]]:
     """The chain ahead of "add", and the stages behind it."""
     stages = chain.order.split("-")
     at = stages.index("add")
     return chain._replace(order="-".join(stages[:at])), stages[at + 1 :]
 
 
-def _seed_of(chain, seed, input):
+def _seed_of(chain: Chain, seed: int | Tensor | None, input: Tensor) -> int | Tensor | None:
     """One seed for a chain that runs in two parts."""
     draws = seed is None and chain.draws() and not _plain.leaves_process(_plain.why_plain())
     return _operators.draw_seed(input) if draws else seed
 
 
-def _behind_addition(v, chain, stages, act_weight, seed):
-    def noise(v):
+def _behind_addition(
+    v: Tensor, chain: Chain, stages: list[str], act_weight: Tensor | None, seed: int | Tensor | None
+) -> Tensor:
+    def noise(v: Tensor) -> Tensor:
         return dropout(v, chain.p, noise=chain.noise, granularity=chain.granularity, seed=seed)
 
     return reference.run_stages(stages, v, _plain.act_of(chain, act_weight), noise if chain.drops() else None)
@@ -347,7 +354,7 @@ def noise(
     seed: int | Tensor,
     kind: str = "bernoulli",
     granularity: str = "element",
-    device: torch.device | str | int | None = None,
+    device: Device = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The multiplier m that a layer applies to a tensor of `shape` (N, C, ...) at this seed, broadcast to `shape`.

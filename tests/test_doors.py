@@ -192,6 +192,11 @@ class TestTracing:
         assert "fusednorm::" not in str(traced.inlined_graph)
         torch.testing.assert_close(traced(X[:3]), model(X[:3]))
 
+    def test_jit_trace_is_as_quiet_as_of_stock_layers(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", torch.jit.TracerWarning)
+            torch.jit.trace(net({}), (X,))
+
     def test_jit_trace_in_training(self):
         traced = torch.jit.trace(net({}, training=True), (X,), check_trace=False)
         assert "fusednorm::" not in str(traced.inlined_graph)

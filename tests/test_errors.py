@@ -60,6 +60,14 @@ def test_functional_vectors(name, bad):
         functional.batch_norm_act_drop(torch.randn(N, C, 3), **arguments, training=True)
 
 
+@pytest.mark.parametrize("bad", ["short", "long", "int"])
+def test_functional_prelu_weight(bad):
+    with pytest.raises(REFUSED, match="prelu weight"):
+        functional.batch_norm_act_drop(
+            torch.randn(N, C, 3), None, None, act=("prelu", BAD_VECTORS[bad]()), training=True
+        )
+
+
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 def test_running_statistics_missing(name):
     with pytest.raises(REFUSED, match=name):
