@@ -144,6 +144,9 @@ lint: $(TOOLS)
 	@$(BIN)ruff check .
 	@$(BIN)ruff format --check .
 	@find csrc tests $(CODE) | xargs $(BIN)clang-format --dry-run -Werror
+	$(call say,Checking types)
+	@$(PY) -m mypy
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath "$$($(PY) -c 'import sys; print(sys.executable)')"
 
 format: $(TOOLS)
 	$(call say,Formatting)

@@ -8,6 +8,7 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from . import __version__, _library
 
@@ -39,11 +40,11 @@ def level_line(flags: set[str]) -> str:
     )
 
 
-def has_cuda_kernels(torch) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("fusednorm::forward", "CUDA")
+def has_cuda_kernels(torch: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("fusednorm::forward", "CUDA"))
 
 
-def cuda_line(torch) -> str:
+def cuda_line(torch: Any) -> str:
     """Whether the loaded library has CUDA kernels, for what, and which GPU there is to run them."""
     if not has_cuda_kernels(torch):
         return "no: built for the CPU only" + ("" if torch.version.cuda else ", as this torch is")
@@ -75,7 +76,7 @@ def info() -> int:
     try:
         import torch
     except ImportError:
-        torch = None
+        torch = None  # type: ignore[assignment]
 
     cpu, flags = cpu_facts()
     running = torch.__version__ if torch else "not installed"
@@ -119,7 +120,7 @@ def main() -> int:
     if "run" not in arguments:
         parser.print_help()
         return 0
-    return arguments.run()
+    return int(arguments.run())
 
 
 if __name__ == "__main__":

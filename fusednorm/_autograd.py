@@ -5,6 +5,7 @@ operator, and what is kept for it.
 """
 
 import torch
+from torch import Tensor
 
 from . import _operators, _plain, reference
 from ._operators import Chain
@@ -99,7 +100,7 @@ def run(
     eval_matched_stats,
     count,
     last_count,
-):
+) -> Tensor:
     """The output of a checked call; updates the running statistics, where given, if `training`.
 
     Args:
@@ -111,6 +112,8 @@ def run(
     if _plain.leaves_process(reason):
         return _plain.stock((*tensors, None), num_batches_tracked, training, momentum, chain, eval_matched_stats)
     input, weight, bias, running_mean, running_var, residual, act_weight = tensors
+    if type(input) is not Tensor:
+        seed = _operators.beside(input, seed)
     if not chain.draws():
         seed = None  # the generator stays as it is, as with stock dropout
     elif seed is None:
@@ -145,11 +148,13 @@ class _Dropout(torch.autograd.Function):
         return run_dropout(grad_output, *ctx.chain, *ctx.saved_tensors), None, None, None, None
 
 
-def run_dropout(input, p, noise, granularity, seed):
+def run_dropout(input, p, noise, granularity, seed) -> Tensor:
     """input * m for an input (N, C, ...) of at most five dimensions, and p > 0."""
     reason = _plain.why_plain()
     if _plain.leaves_process(reason):
         return _plain.stock_noise(input, p, noise, granularity)
+    if type(input) is not Tensor:
+        seed = _operators.beside(input, seed)
     if not _operators.is_live(noise, p):
         seed = torch.zeros((), dtype=torch.int64, device=input.device)  # everything is dropped: looked at by nobody
     elif seed is None:

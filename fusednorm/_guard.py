@@ -7,6 +7,9 @@ names the running statistics or the norm that it builds instead. Such a reader g
 
 import re
 import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
 
 import torch
 
@@ -14,10 +17,10 @@ import torch
 _REBUILDS = re.compile(r"running_(mean|var)|\w*(Group|Instance|Layer|Sync|Frozen)\w*Norm\w*")
 
 
-def guarded(name):
+def guarded(name: str) -> Any:
     """A property over the layer's own `name` that a function which rebuilds the layer as something else cannot read."""
 
-    def get(self):
+    def get(self: Any) -> Any:
         try:
             value = self.__dict__[name]
         except KeyError:
@@ -26,13 +29,13 @@ def guarded(name):
             _check_reader(self, name, lost, sys._getframe(1))
         return value
 
-    def set(self, value):
+    def set(self: Any, value: Any) -> None:
         self.__dict__[name] = value
 
     return property(get, set)
 
 
-def _check_reader(layer, name, lost, frame):
+def _check_reader(layer: Any, name: str, lost: str, frame: FrameType) -> None:
     code = frame.f_code
     if frame.f_globals.get("__name__", "").startswith("fusednorm.") or frame.f_locals.get("self") is layer:
         return
@@ -45,7 +48,7 @@ def _check_reader(layer, name, lost, frame):
         )
 
 
-def _strings(constants):
+def _strings(constants: tuple[Any, ...]) -> Iterator[str]:
     for c in constants:
         if isinstance(c, str) and c.isidentifier():
             yield c

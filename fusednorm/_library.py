@@ -19,7 +19,7 @@ def built_for() -> str | None:
         from ._built_for import TORCH
     except ImportError:
         return None
-    return TORCH
+    return str(TORCH)
 
 
 @functools.cache

@@ -7,13 +7,17 @@ has to be complete. A BatchNorm gets its flag apart from the rest.
 
 import contextlib
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .functional import Device
 
-def batch_norms(model):
+
+def batch_norms(model: nn.Module) -> dict[str, Any]:
     """{name: layer} of every BatchNorm in `model` that has running statistics, the fused ones among them.
 
     Raises:
@@ -22,7 +26,7 @@ def batch_norms(model):
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
-    layers = {
+    layers: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
@@ -43,10 +47,12 @@ class Moments:
     The result does not depend on how the values are split into batches, up to the rounding of float64.
     """
 
-    def __init__(self):
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Any = 0.0  # tensors from the first batch on
+        self.squares: Any = 0.0
 
-    def add(self, x):
+    def add(self, x: Tensor) -> None:
         """x: (N, C, ...), any floating dtype."""
         count = x.numel() // max(x.size(1), 1)
         if count == 0:
@@ -58,17 +64,17 @@ class Moments:
         self.squares = self.squares + var * count + delta.square() * (self.count * count / total)
         self.count = total
 
-    def var(self):
+    def var(self) -> Any:
         """(C,) the unbiased variance, as torch keeps it in `running_var`."""
         return self.squares / (self.count - 1)
 
 
-def quotient(new, old):
+def quotient(new: Tensor, old: Tensor) -> Tensor:
     """new / old, and 1 where both are zero: nothing varies there, so nothing has shifted."""
     return torch.where((new == 0) & (old == 0), 1.0, new / old)
 
 
-def normalised(layer, x):
+def normalised(layer: nn.Module, x: Tensor) -> Tensor:
     """What `layer` takes its statistics of: x after the stages that a fused layer's order puts before the norm.
 
     Noise there is drawn anew: the same distribution as in the layer, not the same numbers.
@@ -84,7 +90,9 @@ def normalised(layer, x):
 
 
 @contextlib.contextmanager
-def borrowed(model, layers, watch):
+def borrowed(
+    model: nn.Module, layers: Iterable[nn.Module], watch: Callable[[nn.Module, Tensor], None]
+) -> Iterator[None]:
     """Calls `watch(layer, values)` with what each of `layers` normalises; no gradients, and all flags come back.
 
     Meanwhile no layer updates its running statistics. Hooks do not reach into compiled code, so that runs uncompiled.
@@ -93,7 +101,7 @@ def borrowed(model, layers, watch):
     tracking = [(layer, layer.track_running_stats) for layer in batch_norms(model).values()]
     handles = []
 
-    def hook(layer, args, kwargs):
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watch(layer, normalised(layer, args[0] if args else kwargs["input"]))
 
     with contextlib.ExitStack() as stack:
@@ -114,23 +122,23 @@ def borrowed(model, layers, watch):
             set_flags(flags)
 
 
-def set_flags(flags):
+def set_flags(flags: Iterable[tuple[nn.Module, bool]]) -> None:
     # Not train() and eval(): people override those to keep layers frozen, or to merge weights.
     for module, training in flags:
         module.training = training
 
 
-def check_batches(batches):
+def check_batches(batches: Any) -> None:
     if isinstance(batches, torch.Tensor) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
         raise TypeError(f"batches: expected an iterable of batches, but got {type(batches).__name__}; one batch is [x]")
 
 
-def forward_of(model, forward, device):
+def forward_of(model: nn.Module, forward: Callable[[Any], Any] | None, device: Device) -> Callable[[Any], Any]:
     """The function of a batch that runs the model: `forward` if given, else the model on the batch's first element."""
     if forward is not None:
         return forward
 
-    def call(batch):
+    def call(batch: Any) -> Any:
         if isinstance(batch, (list, tuple)):
             batch = batch[0]
         return model(batch if device is None else batch.to(device))
@@ -138,7 +146,7 @@ def forward_of(model, forward, device):
     return call
 
 
-def shown(batches, description, progress):
+def shown(batches: Iterable[Any], description: str, progress: bool) -> Any:
     """`batches` with a progress bar on standard error, by rich or tqdm; without one where neither is installed."""
     if not progress:
         return batches

@@ -5,18 +5,20 @@ Everything that is said of an operator beside its kernels: what may be traced (f
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import reference
 
-draw_seed = torch.ops.fusednorm.draw_seed.default
-forward = torch.ops.fusednorm.forward.default
-backward = torch.ops.fusednorm.backward.default
-update_stats_ = torch.ops.fusednorm.update_stats_.default
-noise = torch.ops.fusednorm.noise.default
-dropout = torch.ops.fusednorm.dropout.default
+forward: Callable[..., tuple[Tensor, ...]] = torch.ops.fusednorm.forward.default
+backward: Callable[..., tuple[Tensor, ...]] = torch.ops.fusednorm.backward.default
+update_stats_: Callable[..., None] = torch.ops.fusednorm.update_stats_.default
+noise: Callable[..., Tensor] = torch.ops.fusednorm.noise.default
+dropout: Callable[..., Tensor] = torch.ops.fusednorm.dropout.default
+_draw_seed: Callable[[Tensor], Tensor] = torch.ops.fusednorm.draw_seed.default
 
 DEFAULT_ORDER = "norm-act-drop"
 
@@ -27,27 +29,27 @@ class Chain(NamedTuple):
     eps: float
     order: str = DEFAULT_ORDER
     act: str = "identity"
-    act_params: tuple = ()
+    act_params: Sequence[Any] = ()
     noise: str = "bernoulli"
     p: float = 0.0
     granularity: str = "element"
     ghost_batch_size: int = 0
 
-    def drops(self):
+    def drops(self) -> bool:
         """Whether there is noise, or everything is dropped."""
         return self.p > 0 and "drop" in self.order
 
-    def draws(self):
+    def draws(self) -> bool:
         """Whether a seed is needed."""
         return self.drops() and is_live(self.noise, self.p)
 
 
-def is_live(noise, p):
+def is_live(noise: str, p: float) -> bool:
     """Whether noise of that strength draws anything; dropping nothing, and everything, needs no draws."""
     return 0 < p < 1 if noise == "bernoulli" else p > 0
 
 
-def opmath(x):
+def opmath(x: Tensor) -> torch.dtype:
     """The dtype that everything is computed in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -56,12 +58,12 @@ def opmath(x):
 ONE_BIT = ("identity", "relu", "hardtanh", "relu6")
 
 
-def add_precedes_act(chain):
+def add_precedes_act(chain: Chain) -> bool:
     after = reference.parse_order(chain.order)[1]
     return chain.act != "identity" and "add" in after and "act" in after[after.index("add") :]
 
 
-def noise_shape(shape, granularity):
+def noise_shape(shape: Sequence[int], granularity: str) -> list[int]:
     """(N, C, ...) of the multiplier itself, before it is broadcast to `shape`."""
     own = list(shape)
     if granularity != "element":
@@ -71,8 +73,25 @@ def noise_shape(shape, granularity):
     return own
 
 
+# ---- DTensor ---------------------------------------------------------------------------------------------------------
+def beside(input: Tensor, seed: Tensor | None) -> Tensor | None:
+    """`seed` as operators take it beside `input`. With the first DTensor come its rules, which are slow to import."""
+    if type(input).__name__ != "DTensor":
+        return seed
+    from ._sharding import replicated
+
+    return replicated(seed, input)
+
+
+def draw_seed(like: Tensor) -> Tensor:
+    """A seed from the default generator of `like`'s device."""
+    if type(like) is not Tensor:
+        beside(like, None)
+    return _draw_seed(like)
+
+
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
-def _is_channels_last(x):
+def _is_channels_last(x: Tensor) -> bool:
     expected, ok = 1, True
     for d in (1, *range(x.dim() - 1, 1, -1), 0):
         ok = ok and (x.size(d) == 1 or x.stride(d) == expected)
@@ -80,7 +99,7 @@ def _is_channels_last(x):
     return ok
 
 
-def _check_devices(like, *tensors):
+def _check_devices(like: Tensor, *tensors: Tensor | None) -> None:
     # With one meta tensor among its arguments an operator call comes here, whatever the others are.
     for t in tensors:
         if t is not None and t.device != like.device:
@@ -88,11 +107,11 @@ def _check_devices(like, *tensors):
 
 
 @torch.library.register_fake("fusednorm::draw_seed")
-def _(like):
+def _(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.int64)
 
 
-def _saves_bits(chain):
+def _saves_bits(chain: Chain) -> bool:
     # Twin of saves_pass and saves_keep in csrc/call.h.
     if add_precedes_act(chain) and chain.act in ONE_BIT:
         return True
@@ -101,26 +120,26 @@ def _saves_bits(chain):
 
 @torch.library.register_fake("fusednorm::forward")
 def _(
-    input,
-    weight,
-    bias,
-    running_mean,
-    running_var,
-    residual,
-    act_weight,
-    seed,
-    training,
-    eps,
-    order,
-    act,
-    act_params,
-    noise,
-    p,
-    granularity,
-    ghost_batch_size,
-    eval_matched_stats,
-    save_mask,
-):
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    act_weight: Tensor | None,
+    seed: Tensor | None,
+    training: bool,
+    eps: float,
+    order: str,
+    act: str,
+    act_params: list[float],
+    noise: str,
+    p: float,
+    granularity: str,
+    ghost_batch_size: int,
+    eval_matched_stats: bool,
+    save_mask: bool,
+) -> tuple[Tensor, ...]:
     # Twin of check_forward in csrc/ops.cpp, which says why.
     _check_devices(input, weight, bias, running_mean, running_var, residual, act_weight, seed)
     chain = Chain(eps, order, act, act_params, noise, p, granularity, ghost_batch_size)
@@ -131,6 +150,7 @@ def _(
     vector = input.new_empty(shape, dtype=opmath(input))
     clean = eval_matched_stats and training and p > 0 and "drop" in reference.parse_order(order)[0]
     stat_mean = input.new_empty(shape if clean else (0,), dtype=opmath(input))
+    size: tuple[int, ...]
     size, on_cuda = (0,), input.device.type == "cuda"
     if save_mask and not ghosts and _saves_bits(chain):
         last = C != 1 and (S == 1 or (not output.is_contiguous() and _is_channels_last(output)))
@@ -148,30 +168,30 @@ def _(
 
 @torch.library.register_fake("fusednorm::backward")
 def _(
-    grad_output,
-    input,
-    weight,
-    bias,
-    residual,
-    act_weight,
-    save_mean,
-    save_invstd,
-    mask,
-    seed,
-    training,
-    eps,
-    order,
-    act,
-    act_params,
-    noise,
-    p,
-    granularity,
-    ghost_batch_size,
-    output_mask,
-):
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act_weight: Tensor | None,
+    save_mean: Tensor,
+    save_invstd: Tensor,
+    mask: Tensor,
+    seed: Tensor | None,
+    training: bool,
+    eps: float,
+    order: str,
+    act: str,
+    act_params: list[float],
+    noise: str,
+    p: float,
+    granularity: str,
+    ghost_batch_size: int,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
     _check_devices(input, grad_output, weight, bias, residual, act_weight, save_mean, save_invstd, mask, seed)
 
-    def gradient(of, wanted):
+    def gradient(of: Tensor | None, wanted: bool) -> Tensor:
         return torch.empty_like(of) if wanted and of is not None else input.new_empty(0)
 
     return (
@@ -184,17 +204,26 @@ def _(
 
 
 @torch.library.register_fake("fusednorm::update_stats_")
-def _(running_mean, running_var, num_batches_tracked, mean, var, count, last_count, momentum):
+def _(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    last_count: int,
+    momentum: float | None,
+) -> None:
     _check_devices(mean, running_mean, running_var, num_batches_tracked, var)
 
 
 @torch.library.register_fake("fusednorm::noise")
-def _(seed, size, p, kind, granularity, dtype):
+def _(seed: Tensor, size: list[int], p: float, kind: str, granularity: str, dtype: torch.dtype) -> Tensor:
     return seed.new_empty(noise_shape(size, granularity), dtype=dtype)
 
 
 @torch.library.register_fake("fusednorm::dropout")
-def _(input, seed, p, kind, granularity):
+def _(input: Tensor, seed: Tensor, p: float, kind: str, granularity: str) -> Tensor:
     _check_devices(input, seed)
     return torch.empty_like(input)
 
@@ -202,7 +231,7 @@ def _(input, seed, p, kind, granularity):
 # ---- vmap ------------------------------------------------------------------------------------------------------------
 # Under vmap everything runs in plain torch (_autograd.py), which has rules of its own, but for these two.
 @torch.library.register_vmap("fusednorm::draw_seed")
-def _(info, in_dims, like):
+def _(info: Any, in_dims: Any, like: Tensor) -> tuple[Tensor, int | None]:
     if info.randomness == "error":
         raise RuntimeError(
             "vmap: called random operation while in randomness error mode. Please either use the 'same' or 'different' "
@@ -214,7 +243,7 @@ def _(info, in_dims, like):
 
 
 @torch.library.register_vmap("fusednorm::update_stats_")
-def _(info, in_dims, *args):
+def _(info: Any, in_dims: Any, *args: Any) -> tuple[None, None]:
     names = ("running_mean", "running_var", "num_batches_tracked")
     for name, tensor, dim in zip(names, args[:3], in_dims[:3], strict=True):
         if tensor is not None and dim is None:

@@ -5,8 +5,11 @@ the kernels with their own noise, for whatever differentiates in ways of its own
 call, noise included, for programs that leave this process: what is exported or traced needs no fusednorm to run.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import _operators, reference
 from ._operators import Chain
@@ -23,7 +26,7 @@ _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _LEAVING = ("export", "trace", "compiled evaluation")
 
 
-def why_plain(training=True, draws=True, backward_of=()):
+def why_plain(training: bool = True, draws: bool = True, backward_of: Sequence[Tensor | None] = ()) -> str | None:
     """The reason to run in plain torch, a key of REASONS, or None: the kernels do it.
 
     Args:
@@ -41,19 +44,19 @@ def why_plain(training=True, draws=True, backward_of=()):
         return None if training or draws or backward_of else "compiled evaluation"
     if torch.autograd.forward_ad._current_level >= 0:  # before the next, as torch.func.linearize traces it
         return "forward mode"
-    if torch.jit.is_tracing() or torch._C._get_dispatch_mode(_PROXY) is not None:
+    if torch.jit.is_tracing() or torch._C._get_dispatch_mode(_PROXY) is not None:  # type: ignore[attr-defined]
         return "trace"
     if backward_of and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in backward_of):
         return "double backward"
     return None
 
 
-def leaves_process(reason):
+def leaves_process(reason: str | None) -> bool:
     """Whether that reason asks for `stock`: the program may run without fusednorm, and has the stock layers' noise."""
     return reason in _LEAVING
 
 
-def act_of(chain, act_weight):
+def act_of(chain: Chain, act_weight: Tensor | None) -> reference.Activation:
     """The activation as `reference` takes it."""
     return (chain.act, *chain.act_params) if act_weight is None else (chain.act, act_weight)
 
@@ -195,7 +198,7 @@ def stock(tensors, num_batches_tracked, training, momentum, chain, eval_matched_
     return reference.run_stages(after, z, act, noise if chain.drops() else None, residual)
 
 
-def stock_noise(v, p, kind, granularity):
+def stock_noise(v: Tensor, p: float, kind: str, granularity: str) -> Tensor:
     """`v` times noise of torch's own generators: F.dropout's at the noise's granularity, torch.rand, torch.randn."""
     if kind == "bernoulli" and granularity == "element":
         return F.dropout(v, p)

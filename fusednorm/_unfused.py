@@ -1,10 +1,12 @@
 """The way back: a fused layer as stock modules, and small ones in plain torch for what stock has none for."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from . import _plain, reference
 from .functional import ghost_batches
@@ -14,7 +16,7 @@ from .noises import _Noise
 class AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm of (N, C) to (N, C, D, H, W), as an ICLayer is."""
 
-    def _check_input_dim(self, input):
+    def _check_input_dim(self, input: Tensor) -> None:
         if not 2 <= input.dim() <= 5:
             raise ValueError(f"expected 2D to 5D input (got {input.dim()}D input)")
 
@@ -30,16 +32,16 @@ class TorchNoise(nn.Module):
     Shape: as that of the noise.
     """
 
-    def __init__(self, kind, strength, granularity):
+    def __init__(self, kind: str, strength: float, granularity: str) -> None:
         super().__init__()
         self.kind, self.strength, self.granularity = kind, strength, granularity
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.strength == 0:
             return input
         return _plain.stock_noise(input, self.strength, self.kind, self.granularity)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.kind}, {self.strength}, granularity={self.granularity!r}"
 
 
@@ -54,22 +56,29 @@ class Stages(nn.Module):
     """
 
     def __init__(
-        self, norm, act, drop, order, ghost_batch_size=None, even_ghost_batches=False, eval_matched_stats=False
-    ):
+        self,
+        norm: nn.modules.batchnorm._BatchNorm,
+        act: nn.Module | None,
+        drop: nn.Module | None,
+        order: str,
+        ghost_batch_size: int | None = None,
+        even_ghost_batches: bool = False,
+        eval_matched_stats: bool = False,
+    ) -> None:
         super().__init__()
         self.norm, self.act, self.drop, self.order = norm, act, drop, order
         self.ghost_batch_size, self.even_ghost_batches = ghost_batch_size, even_ghost_batches
         self.eval_matched_stats = eval_matched_stats
 
-    def forward(self, input, residual=None):
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         before, after = reference.parse_order(self.order)
         v = self._normalise(input, before)
         for stage in after:
             child = None if stage == "add" else getattr(self, stage)
-            v = v + residual if stage == "add" else v if child is None else child(v)
+            v = v + residual if stage == "add" else v if child is None else child(v)  # type: ignore[operator]
         return v
 
-    def _normalise(self, input, before):
+    def _normalise(self, input: Tensor, before: Iterable[str]) -> Tensor:
         cut = input.size(0), self.ghost_batch_size, self.even_ghost_batches, math.prod(input.shape[2:])
         groups = ghost_batches(*cut) if self.norm.training else None
         u = self._prologue(input, before, noise=True)
@@ -81,31 +90,40 @@ class Stages(nn.Module):
         normed = [F.batch_norm(g, None, None, weight, bias, True, 0.0, eps) for g in reference.ghosts(u, groups)]
         return _joined(normed)
 
-    def _prologue(self, v, stages, noise):
+    def _prologue(self, v: Tensor, stages: Iterable[str], noise: bool) -> Tensor:
         for stage in stages:
             child = getattr(self, stage)
             if child is not None and (noise or stage == "act"):
                 v = child(v.clone() if getattr(child, "inplace", False) else v)
         return v
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"order={self.order!r}"
 
 
-def _joined(groups):
+def _joined(groups: list[Tensor]) -> Tensor:
     return groups[0] if len(groups) == 1 else torch.cat(groups)
 
 
-def torch_noise(noise):
+def torch_noise(noise: _Noise) -> TorchNoise:
     """The :class:`TorchNoise` of one of this package's noises."""
     return TorchNoise(noise.kind, noise.strength, noise.granularity).train(noise.training)
 
 
-def unfused(norm, act, drop, order, ghost_batch_size, even_ghost_batches, eval_matched_stats):
+def unfused(
+    norm: nn.modules.batchnorm._BatchNorm,
+    act: nn.Module | None,
+    drop: nn.Module | None,
+    order: str,
+    ghost_batch_size: int | None,
+    even_ghost_batches: bool,
+    eval_matched_stats: bool,
+) -> nn.Module:
     """`nn.Sequential` of the modules where that says it all, else :class:`Stages`."""
     drop = torch_noise(drop) if isinstance(drop, _Noise) else drop
-    children = {"norm": norm, "act": act, "drop": drop}
+    children: dict[str, Any] = {"norm": norm, "act": act, "drop": drop}
     names = order.split("-")
+    module: nn.Module
     if "add" in names or ghost_batch_size or eval_matched_stats:
         module = Stages(norm, act, drop, order, ghost_batch_size, even_ghost_batches, eval_matched_stats)
     else:

@@ -15,11 +15,13 @@ between noise and norm ends it, but one that scales, as ReLU, may be taken befor
 """
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -27,16 +29,18 @@ from . import _observe, functional
 
 # Kind -> variance of the multiplier of mean 1. The names and units are those of the functional's `noise` and `p`;
 # "alpha" is any noise of that variance.
-_ALPHA = {
+_ALPHA: dict[str, Callable[[float], float]] = {
     "bernoulli": lambda p: p / (1 - p),
     "uniform": lambda beta: beta * beta / 3,
     "gaussian": lambda alpha: alpha,
     "alpha": lambda alpha: alpha,
 }
+Noise: TypeAlias = nn.Module | tuple[str, float]  # a module, or (kind, strength)
+Moment: TypeAlias = float | Sequence[float] | Tensor  # a number, or (C,)
 _CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
-def alpha_of(noise):
+def alpha_of(noise: Noise) -> float:
     """The variance alpha of a multiplicative noise of mean 1: one scale for all kinds.
 
     Bernoulli p/(1-p) (Srivastava et al. 2014), uniform on (1-beta, 1+beta) beta^2/3 (the Uout of Li et al. 2018),
@@ -52,8 +56,9 @@ def alpha_of(noise):
     """
     if isinstance(noise, (nn.AlphaDropout, nn.FeatureAlphaDropout)):
         raise TypeError(f"noise: {type(noise).__name__} adds as well as multiplies; expected a multiplicative noise")
+    strength: Any
     if isinstance(getattr(type(noise), "alpha", None), property):  # nn.ELU has an alpha too, which is no property
-        kind, strength = "alpha", noise.alpha
+        kind, strength = "alpha", noise.alpha  # type: ignore[union-attr]
     elif isinstance(noise, _DropoutNd):
         kind, strength = "bernoulli", noise.p
     elif isinstance(noise, (tuple, list)) and len(noise) == 2:
@@ -70,7 +75,16 @@ def alpha_of(noise):
     return _ALPHA[kind](strength)
 
 
-def variance_shift(noise, input=None, layer=None, *, mean=None, var=None, cov=None, granularity=None):
+def variance_shift(
+    noise: Noise,
+    input: Tensor | None = None,
+    layer: nn.Module | None = None,
+    *,
+    mean: Moment | None = None,
+    var: Moment | None = None,
+    cov: Tensor | Sequence[Sequence[float]] | None = None,
+    granularity: str | None = None,
+) -> Tensor:
     """Predicts evaluation variance over training variance of what a norm sees behind `noise` (Delta of Li et al. 2018).
 
         variance_shift(nn.Dropout(0.5))                        # 0.5: mean 0, noise directly before the norm
@@ -102,7 +116,15 @@ def variance_shift(noise, input=None, layer=None, *, mean=None, var=None, cov=No
 
 
 @torch.no_grad()
-def variances(noise, input=None, layer=None, mean=None, var=None, cov=None, granularity=None):
+def variances(
+    noise: Noise,
+    input: Tensor | None = None,
+    layer: nn.Module | None = None,
+    mean: Moment | None = None,
+    var: Moment | None = None,
+    cov: Tensor | Sequence[Sequence[float]] | None = None,
+    granularity: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """(variance without the noise, what the noise adds), float64: the two parts of :func:`variance_shift`."""
     alpha = alpha_of(noise)
     if granularity is None:
@@ -120,7 +142,7 @@ def variances(noise, input=None, layer=None, mean=None, var=None, cov=None, gran
     return clean, alpha * added
 
 
-def _granularity(noise, input, layer):
+def _granularity(noise: Noise, input: Tensor | None, layer: nn.Module | None) -> str:
     if not isinstance(noise, _CHANNEL_DROPOUTS):
         return getattr(noise, "granularity", "element")
     # torch takes these ranks for one sample without a batch dimension: what is dropped there is a whole row.
@@ -130,7 +152,7 @@ def _granularity(noise, input, layer):
 
 
 # ---- from a sample: (variance without noise, what alpha = 1 adds), per output channel --------------------------------
-def _from_sample(x, layer, granularity):
+def _from_sample(x: Tensor, layer: Any, granularity: str) -> tuple[Tensor, Tensor]:
     features = -1 if isinstance(layer, nn.Linear) else 1
     x = x.detach().double()
     if x.dim() < 2 or x.numel() == 0:
@@ -157,34 +179,33 @@ def _from_sample(x, layer, granularity):
     return _var(y, features), added
 
 
-def _rows(x, features):
+def _rows(x: Tensor, features: int) -> list[int]:
     return [d for d in range(x.dim()) if d != features % x.dim()]
 
 
-def _mean(x, features):
+def _mean(x: Tensor, features: int) -> Tensor:
     return x.mean(_rows(x, features))
 
 
-def _var(x, features):
+def _var(x: Tensor, features: int) -> Tensor:
     return x.var(_rows(x, features), correction=0)
 
 
-def _map(layer, x, weight, groups=None):
+def _map(layer: Any, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
     """The layer without its bias, with this weight and this number of groups."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight)
     groups = layer.groups if groups is None else groups
-    rank = len(layer.kernel_size)
+    rank, padding = len(layer.kernel_size), layer.padding
     if isinstance(layer, _ConvTransposeNd):
         apply = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
-        return apply(x, weight, None, layer.stride, layer.padding, layer.output_padding, groups, layer.dilation)
-    padding = layer.padding
+        return apply(x, weight, None, layer.stride, padding, layer.output_padding, groups, layer.dilation)
     if layer.padding_mode != "zeros":
         x, padding = F.pad(x, layer._reversed_padding_repeated_twice, layer.padding_mode), 0
     return (F.conv1d, F.conv2d, F.conv3d)[rank - 1](x, weight, None, layer.stride, padding, layer.dilation, groups)
 
 
-def _added_by_channels(layer, x, weight):
+def _added_by_channels(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     inner, outer = layer.in_channels // layer.groups, layer.out_channels // layer.groups
     added = x.new_zeros(layer.out_channels)
     for c in range(layer.in_channels):
@@ -194,7 +215,7 @@ def _added_by_channels(layer, x, weight):
     return added
 
 
-def _check_windows(layer, x):
+def _check_windows(layer: Any, x: Tensor) -> None:
     # The squares of the weights are right as long as no window of the kernel meets the same draw twice.
     if layer.padding_mode == "zeros" or not _is_padded(layer):
         return
@@ -206,12 +227,12 @@ def _check_windows(layer, x):
         )
 
 
-def _is_padded(layer):
+def _is_padded(layer: Any) -> bool:
     return any(layer._reversed_padding_repeated_twice)
 
 
 # ---- from moments ----------------------------------------------------------------------------------------------------
-def _from_moments(layer, mean, var, cov, granularity):
+def _from_moments(layer: Any, mean: Any, var: Any, cov: Any, granularity: str) -> Iterable[Tensor]:
     if var is not None and cov is not None:
         raise ValueError("var: expected None beside cov")
     weight = None if layer is None else _window(layer)
@@ -244,20 +265,21 @@ def _from_moments(layer, mean, var, cov, granularity):
     return ((weight @ m * weight).sum(1).clamp_min(0) for m in (cov, second))
 
 
-def _inputs(layer):
+def _inputs(layer: Any) -> int:
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 
-def _window(layer):
+def _window(layer: Any) -> Tensor:
     """(O, K): the weights that meet in one output."""
     if not isinstance(layer, nn.Linear) and (
         isinstance(layer, _ConvTransposeNd) or layer.groups != 1 or _is_padded(layer)
     ):
         raise ValueError("input: expected a sample, as moments cannot tell about padding, groups or transposition")
-    return layer.weight.detach().double().flatten(1)
+    weight: Tensor = layer.weight
+    return weight.detach().double().flatten(1)
 
 
-def _moment(value, layer, like, default):
+def _moment(value: Moment | None, layer: Any, like: Tensor, default: float) -> Tensor:
     value = torch.as_tensor(default if value is None else value, dtype=torch.float64, device=like.device)
     if layer is None or value.dim() == 0:
         return value
@@ -277,23 +299,30 @@ class VarianceShift:
     running: torch.Tensor  # what evaluation divides by
 
     @property
-    def ratio(self):
+    def ratio(self) -> Tensor:
         """(C,) evaluation over training: what :func:`variance_shift` predicts."""
         return _observe.quotient(self.evaluation, self.training)
 
     @property
-    def ratio_to_running(self):
+    def ratio_to_running(self) -> Tensor:
         """(C,) evaluation over running: real_var / moving_var of Li et al. 2018; 1 is no harm done."""
         return _observe.quotient(self.evaluation, self.running)
 
     @property
-    def shift(self):
+    def shift(self) -> float:
         """Their number for a layer, at least 1: the larger of the two quotients of the channels' averages."""
         quotient = float(_observe.quotient(self.evaluation.mean(), self.running.mean()))
         return max(quotient, 1 / quotient) if quotient > 0 else math.inf
 
 
-def measure_variance_shift(model, batches, *, device=None, forward=None, progress=True):
+def measure_variance_shift(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    device: functional.Device = None,
+    forward: Callable[[Any], Any] | None = None,
+    progress: bool = True,
+) -> dict[str, VarianceShift]:
     """Measures, for every BatchNorm of a model, stock or fused, what its input varies by with the noise on and off.
 
     Each batch runs twice. Once as at evaluation: every module in evaluation mode, so all noise off and norms by running
@@ -320,11 +349,11 @@ def measure_variance_shift(model, batches, *, device=None, forward=None, progres
     _observe.check_batches(batches)
     off = [(module, False) for module in model.modules()]
     on = [(module, module.training or not model.training) for module in model.modules()]
-    seen = {}, {}  # noise off, on
+    seen: tuple[dict[nn.Module, _observe.Moments], ...] = {}, {}  # noise off, on
     mode = 0
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
-    def watch(layer, values):
+    def watch(layer: nn.Module, values: Tensor) -> None:
         seen[mode].setdefault(layer, _observe.Moments()).add(values)
 
     count = 0

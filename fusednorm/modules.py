@@ -7,7 +7,8 @@ does not know exactly (subclasses, hooks, parametrisations) are called; what sta
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +23,28 @@ Drop: TypeAlias = float | nn.Module | None
 Seed: TypeAlias = int | Tensor | None
 
 
+class _Newer(TypedDict, total=False):
+    """Keywords that only a newer torch has."""
+
+    bias: bool  # since 2.13
+
+
+class _Options(TypedDict, total=False):
+    order: str
+    ghost_batch_size: int | None
+    even_ghost_batches: bool
+    eval_matched_stats: bool
+
+
 class _FusedBatchNorm(_BatchNorm):
     """What all the layers add to their torch base class."""
 
-    act: nn.Module | None
-    drop: nn.Module | None
     order: str
     ghost_batch_size: int | None
-    even_ghost_batches = False
+    even_ghost_batches: bool = False
     eval_matched_stats: bool
-    frozen = False  # see freeze()
+    training: bool
+    frozen: bool = False  # see freeze()
     # Whether the last to set the children's modes was the train() of a model that this layer is a part of.
     _led = False
 
@@ -42,8 +55,8 @@ class _FusedBatchNorm(_BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: functional.Device = None,
+        dtype: torch.dtype | None = None,
         *,
         act: Act = None,
         drop: Drop = None,
@@ -51,7 +64,7 @@ class _FusedBatchNorm(_BatchNorm):
         ghost_batch_size: int | None = None,
         even_ghost_batches: bool = False,
         eval_matched_stats: bool = False,
-        **newer: Any,  # keywords that only a newer torch has (bias=, since 2.13)
+        **newer: Unpack[_Newer],
     ) -> None:
         if isinstance(eps, (str, nn.Module)):
             raise TypeError(f"eps: expected a number, but got {eps!r}; an activation is given by name, as act={eps!r}")
@@ -75,10 +88,20 @@ class _FusedBatchNorm(_BatchNorm):
 
         def __call__(self, input: Tensor, residual: Tensor | None = None, *, seed: Seed = None) -> Tensor: ...
 
+        # Children, which __setattr__ makes of what the constructor takes.
+        @property
+        def act(self) -> nn.Module | None: ...
+        @act.setter
+        def act(self, act: Act) -> None: ...
+        @property
+        def drop(self) -> nn.Module | None: ...
+        @drop.setter
+        def drop(self, drop: Drop) -> None: ...
+
     # ---- what the layer says of itself ------------------------------------------------------------------------------
-    _torch_class: Any = None  # the stock layer, None: that of the input's rank
-    eps = guarded("eps")
-    num_features = guarded("num_features")
+    _torch_class: type[_BatchNorm] | None = None  # the stock layer, None: that of the input's rank
+    eps: float = guarded("eps")
+    num_features: int = guarded("num_features")
 
     def _beside_the_norm(self) -> str:
         """In words, what a bare BatchNorm with this layer's parameters would lack; "" where it lacks nothing."""
@@ -96,7 +119,8 @@ class _FusedBatchNorm(_BatchNorm):
         ghost += ", even_ghost_batches=True" if self.even_ghost_batches else ""
         matched = ", eval_matched_stats=True" if self.eval_matched_stats else ""
         frozen = ", frozen=True" if self.frozen else ""
-        return f"{super().extra_repr()}, order={self.order!r}{ghost}{matched}{frozen}"
+        norm = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{norm}, order={self.order!r}{ghost}{matched}{frozen}"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("act", "drop"):
@@ -107,7 +131,7 @@ class _FusedBatchNorm(_BatchNorm):
     def train(self, mode: bool = True) -> Self:
         """As :meth:`torch.nn.Module.train`, children included; a frozen layer keeps its statistics."""
         super().train(mode)
-        caller = sys._getframe(1)
+        caller: FrameType | None = sys._getframe(1)
         while caller is not None and caller.f_locals.get("self") is self:
             caller = caller.f_back
         self._led = caller is not None and caller.f_code is nn.Module.train.__code__
@@ -256,12 +280,12 @@ class _FusedBatchNorm(_BatchNorm):
         """
         if isinstance(input, torch.fx.Proxy):
             return functional.leaf_of_graph(self, input, residual, seed)
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         before, after = reference.parse_order(self.order)
         if (residual is not None) != ("add" in after):
             expected = "a tensor" if "add" in after else "None"
             raise ValueError(f"residual: expected {expected} for order {self.order!r}")
-        children = self._modules  # as in _tensor
+        children: dict[str, Any] = self._modules  # as in _tensor
         act, drop = children.get("act"), children.get("drop")
         if act is not None and "act" not in self.order:
             raise self._no_place("act")
@@ -313,7 +337,7 @@ class _FusedBatchNorm(_BatchNorm):
         ahead, behind = before[:first], after[last:]
         order = "-".join([*before[first:], "norm", *after[:last]])
         called = self.drop is not None and "drop" in ahead + behind
-        seedable = called and _children.seedable(self.drop, input.dim())
+        seedable = called and _children.seedable(self.drop, input.dim())  # type: ignore[arg-type]
         if seed is not None and called and not seedable and _children.is_live(self.drop):
             raise ValueError(f"seed: expected None, as {type(self.drop).__name__} is called and not fused")
         noise = drop if drop is not None and not called else _children.NO_NOISE
@@ -389,19 +413,19 @@ class FusedBatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
         TypeError: a noise that is not multiplicative (alpha dropout), or an activation where `eps` stands.
     """
 
-    _torch_class = nn.BatchNorm1d
+    _torch_class: type[_BatchNorm] = nn.BatchNorm1d
 
 
 class FusedBatchNorm2d(_FusedBatchNorm, nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d` over (N, C, H, W), and more around it. See :class:`FusedBatchNorm1d`."""
 
-    _torch_class = nn.BatchNorm2d
+    _torch_class: type[_BatchNorm] = nn.BatchNorm2d
 
 
 class FusedBatchNorm3d(_FusedBatchNorm, nn.BatchNorm3d):
     """:class:`torch.nn.BatchNorm3d` over (N, C, D, H, W), and more around it. See :class:`FusedBatchNorm1d`."""
 
-    _torch_class = nn.BatchNorm3d
+    _torch_class: type[_BatchNorm] = nn.BatchNorm3d
 
 
 class _LazyFusedBatchNorm(_LazyNormBase, _FusedBatchNorm):
@@ -413,8 +437,8 @@ class _LazyFusedBatchNorm(_LazyNormBase, _FusedBatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: functional.Device = None,
+        dtype: torch.dtype | None = None,
         *,
         act: Act = None,
         drop: Drop = None,
@@ -422,7 +446,7 @@ class _LazyFusedBatchNorm(_LazyNormBase, _FusedBatchNorm):
         ghost_batch_size: int | None = None,
         even_ghost_batches: bool = False,
         eval_matched_stats: bool = False,
-        **newer: Any,
+        **newer: Unpack[_Newer],
     ) -> None:
         if isinstance(act, str) and act == "prelu":  # torch's lazy constructor hands no keywords on
             act = nn.PReLU(device=device, dtype=dtype)
@@ -439,7 +463,9 @@ class _LazyFusedBatchNorm(_LazyNormBase, _FusedBatchNorm):
         self.act, self.drop = checked.act, checked.drop
 
     @classmethod
-    def from_torch(cls, bn: nn.Module, act: Act = None, drop: Drop = None, **options: Any) -> Self:  # type: ignore[override]
+    def from_torch(  # type: ignore[override]
+        cls, bn: nn.Module, act: Act = None, drop: Drop = None, **options: Unpack[_Options]
+    ) -> Self:
         """As :meth:`FusedBatchNorm1d.from_torch`, of a lazy BatchNorm."""
         return cls(affine=False, track_running_stats=False, **options)._adopt(bn, act, drop)
 
@@ -453,25 +479,27 @@ class _LazyFusedBatchNorm(_LazyNormBase, _FusedBatchNorm):
 class LazyFusedBatchNorm1d(_LazyFusedBatchNorm, FusedBatchNorm1d):
     """:class:`FusedBatchNorm1d` that learns `num_features` from its first input, as torch.nn.LazyBatchNorm1d does."""
 
-    cls_to_become = FusedBatchNorm1d  # type: ignore[assignment]
-    _torch_class = nn.LazyBatchNorm1d
+    cls_to_become: type[Any] | None = FusedBatchNorm1d
+    _torch_class: type[_BatchNorm] = nn.LazyBatchNorm1d
 
 
 class LazyFusedBatchNorm2d(_LazyFusedBatchNorm, FusedBatchNorm2d):
     """:class:`FusedBatchNorm2d` that learns `num_features` from its first input, as torch.nn.LazyBatchNorm2d does."""
 
-    cls_to_become = FusedBatchNorm2d  # type: ignore[assignment]
-    _torch_class = nn.LazyBatchNorm2d
+    cls_to_become: type[Any] | None = FusedBatchNorm2d
+    _torch_class: type[_BatchNorm] = nn.LazyBatchNorm2d
 
 
 class LazyFusedBatchNorm3d(_LazyFusedBatchNorm, FusedBatchNorm3d):
     """:class:`FusedBatchNorm3d` that learns `num_features` from its first input, as torch.nn.LazyBatchNorm3d does."""
 
-    cls_to_become = FusedBatchNorm3d  # type: ignore[assignment]
-    _torch_class = nn.LazyBatchNorm3d
+    cls_to_become: type[Any] | None = FusedBatchNorm3d
+    _torch_class: type[_BatchNorm] = nn.LazyBatchNorm3d
 
 
-_LAZY = {c._torch_class: c for c in (LazyFusedBatchNorm1d, LazyFusedBatchNorm2d, LazyFusedBatchNorm3d)}
+_LAZY: dict[type[nn.Module], type[nn.Module]] = {
+    c._torch_class: c for c in (LazyFusedBatchNorm1d, LazyFusedBatchNorm2d, LazyFusedBatchNorm3d)
+}
 
 
 class ICLayer(_FusedBatchNorm):
@@ -495,9 +523,9 @@ class ICLayer(_FusedBatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        **newer: Any,
+        device: functional.Device = None,
+        dtype: torch.dtype | None = None,
+        **newer: Unpack[_Newer],
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, drop=p, order="norm-drop", **newer

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from . import functional
 
@@ -45,7 +46,7 @@ class _Noise(nn.Dropout):
         raise NotImplementedError
 
     @property
-    def p(self) -> float:  # type: ignore[override]
+    def p(self) -> float:
         return 1.0 if self.alpha == math.inf else self.alpha / (1 + self.alpha)
 
     @p.setter
@@ -166,7 +167,7 @@ class DropPath(_Noise):
         self.p = p
 
     @property
-    def p(self) -> float:  # type: ignore[override]
+    def p(self) -> float:
         return self.__dict__["_p"]  # type: ignore[no-any-return]
 
     @p.setter
@@ -177,7 +178,7 @@ class DropPath(_Noise):
     def strength(self) -> float:
         return self.p
 
-    @property
+    @property  # type: ignore[misc]  # no setter: p is what it has
     def alpha(self) -> float:
         return self.p / (1 - self.p) if self.p < 1 else math.inf
 
@@ -185,7 +186,7 @@ class DropPath(_Noise):
         return f"p={self.p}"
 
 
-_AnyNoise = TypeVar("_AnyNoise", bound=nn.Module)
+_AnyNoise = TypeVar("_AnyNoise", bound=_DropoutNd)
 
 
 def at_alpha(noise: type[_AnyNoise], alpha: float, **arguments: Any) -> _AnyNoise:
@@ -208,7 +209,7 @@ def at_alpha(noise: type[_AnyNoise], alpha: float, **arguments: Any) -> _AnyNois
         raise ValueError(f"alpha: expected a number of 0 or more, but got {alpha!r}")
     if noise in (UniformDropout, GaussianDropout):
         module = noise(**arguments)
-        module.alpha = value
+        module.alpha = value  # type: ignore[assignment]
         return module
     if noise in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, DropPath):
         return noise(value / (1 + value), **arguments)

@@ -7,18 +7,28 @@ of the running variance what a known noise put in, without data.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import _observe
-from .analysis import alpha_of, variances
+from . import _observe, functional
+from .analysis import Moment, Noise, alpha_of, variances
 
 
 def recalibrate(
-    model, batches, *, normalize="batch", passes=None, layers=None, device=None, forward=None, progress=True
-):
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    normalize: Literal["batch", "running"] = "batch",
+    passes: int | None = None,
+    layers: Iterable[nn.Module] | None = None,
+    device: functional.Device = None,
+    forward: Callable[[Any], Any] | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
     """Re-estimates the running statistics of every BatchNorm, stock or fused, with all noise off.
 
     What :func:`torch.optim.swa_utils.update_bn` does, but for the noise, which stays on there, and for the estimator:
@@ -68,9 +78,9 @@ def recalibrate(
         raise ValueError("batches: expected a list or a DataLoader for several passes, as a generator gives only one")
 
     before = {layer: [buffer.clone() for buffer in _statistics(layer)] for layer in chosen.values()}
-    moments = {}
+    moments: dict[nn.Module, _observe.Moments] = {}
 
-    def watch(layer, values):
+    def watch(layer: nn.Module, values: Tensor) -> None:
         moments.setdefault(layer, _observe.Moments()).add(values)
 
     try:
@@ -104,11 +114,11 @@ def recalibrate(
     }
 
 
-def _statistics(layer):
+def _statistics(layer: Any) -> list[Tensor]:
     return [b for b in (layer.running_mean, layer.running_var, layer.num_batches_tracked) if b is not None]
 
 
-def _choose(available, layers):
+def _choose(available: dict[str, Any], layers: Iterable[nn.Module] | None) -> dict[str, Any]:
     if layers is None:
         return available
     chosen = {id(layer) for layer in layers}
@@ -118,7 +128,7 @@ def _choose(available, layers):
     return found
 
 
-def _write(chosen, moments, count):
+def _write(chosen: Mapping[str, Any], moments: Mapping[nn.Module, _observe.Moments], count: int) -> bool:
     """Moves the estimates of one pass into the layers; returns whether any moved by more than rounding."""
     if count == 0:
         raise ValueError("batches: expected at least one")
@@ -143,7 +153,15 @@ def _write(chosen, moments, count):
 
 
 @torch.no_grad()
-def restore_running_var(layer, noise=None, through=None, *, mean=None, var=None, shift=None):
+def restore_running_var(
+    layer: _BatchNorm,
+    noise: Noise | None = None,
+    through: nn.Module | None = None,
+    *,
+    mean: Moment | None = None,
+    var: Moment | None = None,
+    shift: Moment | None = None,
+) -> Tensor:
     """Takes the noise out of a BatchNorm's running variance by a formula, without data; in place.
 
     Noise of strength alpha directly before the norm made v + alpha (v + c^2) of the variance v of a channel of mean c
@@ -213,9 +231,9 @@ def restore_running_var(layer, noise=None, through=None, *, mean=None, var=None,
     return _observe.quotient(new, old)
 
 
-def _own_noise(layer):
+def _own_noise(layer: nn.Module) -> nn.Module:
     order = getattr(layer, "order", "norm")
-    drop = getattr(layer, "drop", None)
+    drop: nn.Module | None = getattr(layer, "drop", None)
     if "drop-norm" not in order or drop is None:
         raise ValueError("noise: expected one, as the layer has none of its own directly before the norm")
     if getattr(layer, "eval_matched_stats", False):

@@ -6,12 +6,17 @@ double backward differentiates. Imports only torch.
 
 import itertools
 import numbers
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+Activation: TypeAlias = str | tuple[str | float | Tensor, ...] | None
 
 # torch.nn.functional twin and default parameters of every activation of csrc/math/activations.h.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], tuple[float, ...]]] = {
     "identity": (lambda z: z, ()),
     "relu": (F.relu, ()),
     "leaky_relu": (F.leaky_relu, (0.01,)),
@@ -30,7 +35,7 @@ ACTIVATIONS = {
 _APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
-def resolve_activation(act):
+def resolve_activation(act: Activation) -> tuple[str, tuple[float | Tensor, ...]]:
     """The operator's name and full parameters of `act`: a name, `(name, *parameters)` or None.
 
     Parameters left out take torch's defaults. `("gelu", "tanh")` is `gelu_tanh`. The parameter of `("prelu", weight)`
@@ -41,6 +46,8 @@ def resolve_activation(act):
     """
     if act is None:
         return "identity", ()
+    name: Any  # until it is checked, and so are they
+    given: list[Any]
     name, *given = act if isinstance(act, (tuple, list)) and act else (act,)
     if name == "gelu" and len(given) == 1 and isinstance(given[0], str):
         if given[0] not in _APPROXIMATIONS:
@@ -59,11 +66,11 @@ def resolve_activation(act):
     return name, tuple(float(g) for g in given) + defaults[len(given) :]
 
 
-def activation(name, z, *parameters):
+def activation(name: str, z: Tensor, *parameters: str | float | Tensor) -> Tensor:
     """The torch twin of an activation at the pre-activation `z`."""
     name, parameters = resolve_activation((name, *parameters))
     if name == "prelu":
-        return F.prelu(z, parameters[0].to(z.dtype))
+        return F.prelu(z, parameters[0].to(z.dtype))  # type: ignore[union-attr]  # resolved: a tensor
     return ACTIVATIONS[name][0](z, *parameters)
 
 
@@ -76,7 +83,7 @@ ORDERS = {
 }
 
 
-def parse_order(order):
+def parse_order(order: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The stages before and after the norm, as two tuples of "add", "act" and "drop".
 
     Raises:
@@ -90,7 +97,13 @@ def parse_order(order):
     return ORDERS[order]
 
 
-def run_stages(stages, v, act=None, noise=None, residual=None):
+def run_stages(
+    stages: Iterable[str],
+    v: Tensor,
+    act: Activation = None,
+    noise: Tensor | Callable[[Tensor], Tensor] | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """`v` (N, C, ...) through activation, noise and addition in the order of `stages`.
 
     The noise is a multiplier, or a function of `v` that applies one.
@@ -100,49 +113,49 @@ def run_stages(stages, v, act=None, noise=None, residual=None):
             name, parameters = resolve_activation(act)
             v = activation(name, v, *parameters)
         elif stage == "add":
-            v = v + residual.to(v.dtype)
+            v = v + residual.to(v.dtype)  # type: ignore[union-attr]  # there is one for "add"
         elif noise is not None:
             v = noise(v) if callable(noise) else v * noise.to(v.dtype)
     return v
 
 
-def moments(u):
+def moments(u: Tensor) -> tuple[Tensor, Tensor]:
     """(C,) mean and biased variance of (N, C, ...)."""
     var, mean = torch.var_mean(u, [0, *range(2, u.dim())], correction=0)
     return mean, var
 
 
-def ghosts(u, size):
+def ghosts(u: Tensor, size: int | None) -> Sequence[Tensor]:
     """`u` (N, C, ...) in groups of `size` samples; whole where that is None, 0, or N and more."""
     return u.split(size) if size and size < u.size(0) else (u,)
 
 
-def in_opmath(input):
+def in_opmath(input: Tensor) -> Tensor:
     """`input` in the type that everything is computed in: float64 for float64, float32 for all others."""
     return input.double() if input.dtype == torch.float64 else input.float()
 
 
-def per_channel(v, like):
+def per_channel(v: Tensor, like: Tensor) -> Tensor:
     """(C,) as (1, C, 1, ...), to broadcast against `like` (N, C, ...)."""
     return v.reshape(1, -1, *[1] * (like.dim() - 2))
 
 
 def batch_norm_act_drop(
-    input,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
     *,
-    act=None,
-    order="norm-act-drop",
-    residual=None,
-    noise=None,
-    ghost_batch_size=None,
-):
+    act: Activation = None,
+    order: str = "norm-act-drop",
+    residual: Tensor | None = None,
+    noise: Tensor | None = None,
+    ghost_batch_size: int | None = None,
+) -> Tensor:
     """Batch norm with an activation, noise and an addition around it, differentiable any number of times.
 
     Computes in float32 (float64 for a float64 input) and rounds once, to the input's dtype, as the kernels do. Does not
@@ -166,7 +179,7 @@ def batch_norm_act_drop(
     """
     before, after = parse_order(order)
     if training and ghost_batch_size and ghost_batch_size < input.size(0):
-        chunks = [
+        chunks: list[Any] = [
             itertools.repeat(None) if t is None else ghosts(t.expand_as(input), ghost_batch_size)
             for t in (input, residual, noise)
         ]
@@ -182,7 +195,7 @@ def batch_norm_act_drop(
     if training:
         mean, var = moments(u)
     else:
-        mean, var = running_mean.to(u.dtype), running_var.to(u.dtype)
+        mean, var = running_mean.to(u.dtype), running_var.to(u.dtype)  # type: ignore[union-attr]
     z = (u - per_channel(mean, u)) * per_channel(torch.rsqrt(var + eps), u)
     if weight is not None:
         z = z * per_channel(weight.to(u.dtype), u)
