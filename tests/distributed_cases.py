@@ -320,8 +320,14 @@ CHECKPOINT_CASES = {
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
-def _with_strengths(cases, strengths=STRENGTHS):
-    return {f"{name}, p={p:g}": functools.partial(case, p) for name, case in cases.items() for p in strengths}
+def _with_strengths(cases):
+    """Compilers take long: theirs once, with noise."""
+    slow = {"compiled", *CHECKPOINT_CASES}
+    return {
+        f"{name}, p={p:g}": functools.partial(case, p)
+        for name, case in cases.items()
+        for p in STRENGTHS[-1 if name in slow else 0 :]
+    }
 
 
 def groups():
@@ -330,7 +336,7 @@ def groups():
 
     return {
         "ddp": _with_strengths(DDP_CASES),
-        "fsdp": _with_strengths(FSDP_CASES) | _with_strengths(CHECKPOINT_CASES, [0.4]),
+        "fsdp": _with_strengths(FSDP_CASES | CHECKPOINT_CASES),
         "dtensor": distributed_tensors.CASES,
     }
 

@@ -414,7 +414,7 @@ def test_twice_with_saved_bits(order, layout):
 @pytest.mark.parametrize("act", ["relu", "gelu"])
 @layouts
 def test_residual_changed_afterwards(order, act, layout):
-    """Backward reads it ahead of an activation that a bit does not tell all about; then torch says that it has changed."""
+    """Backward reads it ahead of an activation that no bit tells all about; then torch says that it has changed."""
     q = problem((3, 32, 4, 4), act=act, layout=layout, order=order)
     output = q.forward()
     leaves = [q.x, q.weight]
