@@ -66,14 +66,12 @@ def _forward(*args: Any) -> list[Strategy]:
 
 def _backward(*args: Any) -> list[Strategy]:
     tensors, training, chain, wanted = args[:10], args[10], Chain(*args[11:19]), args[19]
-    _, _, weight, bias, _, act_weight, _, _, mask, _ = tensors
-    exists = [True, weight is not None, bias is not None, "add" in chain.order, act_weight is not None]
     strategies = []
-    for at in _layouts(training, chain, mask.shape.numel() > 0):
-        slopes, gradient = (WHOLE, at.totals) if _is_shared(act_weight) else (at.vectors, at.sums)
-        arguments = [*[at.elements] * 2, *[at.vectors] * 2, at.elements, slopes, *[at.vectors] * 2, WHOLE, WHOLE]
-        gradients = zip([at.elements, at.sums, at.sums, at.elements, gradient], wanted, exists, strict=True)
-        results = [placement if w and e else WHOLE for placement, w, e in gradients]
+    for at in _layouts(training, chain, tensors[8].shape.numel() > 0):
+        act_weight, its_gradient = (WHOLE, at.totals) if _is_shared(tensors[5]) else (at.vectors, at.sums)
+        arguments = [*[at.elements] * 2, *[at.vectors] * 2, at.elements, act_weight, *[at.vectors] * 2, WHOLE, WHOLE]
+        gradients = [at.elements, at.sums, at.sums, at.elements, its_gradient]
+        results = [gradient if w else WHOLE for gradient, w in zip(gradients, wanted, strict=True)]  # else empty
         strategies.append((results, _given(tensors, arguments)))
     return strategies
 

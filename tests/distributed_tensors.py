@@ -169,19 +169,22 @@ def noise_alone(folder):
 
 
 def no_communication(folder):
-    """Not a single collective in evaluation of a sharded batch, nor in training of sharded channels."""
+    """In evaluation of a sharded batch, in training of sharded channels, and for a seed."""
     from torch.distributed.tensor.debug import CommDebugMode
 
-    for place, vectors_place, training in (("batch", "replicated", False), ("channels", "vectors", True)):
+    for place, vectors, training in (("batch", "replicated", False), ("channels", "vectors", True)):
         x = spread(*values(1), place)
-        vectors = [spread(torch.ones(4, dtype=torch.float64), vectors_place) for _ in range(4)]
-        for statistic in vectors[:2]:
-            statistic.requires_grad_(False)
+        mean, var, weight, bias = (spread(torch.ones(4, dtype=torch.float64), vectors) for _ in range(4))
         with CommDebugMode() as communication:
-            y = functional.batch_norm_act_drop(x, *vectors, training, act="silu")
+            y = functional.batch_norm_act_drop(x, mean.detach(), var.detach(), weight, bias, training, act="silu")
             y.to_local().sum().backward()
         assert x.grad.placements == x.placements
         assert communication.get_total_counts() == 0, communication.get_comm_counts()
+    for place in PLACEMENTS:
+        x = spread(*values(1), place)
+        with CommDebugMode() as communication:
+            torch.ops.fusednorm.draw_seed(x)
+        assert communication.get_total_counts() == 0, f"{place}: {communication.get_comm_counts()}"
 
 
 def mesh_of_two_dimensions(folder):

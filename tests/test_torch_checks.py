@@ -29,9 +29,10 @@ STATISTICS = VECTORS[:2]
 
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 training = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Lazy", "ignore:`torch.jit.script`", "ignore:for .* copying from a non-meta"
-)
+pytestmark = [
+    pytest.mark.cpu,  # messages, formats and refusals of other backends of torch are others
+    pytest.mark.filterwarnings("ignore:Lazy", "ignore:`torch.jit.script`", "ignore:for .* copying from a non-meta"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -307,6 +308,7 @@ MODULES = {
     "state without parameters": lambda cls: loads(cls, affine=False),
     "assigned tensors are kept": lambda cls: keeps_the_tensors(cls, True),
     "loaded tensors are copied": lambda cls: keeps_the_tensors(cls, False),
+    "version of a state": lambda cls: list(cls(4).state_dict()._metadata.items()),
     "tracking None": lambda cls: cls(4, track_running_stats=None).eval()(batch(6, 4)),
     **{f"momentum {value}": with_number("momentum", value) for value in (2.0, -0.5, 0, 1, True, float("nan"))},
     **{f"eps {value}": with_number("eps", value) for value in (1, True, float("inf"), float("nan"))},

@@ -343,6 +343,7 @@ WITH_FORMATS = {name: case for name, case in CASES.items() if case[0] is not nn.
 FORMATS = {4: (torch.contiguous_format, torch.channels_last), 5: (torch.contiguous_format, torch.channels_last_3d)}
 
 
+@pytest.mark.cpu  # other backends of torch choose formats in their own way
 @training
 @kinds
 @pytest.mark.parametrize("case", WITH_FORMATS.values(), ids=WITH_FORMATS)
