@@ -14,6 +14,7 @@ import itertools
 import math
 import pickle
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -25,12 +26,11 @@ import fusednorm
 from fusednorm import functional, reference
 
 REASON = "torch's samples need the package expecttest"
-common_modules = pytest.importorskip("torch.testing._internal.common_modules", reason=REASON, exc_type=ImportError)
-from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
-from torch.testing._internal.common_utils import noncontiguous_like  # noqa: E402
-
-# Importing them forbids the whole process to set a flag of torch.backends; other tests are not theirs to command.
-torch.backends.__allow_nonbracketed_mutation_flag = True
+# Their import would forbid the whole process to set a flag of torch.backends; other tests are not theirs to command.
+with mock.patch.object(torch.backends, "disable_global_flags"):
+    common_modules = pytest.importorskip("torch.testing._internal.common_modules", reason=REASON, exc_type=ImportError)
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_utils import noncontiguous_like
 
 CLASSES = {
     nn.BatchNorm1d: (fusednorm.FusedBatchNorm1d, fusednorm.LazyFusedBatchNorm1d),
