@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _operators, reference
 from ._operators import Chain
@@ -42,7 +43,7 @@ def why_plain(training: bool = True, draws: bool = True, backward_of: Sequence[T
         return "transform"
     if compiling:
         return None if training or draws or backward_of else "compiled evaluation"
-    if torch.autograd.forward_ad._current_level >= 0:  # before the next, as torch.func.linearize traces it
+    if forward_ad._current_level >= 0:  # before the next, as torch.func.linearize traces it
         return "forward mode"
     if torch.jit.is_tracing() or torch._C._get_dispatch_mode(_PROXY) is not None:  # type: ignore[attr-defined]
         return "trace"
@@ -74,6 +75,8 @@ def multiplier(input, seed, chain):
 def exact(tensors, training, chain, eval_matched_stats):
     """(output, mean, variance for the running statistics), differentiable any number of times in any mode."""
     input, weight, bias, running_mean, running_var, residual, act_weight, seed = tensors
+    if not training and any(forward_ad.unpack_dual(t).tangent is not None for t in (running_mean, running_var)):
+        raise RuntimeError("batch_norm is not differentiable wrt running_mean and running_var, but one has a tangent")
     m, act = multiplier(input, seed, chain), act_of(chain, act_weight)
     output = reference.batch_norm_act_drop(
         input,
@@ -95,9 +98,8 @@ def exact(tensors, training, chain, eval_matched_stats):
     with torch.no_grad():
         u = reference.run_stages(before, reference.in_opmath(input), act, None if eval_matched_stats else m)
         moments = [reference.moments(group) for group in reference.ghosts(u, chain.ghost_batch_size)]
-    if len(moments) == 1:
-        return output, *moments[0]
-    return output, *(torch.stack(parts) for parts in zip(*moments, strict=True))
+    moments = moments[0] if len(moments) == 1 else [torch.stack(parts) for parts in zip(*moments, strict=True)]
+    return output, *(forward_ad.unpack_dual(t).primal for t in moments)  # no_grad lets tangents pass
 
 
 def differentiable_backward(

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import _autograd, _operators, _plain, reference
 from ._operators import DEFAULT_ORDER as DEFAULT_ORDER  # for modules
@@ -80,6 +81,12 @@ def ghost_batches(batch: int, size: int | None, even: bool = False, values: int 
         return size
     sizes: tuple[int, ...] = (evenly, *range(size, 1, -1), *range(size + 1, batch + 1))
     return next(s for s in sizes if batch % s != 1)
+
+
+def _check_tensor(name: str, value: Any, optional: bool = True) -> None:
+    if not isinstance(value, Tensor) and not (optional and value is None):
+        expected = "a tensor or None" if optional else "a tensor"
+        raise TypeError(f"{name}: expected {expected}, but got {type(value).__name__}")
 
 
 def leaf_of_graph(module: nn.Module, input: Any, residual: Any = None, seed: Any = None) -> Any:
@@ -164,9 +171,30 @@ def batch_norm_act_drop(
         The input's shape, dtype and memory format.
 
     Raises:
-        ValueError: an argument outside its domain or without a place in `order`, or one value per channel in training.
-        RuntimeError: per-channel vectors whose size is not C.
+        ValueError: an argument outside its domain or without a place in `order`, one value per channel in training, or
+            one of the running statistics without the other.
+        TypeError: what should be a tensor is none.
+        RuntimeError: per-channel vectors whose size is not C, or running statistics that require a gradient.
     """
+    if has_torch_function_unary(input):  # torch.fx: a node of its graph, as for torch's own functions
+        return handle_torch_function(
+            *(batch_norm_act_drop, (input,), input, running_mean, running_var, weight, bias, training, momentum, eps),
+            act=act,
+            p=p,
+            noise=noise,
+            granularity=granularity,
+            drop_training=drop_training,
+            order=order,
+            residual=residual,
+            ghost_batch_size=ghost_batch_size,
+            even_ghost_batches=even_ghost_batches,
+            eval_matched_stats=eval_matched_stats,
+            seed=seed,
+        )
+    _check_tensor("input", input, optional=False)
+    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for vector, value in vectors.items():
+        _check_tensor(vector, value)
     reference.parse_order(order)
     p = check_noise(p, noise, granularity)
     ghost_batch_size = check_ghost_batch_size(ghost_batch_size)
@@ -217,6 +245,7 @@ def apply(
     Running statistics, where given, are updated if `training`; with `num_batches_tracked` that is incremented (once for
     each ghost batch) and `momentum` may be None.
     """
+    _check_statistics(running_mean, running_var, training)
     if residual is not None or "add" in chain.order:
         _check_residual(input, residual, chain.order)
     if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
@@ -245,8 +274,6 @@ def apply(
     if (training and count == 1) or chain.eps <= 0:
         # torch's own checks, with its words: F.batch_norm raises, or has no objection.
         F.batch_norm(input, running_mean, running_var, weight, bias, training, 0.0, chain.eps)
-    if not training and (running_mean is None or running_var is None):
-        raise ValueError("Expected running_mean and running_var to be defined when training=False")
     if seed is not None:
         seed = _seed_tensor(seed, input.device)
     return _autograd.run(
@@ -260,6 +287,17 @@ def apply(
         count,
         last_count,
     )
+
+
+def _check_statistics(running_mean: Tensor | None, running_var: Tensor | None, training: bool) -> None:
+    if running_mean is None or running_var is None:
+        if not training:
+            raise ValueError("Expected running_mean and running_var to be defined when training=False")
+        if running_mean is not running_var:
+            raise ValueError("running_mean and running_var must either both be None or neither be None")
+    elif torch.is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad):
+        name = "running_mean" if running_mean.requires_grad else "running_var"
+        raise RuntimeError(f"{name}: batch norm is not differentiable with respect to it, but it requires grad")
 
 
 def _check_residual(input: Tensor, residual: Any, order: str) -> None:
@@ -325,7 +363,13 @@ def dropout(
 
     Raises:
         ValueError: an argument outside its domain, or too few dimensions for the granularity.
+        TypeError: an input that is no tensor.
     """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            dropout, (input,), input, p, training, noise=noise, granularity=granularity, seed=seed
+        )
+    _check_tensor("input", input, optional=False)
     p = check_noise(p, noise, granularity)
     if not training or p == 0:
         return input

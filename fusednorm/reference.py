@@ -121,7 +121,10 @@ def run_stages(
 
 def moments(u: Tensor) -> tuple[Tensor, Tensor]:
     """(C,) mean and biased variance of (N, C, ...)."""
-    var, mean = torch.var_mean(u, [0, *range(2, u.dim())], correction=0)
+    rows = [0, *range(2, u.dim())]
+    if u.numel() == 0:  # NaN without torch's warning, as there is nothing that they are applied to
+        return u.mean(rows), u.mean(rows)
+    var, mean = torch.var_mean(u, rows, correction=0)
     return mean, var
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fusednorm
-from fusednorm import FusedBatchNorm1d, FusedBatchNorm2d
+from fusednorm import FusedBatchNorm1d, FusedBatchNorm2d, functional
 
 pytestmark = [
     pytest.mark.cpu,
@@ -253,6 +253,22 @@ class TestFx:
 
         ShapeProp(graph).propagate(X)
         assert graph.graph.output_node().args[0].meta["tensor_meta"].shape == (4, 8, 6, 6)
+
+    def test_functions(self):
+        """The functions are nodes, as torch's own are."""
+        options = {"act": "relu", "p": 0.3, "granularity": "channel", "seed": 3}
+        weight, bias, mean, var = torch.rand(4, 3)
+
+        def model(x, residual):
+            z = functional.batch_norm_act_drop(
+                x, mean, var, weight, bias, order="norm-act-drop-add", residual=residual, drop_training=True, **options
+            )
+            return functional.dropout(z, 0.4, seed=4)
+
+        graph = torch.fx.symbolic_trace(model)
+        targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        assert targets == [functional.batch_norm_act_drop, functional.dropout]
+        torch.testing.assert_close(graph(X, 2 * X), model(X, 2 * X), rtol=0, atol=0)
 
     @pytest.mark.parametrize("seed", [None, 3])
     def test_other_tracers(self, seed):

@@ -236,6 +236,14 @@ def test_functional_options(bad, says, training):
         functional.batch_norm_act_drop(torch.randn(N, C), torch.zeros(C), torch.ones(C), training=training, **bad)
 
 
+@pytest.mark.parametrize("value", ["x", 3, [1.0] * C, False], ids=str)
+@pytest.mark.parametrize("name", ["input", "running_mean", "running_var", "weight", "bias"])
+def test_not_a_tensor(name, value):
+    arguments = {"input": torch.randn(N, C), "running_mean": torch.zeros(C), "running_var": torch.ones(C)}
+    with pytest.raises(TypeError, match=f"{name}: expected a tensor.* but got {type(value).__name__}"):
+        functional.batch_norm_act_drop(**arguments | {name: value})
+
+
 @pytest.mark.parametrize(
     "bad",
     [
