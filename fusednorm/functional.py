@@ -6,19 +6,20 @@
 
 import math
 import numbers
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import wrap_torch_function
 
 from . import _autograd, _operators, _plain, reference
 from ._operators import DEFAULT_ORDER as DEFAULT_ORDER  # for modules
 from ._operators import Chain as Chain
 
 Device: TypeAlias = torch.device | str | int | None
+Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 # Kind of noise -> the name of its strength, and the largest one.
 NOISES = {"bernoulli": ("dropout probability", 1.0), "uniform": ("beta", 1.0), "gaussian": ("alpha", math.inf)}
@@ -114,6 +115,12 @@ def _seed_tensor(seed: Any, device: torch.device) -> Tensor:
     return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
 
 
+def _as_torch_function(function: Function) -> Function:
+    """To torch.fx, and to tensors with ways of their own, one call, as torch's functions are."""
+    return cast(Function, wrap_torch_function(lambda input, *_, **__: (input,))(function))
+
+
+@_as_torch_function
 def batch_norm_act_drop(
     input: Tensor,
     running_mean: Tensor | None,
@@ -176,21 +183,6 @@ def batch_norm_act_drop(
         TypeError: what should be a tensor is none.
         RuntimeError: per-channel vectors whose size is not C, or running statistics that require a gradient.
     """
-    if has_torch_function_unary(input):  # torch.fx: a node of its graph, as for torch's own functions
-        return handle_torch_function(
-            *(batch_norm_act_drop, (input,), input, running_mean, running_var, weight, bias, training, momentum, eps),
-            act=act,
-            p=p,
-            noise=noise,
-            granularity=granularity,
-            drop_training=drop_training,
-            order=order,
-            residual=residual,
-            ghost_batch_size=ghost_batch_size,
-            even_ghost_batches=even_ghost_batches,
-            eval_matched_stats=eval_matched_stats,
-            seed=seed,
-        )
     _check_tensor("input", input, optional=False)
     vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for vector, value in vectors.items():
@@ -339,6 +331,7 @@ def _behind_addition(
     return reference.run_stages(stages, v, _plain.act_of(chain, act_weight), noise if chain.drops() else None)
 
 
+@_as_torch_function
 def dropout(
     input: Tensor,
     p: float = 0.5,
@@ -365,10 +358,6 @@ def dropout(
         ValueError: an argument outside its domain, or too few dimensions for the granularity.
         TypeError: an input that is no tensor.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(
-            dropout, (input,), input, p, training, noise=noise, granularity=granularity, seed=seed
-        )
     _check_tensor("input", input, optional=False)
     p = check_noise(p, noise, granularity)
     if not training or p == 0:
