@@ -392,7 +392,8 @@ def noise(
 ) -> Tensor:
     """The multiplier m that a layer applies to a tensor of `shape` (N, C, ...) at this seed, broadcast to `shape`.
 
-    "bernoulli": m = 65536/T where kept and 0 elsewhere, T = floor((1-p)*65536 + 0.5): its mean is exactly 1.
+    "bernoulli": m = 65536/T where kept and 0 elsewhere, T = floor((1-p)*65536 + 0.5) in [1, 65535]: its
+    mean is exactly 1.
     "uniform": m = 1 + beta t, with 65536 values t symmetric about 0 in (-1, 1). "gaussian": N(1, alpha), by Box &
     Muller 1958. The draws are those of Philox4x32-7 (Salmon et al., SC'11) at counter (row div 8, channel),
     key = seed; the last two are computed in float32, whatever the dtype.
