@@ -4,13 +4,13 @@ A child is known by its exact type. One that carries hooks or a forward of its o
 fire, and where the type is known the noise is still that of the fused path, so that to watch a layer changes nothing.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import TorchFunctionMode
 
 from . import functional, reference
 from .noises import DropPath, GaussianDropout, UniformDropout
@@ -29,7 +29,7 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[Any], ReadAct]] = {
     nn.Tanh: lambda m: ("tanh", ()),
     nn.Sigmoid: lambda m: ("sigmoid", ()),
     nn.Hardtanh: lambda m: ("hardtanh", (m.min_val, m.max_val)),
-    nn.ReLU6: lambda m: ("relu6", ()),
+    nn.ReLU6: lambda m: ("relu6", ()) if (m.min_val, m.max_val) == (0.0, 6.0) else ("hardtanh", (m.min_val, m.max_val)),
     nn.Hardswish: lambda m: ("hardswish", ()),
     nn.Mish: lambda m: ("mish", ()),
     nn.Softplus: lambda m: ("softplus", (m.beta, m.threshold)),
@@ -148,30 +148,43 @@ def does_something(child: nn.Module | None) -> bool:
 
 def seedable(drop: nn.Module, rank: int) -> bool:
     """Whether a dropout that has to be called draws the noise of a seed all the same."""
-    # What a compiler traces cannot be given another forward for a moment.
-    return "forward" not in drop.__dict__ and _known_noise(drop, rank) is not None and not torch.compiler.is_compiling()
+    return "forward" not in drop.__dict__ and _known_noise(drop, rank) is not None
 
 
 def call_drop(drop: nn.Module, input: Tensor, seed: int | Tensor | None) -> Any:
     """`drop(input)`, hooks and all, with the noise that the fused path draws at this seed where that is known."""
     if not seedable(drop, input.dim()):
         return drop(input)
-    kind, p, granularity = _known_noise(drop, input.dim())  # type: ignore[misc]  # seedable: not None
-
-    def forward(input: Tensor) -> Tensor:
-        return functional.dropout(input, p, noise=kind, granularity=granularity, seed=seed)
-
-    with _forward_of(drop, forward):
+    with _OurNoise(seed):
         return drop(input)
 
 
-@contextlib.contextmanager
-def _forward_of(child: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    child.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del child.__dict__["forward"]
+class _OurNoise(TorchFunctionMode):
+    """Answers for torch's functions of dropout, which the modules call when their hooks have had their say."""
+
+    _GRANULARITIES: dict[Any, str] = {
+        F.dropout: "element",
+        F.dropout1d: "channel",
+        F.dropout2d: "channel",
+        F.dropout3d: "channel",
+    }
+
+    def __init__(self, seed: int | Tensor | None) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is functional.dropout:  # of our own modules
+            return function(*args, **kwargs | {"seed": self.seed})
+        if function in self._GRANULARITIES:
+            return self._drop(self._GRANULARITIES[function], *args, **kwargs)
+        return function(*args, **kwargs)
+
+    def _drop(
+        self, granularity: str, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        return functional.dropout(input, p, training, granularity=granularity, seed=self.seed)
 
 
 def without_hooks(child: nn.Module, input: Tensor) -> Any:

@@ -1,10 +1,14 @@
-"""Keeps tools from taking a fused layer for a bare BatchNorm and losing its activation and noise in silence.
+"""What a call means is sometimes said by the code that makes it alone; all that looks at callers is here.
 
-Code that rebuilds, freezes or folds a BatchNorm by isinstance (convert_sync_batchnorm, FrozenBatchNorm2d,
-fuse_conv_bn_eval, BatchNorm to GroupNorm) has one thing in common: one function reads `eps` or `num_features`, and
-names the running statistics or the norm that it builds instead. Such a reader gets a sentence, all others the value.
+Tools are kept from taking a fused layer for a bare BatchNorm and losing its activation and noise in silence. Code that
+rebuilds, freezes or folds a BatchNorm by isinstance (convert_sync_batchnorm, FrozenBatchNorm2d, fuse_conv_bn_eval,
+BatchNorm to GroupNorm) has one thing in common: one function reads `eps` or `num_features`, and names the running
+statistics or the norm that it builds instead. Such a reader gets a sentence, all others the value.
+
+And modes: stock layers have the noise in a module of its own, so that `bn.eval()` is the norm's alone.
 """
 
+import dis
 import re
 import sys
 from collections.abc import Iterator
@@ -14,7 +18,9 @@ from typing import Any
 import torch
 
 # In a function that reads eps or num_features, names that tell what for.
-_REBUILDS = re.compile(r"running_(mean|var)|\w*(Group|Instance|Layer|Sync|Frozen)\w*Norm\w*")
+_REBUILDS = re.compile(r"running_(mean|var)|\w*(Group|Instance|Layer|Sync|Frozen|RMS|Ghost)\w*Norm\w*")
+# In a function that sets modes, names that tell of a norm.
+_NORMS = re.compile(r"(?i)\w*batch_?norm\w*|(\w+_)?bns?\d*(_\w+)?|(\w+_)?norms?\d*|norm_layers?")
 
 
 def guarded(name: str) -> Any:
@@ -33,6 +39,27 @@ def guarded(name: str) -> Any:
         self.__dict__[name] = value
 
     return property(get, set)
+
+
+def means_norm_alone(layer: Any, frame: FrameType | None) -> bool:
+    """Whether train() or eval() of a layer in a model, called from `frame`, is to leave its children as they are.
+
+    It is where the calling function names a norm, as `isinstance(m, nn.BatchNorm2d)` does, or picks this layer by hand.
+    A loop that names none goes over modules of all kinds, as nn.Module.train does, and means the whole layer.
+    """
+    while frame is not None and frame.f_locals.get("self") is layer:
+        frame = frame.f_back
+    loops = False
+    while frame is not None:
+        code = frame.f_code
+        words = [*code.co_names, *code.co_varnames, *_strings(code.co_consts)]
+        if any(_NORMS.fullmatch(word) for word in words):
+            return True
+        loops = loops or dis.opmap["FOR_ITER"] in code.co_code[::2]
+        if code.co_name not in ("<listcomp>", "<setcomp>", "<genexpr>"):
+            break
+        frame = frame.f_back
+    return not loops
 
 
 def _check_reader(layer: Any, name: str, lost: str, frame: FrameType) -> None:

@@ -87,6 +87,10 @@ def draw_seed(like: Tensor) -> Tensor:
     """A seed from the default generator of `like`'s device."""
     if type(like) is not Tensor:
         beside(like, None)
+    if torch.compiler.is_compiling():
+        # Two draws beside one tensor are two seeds, but equal calls to AOTAutograd, which knows torch's own random
+        # operators only by their names. It leaves what is made by `empty` apart.
+        like = torch.empty((), device=like.device)
     return _draw_seed(like)
 
 

@@ -7,15 +7,15 @@ does not know exactly (subclasses, hooks, parametrisations) are called; what sta
 
 import math
 import sys
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import _children, functional, reference
-from ._guard import guarded
+from ._guard import guarded, means_norm_alone
 from ._unfused import AnyBatchNorm, unfused
 
 Act: TypeAlias = str | tuple[str | float | Tensor, ...] | nn.Module | None
@@ -45,8 +45,7 @@ class _FusedBatchNorm(_BatchNorm):
     eval_matched_stats: bool
     training: bool
     frozen: bool = False  # see freeze()
-    # Whether the last to set the children's modes was the train() of a model that this layer is a part of.
-    _led = False
+    _in_model = False  # whether another module has it as a child
 
     def __init__(
         self,
@@ -127,34 +126,39 @@ class _FusedBatchNorm(_BatchNorm):
             value = _children.make_act(value) if name == "act" else _children.make_drop(value)
         super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if name in ("act", "drop"):
+            setattr(self, name, None)
+        else:
+            super().__delattr__(name)
+
     # ---- modes ------------------------------------------------------------------------------------------------------
     def train(self, mode: bool = True) -> Self:
-        """As :meth:`torch.nn.Module.train`, children included; a frozen layer keeps its statistics."""
-        super().train(mode)
-        caller: FrameType | None = sys._getframe(1)
-        while caller is not None and caller.f_locals.get("self") is self:
-            caller = caller.f_back
-        self._led = caller is not None and caller.f_code is nn.Module.train.__code__
+        """As :meth:`torch.nn.Module.train`, children included, for a layer by itself and for the `train()` of a model.
+
+        A model's layer that is picked as a norm is set as one, and its children stay as they are, as with stock
+        layers: `for m in model.modules(): if isinstance(m, nn.BatchNorm2d): m.eval()` freezes the statistics and leaves
+        the noise on. A frozen layer keeps its statistics in any case.
+        """
+        # While compiling it is a model's own train(), as far as can be known.
+        part = self._in_model and not torch.compiler.is_compiling() and means_norm_alone(self, sys._getframe(1))
+        if part:
+            self.training = mode
+        else:
+            super().train(mode)
         if self.frozen:
             self.training = False
         return self
 
     def eval(self) -> Self:
-        """Evaluation mode: of the norm alone where a model's `train()` or `eval()` has set the children, else of all.
-
-        So `for m in model.modules(): if isinstance(m, nn.BatchNorm2d): m.eval()` behind `model.train()` freezes the
-        statistics and leaves the noise on, as it does with stock layers, and a layer by itself evaluates without noise.
-        `layer.train(False)` always means all of it, `layer.freeze()` always the norm.
-        """
-        if not self._led:
-            return super().eval()
-        self.training = False
-        return self
+        """As `train(False)`."""
+        return self.train(False)
 
     def freeze(self) -> Self:
         """Normalises by the running statistics from now on and does not move them, whatever `train()` says.
 
-        Activation and noise go on as the mode of the children has it; parameters keep their `requires_grad`.
+        Nor do `reset_running_stats()`, as torch's `update_bn` calls it, and :func:`recalibrate`. Activation and noise
+        go on as the mode of the children has it; parameters keep their `requires_grad`.
         """
         self.frozen, self.training = True, False
         return self
@@ -163,6 +167,10 @@ class _FusedBatchNorm(_BatchNorm):
         """Ends :meth:`freeze`; the mode is that of the next `train()` or `eval()`."""
         self.frozen = False
         return self
+
+    def reset_running_stats(self) -> None:
+        if not self.frozen:
+            super().reset_running_stats()  # type: ignore[no-untyped-call]
 
     # ---- from and to the stock layers -------------------------------------------------------------------------------
     @classmethod
@@ -180,7 +188,8 @@ class _FusedBatchNorm(_BatchNorm):
         """The fused layer of an existing BatchNorm and the modules around it.
 
         Parameters, buffers and children are shared, not copied: optimizers and references stay valid. Attributes and
-        hooks of `bn` are taken over too, forward pre-hooks where the norm comes first.
+        hooks of `bn` are taken over too, forward pre-hooks where the norm comes first. A layer that was compiled by
+        itself (`bn.compile()`) is to be compiled again.
 
         Args:
             bn: an instance of the torch class that this class extends, or, for a lazy class, of the lazy one.
@@ -189,7 +198,8 @@ class _FusedBatchNorm(_BatchNorm):
 
         Raises:
             TypeError: `bn` is of another class (or a subclass with behaviour of its own, as SyncBatchNorm).
-            ValueError: `bn` has hooks that would see something else than they do now.
+            ValueError: `bn` has hooks that would see something else than they do now, or a forward or other attributes
+                of its own that would stand in the fused layer's way.
         """
         options: dict[str, Any] = {
             "ghost_batch_size": ghost_batch_size,
@@ -213,11 +223,14 @@ class _FusedBatchNorm(_BatchNorm):
                 raise self._no_place(name)
         self.act, self.drop = act, drop
         self._check_hooks(bn)
+        in_the_way = (_OWN | {"forward"}) & {*bn.__dict__, *bn._modules} - {*self._own_when_adopting}
+        if in_the_way:
+            raise ValueError(f"bn: expected no attribute of its own that is named {', '.join(sorted(in_the_way))}")
         children = self._modules
         for name, value in bn.__dict__.items():  # parameters, buffers, hooks, and what people put there
-            if name not in self._own_when_adopting:
+            if name not in (*self._own_when_adopting, "_compiled_call_impl"):
                 self.__dict__[name] = value.copy() if name in _CONTAINERS else value
-        self._modules = children
+        self._modules.update(children)
         for child in (self.act, self.drop):
             if child is not None and not any(child is g for g in given):
                 child.train(bn.training)
@@ -248,14 +261,17 @@ class _FusedBatchNorm(_BatchNorm):
             `eval_matched_stats`. Noises that torch has no module for become one that draws by torch's generators.
 
         Raises:
-            ValueError: the layer is lazy and has seen no input yet, or has hooks that would see something else.
+            ValueError: the layer is lazy and has seen no input yet, or has hooks that would see something else, or a
+                forward of its own.
         """
         if isinstance(self, _LazyNormBase):
             raise ValueError("to_torch: expected a layer that knows its size; call the model once before")
         self._check_hooks(self)
+        if "forward" in self.__dict__:
+            raise ValueError(f"{type(self).__name__}: expected no forward of its own, which no stock module would have")
         stock = self._torch_class or AnyBatchNorm
         norm = stock.__new__(stock)
-        beside = {*_OPTIONS, "frozen", "_led", "act", "drop"}
+        beside = {*_OWN, "_compiled_call_impl"}
         norm.__dict__.update(
             {n: v.copy() if n in _CONTAINERS else v for n, v in self.__dict__.items() if n not in beside}
         )
@@ -305,6 +321,8 @@ class _FusedBatchNorm(_BatchNorm):
         mean, var, count = (self._tensor(self._buffers, name) for name in _STATISTICS)
         track = self.training and self.track_running_stats and update
         training = self.training or (mean is None and var is None)
+        if track and mean is None and count is not None:  # nothing to move, but batches all the same, as torch has it
+            count.add_(1)
         use_running = not training or track
         size, groups = self.ghost_batch_size, 0
         if training and size:  # the batch size of an evaluation is nobody's business: it may be symbolic
@@ -383,6 +401,7 @@ class _FusedBatchNorm(_BatchNorm):
 
 
 _OPTIONS = ("order", "ghost_batch_size", "even_ghost_batches", "eval_matched_stats")
+_OWN = {*_OPTIONS, "frozen", "_in_model", "act", "drop"}  # what a layer has beside its torch base class
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # What an nn.Module keeps in dictionaries of its own.
 _CONTAINERS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
@@ -543,3 +562,11 @@ class ICLayer(_FusedBatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if not 2 <= input.dim() <= 5:
             raise ValueError(f"expected 2D to 5D input (got {input.dim()}D input)")
+
+
+def _mark(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    if isinstance(child, _FusedBatchNorm) and name != "_orig_mod":  # which is torch.compile's, of the module alone
+        child._in_model = True
+
+
+register_module_module_registration_hook(_mark)

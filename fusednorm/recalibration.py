@@ -50,8 +50,8 @@ def recalibrate(
         normalize: "batch" or "running".
         passes: how often to go through `batches`. None: once with "batch"; with "running" until nothing changes, at
             most as often as there are layers.
-        layers: the BatchNorm modules to re-estimate, None for all in the model that have running statistics. The others
-            normalise by their own running statistics.
+        layers: the BatchNorm modules to re-estimate, None for all in the model that have running statistics and are not
+            frozen. The others normalise by their own running statistics.
         device: where to put each input; None leaves it where it is.
         forward: function of a batch that runs the model, for other batches than the above; its result is ignored.
         progress: show a bar, if rich or tqdm is installed.
@@ -67,7 +67,8 @@ def recalibrate(
     Warns:
         UserWarning: layers that no batch reached; they keep their statistics.
     """
-    chosen = _choose(_observe.batch_norms(model), layers)
+    available = _observe.batch_norms(model)
+    chosen = _choose({n: m for n, m in available.items() if not getattr(m, "frozen", False)}, layers)
     _observe.check_batches(batches)
     if normalize not in ("batch", "running"):
         raise ValueError(f"normalize: expected 'batch' or 'running', but got {normalize!r}")
@@ -124,7 +125,7 @@ def _choose(available: dict[str, Any], layers: Iterable[nn.Module] | None) -> di
     chosen = {id(layer) for layer in layers}
     found = {name: layer for name, layer in available.items() if id(layer) in chosen}
     if len(found) != len(chosen):
-        raise ValueError("layers: expected BatchNorm modules of the model that have running statistics")
+        raise ValueError("layers: expected BatchNorm modules of the model, not frozen, that have running statistics")
     return found
 
 

@@ -159,6 +159,34 @@ def test_fresh_noise_at_every_call():
     assert not torch.equal(masks[1], masks[2])
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_two_draws_beside_one_tensor(backend):
+    """R-Drop, Monte-Carlo samples in one graph, two heads: seeds of their own, and those of the eager calls."""
+
+    def draws(x, w):
+        a, b = (functional.dropout(x * w, 0.5) for _ in range(2))
+        c, d = (functional.batch_norm_act_drop(x * w, None, None, training=True, p=0.5) for _ in range(2))
+        return a, b, c, d
+
+    x, w = torch.randn(64, 8), torch.ones(8, requires_grad=True)
+    results = []
+    for function in (draws, torch.compile(draws, fullgraph=True, backend=backend)):
+        torch.manual_seed(3)
+        results.append(function(x, w))
+        a, b, c, d = results[-1]
+        assert not torch.equal(a == 0, b == 0)
+        assert not torch.equal(c == 0, d == 0)
+    torch.testing.assert_close(*results)
+
+
+def test_a_hooked_noise():
+    """Is called, and draws the same at the same seed."""
+    layer, x = fusednorm.FusedBatchNorm1d(8, act="relu", drop=0.5), torch.randn(64, 8)
+    expected = layer(x, seed=3)
+    layer.drop.register_forward_hook(lambda *args: None)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x, seed=3), expected)
+
+
 def test_batch_sizes():
     """One graph for all batch sizes after the first two (below 16, where the convolution specialises by itself)."""
     net = Net()

@@ -6,6 +6,7 @@ users have, and none of them knows fusednorm.
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -126,99 +127,6 @@ def test_what_everybody_may_read():
     assert not hasattr(FusedBatchNorm2d.__new__(FusedBatchNorm2d), "eps")
 
 
-# ---- modes -----------------------------------------------------------------------------------------------------------
-def drops(net, x):
-    return (net(x) == 0).float().mean().item() > 0.6  # relu alone: about half
-
-
-class TestFreezing:
-    def model(self):
-        return nn.Sequential(nn.Linear(4, 64), FusedBatchNorm1d(64, act="relu", drop=0.5))
-
-    def test_by_a_walk(self):
-        """Statistics stay, the noise stays on, as in the stock model; model.eval() ends both."""
-        net, x = self.model(), torch.randn(256, 4)
-        for _ in range(2):
-            net.train()
-            for m in net.modules():
-                if isinstance(m, nn.BatchNorm1d):
-                    m.eval()
-            assert drops(net, x)
-            assert int(net[1].num_batches_tracked) == 0
-            net.eval()
-            assert not drops(net, x)
-
-    def test_a_layer_by_itself(self):
-        layer, x = FusedBatchNorm1d(4, act="relu", drop=0.5), torch.randn(512, 4)
-        for mode in (layer.eval, lambda: layer.train(False)):
-            layer.train()
-            assert drops(layer, x)
-            mode()
-            assert not drops(layer, x)
-
-    def test_a_model_in_evaluation_stays_so(self):
-        net = self.model().eval()
-        net[1].eval()
-        assert not drops(net, torch.randn(256, 4))
-
-    def test_a_model_with_a_train_of_its_own(self):
-        class Frozen(nn.Sequential):
-            def train(self, mode=True):
-                super().train(mode)
-                self[1].eval()
-                return self
-
-        net = Frozen(*self.model()).train()
-        assert drops(net, torch.randn(256, 4))
-        assert int(net[1].num_batches_tracked) == 0
-        assert not drops(net.eval(), torch.randn(256, 4))
-
-    def test_freeze_survives_train(self):
-        net, x = self.model(), torch.randn(256, 4)
-        assert net[1].freeze() is net[1]
-        assert "frozen=True" in repr(net)
-        for other in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-            other.train()
-            assert drops(other, x)
-            assert int(other[1].num_batches_tracked) == 0
-            assert other[1].drop.training
-        assert not drops(net.eval(), x)
-        net[1].unfreeze()
-        net.train()(x)
-        assert int(net[1].num_batches_tracked) == 1
-
-    @pytest.mark.parametrize(
-        "drop",
-        [nn.Dropout(0.5), fusednorm.UniformDropout(0.9), fusednorm.GaussianDropout(0.5), fusednorm.DropPath(0.5)],
-        ids=lambda drop: type(drop).__name__,
-    )
-    @pytest.mark.parametrize(
-        "idiom",
-        [
-            lambda m: "drop" in type(m).__name__.lower(),
-            lambda m: isinstance(m, nn.Dropout),
-            lambda m: isinstance(m, nn.modules.dropout._DropoutNd),
-        ],
-        ids=["by name", "nn.Dropout", "_DropoutNd"],
-    )
-    def test_monte_carlo(self, idiom, drop):
-        net, x = nn.Sequential(nn.Linear(4, 64), FusedBatchNorm1d(64, act="relu", drop=drop)).eval(), torch.randn(64, 4)
-        for m in net.modules():
-            if idiom(m):
-                m.train()
-        assert not torch.equal(net(x), net(x))
-        assert int(net[1].num_batches_tracked) == 0
-
-    def test_probability_of_every_noise(self):
-        """Schedules set `p` of whatever is a Dropout: the noise of equal variance."""
-        for drop in (fusednorm.UniformDropout(0.1), fusednorm.GaussianDropout(0.1), fusednorm.DropPath(0.1)):
-            drop.p = 0.2
-            assert drop.p == pytest.approx(0.2)
-            assert drop.alpha == pytest.approx(0.25)
-        with pytest.raises(ValueError, match="1/3"):
-            fusednorm.UniformDropout(0.1).p = 0.5
-
-
 # ---- the way back, and over ------------------------------------------------------------------------------------------
 ORDERS = tuple(fusednorm.reference.ORDERS)
 
@@ -321,6 +229,50 @@ class TestFromTorch:
         with pytest.raises(ValueError, match="pre-hooks"):
             FusedBatchNorm2d.from_torch(bn, "relu", order="act-norm")
 
+    @pytest.mark.parametrize("name", ["order", "ghost_batch_size", "frozen", "act", "drop"])
+    def test_refuses_attributes_that_it_has_itself(self, name):
+        for value in (2, nn.Linear(2, 2)):
+            bn = nn.BatchNorm2d(4)
+            setattr(bn, name, value)
+            with pytest.raises(ValueError, match=f"no attribute of its own that is named {name}"):
+                FusedBatchNorm2d.from_torch(bn, "relu")
+
+    def test_a_forward_of_its_own(self):
+        bn, layer = nn.BatchNorm2d(4), FusedBatchNorm2d(4, act="relu")
+        bn.forward = layer.forward = lambda x: x
+        with pytest.raises(ValueError, match="named forward"):
+            FusedBatchNorm2d.from_torch(bn, "relu")
+        with pytest.raises(ValueError, match="forward of its own"):
+            layer.to_torch()
+
+    def test_takes_children(self):
+        bn = nn.BatchNorm2d(4)
+        bn.film = nn.Linear(2, 2)
+        layer = FusedBatchNorm2d.from_torch(bn, "relu")
+        assert layer.film is bn.film
+        assert [*layer.to_torch()[0].state_dict()] == [*bn.state_dict()]
+
+    def test_compiled_by_itself(self):
+        """What was compiled is the old layer."""
+        bn, layer, x = nn.BatchNorm2d(4), FusedBatchNorm2d(4, act="relu", drop=1.0), torch.randn(3, 4, 2, 2)
+        for module in (bn, layer):
+            module.compile(backend="eager")
+            module(x)
+        assert FusedBatchNorm2d.from_torch(bn, "relu")(x).min() >= 0
+        assert not layer.to_torch()[0](x).eq(0).any()
+
+    def test_children_may_go(self):
+        layer, x = FusedBatchNorm2d(4, act="relu", drop=0.5), torch.randn(3, 4, 2, 2)
+        del layer.drop
+        layer.act = nn.Sequential(nn.ReLU())
+        torch.testing.assert_close(layer(x), nn.BatchNorm2d(4)(x).relu())
+        assert len(layer.to_torch()) == 2
+
+    def test_changed_bounds(self):
+        act, x = nn.ReLU6(), torch.randn(3, 4, 2, 2) * 4
+        act.max_val = 1.0
+        torch.testing.assert_close(FusedBatchNorm2d(4, act=act)(x), act(nn.BatchNorm2d(4)(x)))
+
     def test_pruned(self):
         from torch.nn.utils import prune
 
@@ -372,7 +324,7 @@ class TestLazy:
 class TestStateDict:
     @pytest.mark.parametrize("order", ["norm-act-drop", "act-norm-drop"])
     def test_a_converted_sequential(self, order):
-        """Stock checkpoints load strictly, and ours into the stock model; optimizers keep their state."""
+        """Stock checkpoints load strictly, and ours into the stock model; optimizers go by the order of parameters."""
         torch.manual_seed(0)
         stages = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(8, 0.3), nn.Dropout2d(0.1)]
         norm, act = (1, 2) if order.startswith("norm") else (2, 1)
@@ -384,6 +336,8 @@ class TestStateDict:
         block[act], block[3] = nn.Identity(), nn.Identity()
         fusednorm.keep_act_keys(block, str(norm), str(act))
         assert sorted(ours.state_dict()) == sorted(stock.state_dict())
+        names = [n.replace(f"0.{norm}.act.", f"0.{act}.") for n, _ in ours.named_parameters()]
+        assert (names == [n for n, _ in stock.named_parameters()]) == order.startswith("norm")
         for source, target in ((stock, ours), (ours, stock)):
             for p in source.parameters():
                 nn.init.uniform_(p)
@@ -467,7 +421,6 @@ class TestWatched:
         finally:
             handle.remove()
         assert seen == [nn.ReLU, nn.Dropout, FusedBatchNorm1d]
-        assert "forward" not in vars(layer.drop)
         assert y.shape == (8, 4)
 
     def test_everything_that_watches_a_model(self):
@@ -483,7 +436,42 @@ class TestWatched:
         layer.drop.register_forward_hook(lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             layer(torch.randn(8, 4))
-        assert "forward" not in vars(layer.drop)
+        y = nn.functional.dropout(torch.ones(1000), 1 / 3)
+        assert set(y.unique().tolist()) == {0.0, 1.5}  # torch's own again, not ours of 65536 / T
+        torch.testing.assert_close(y[y > 0], torch.full_like(y[y > 0], 1.5), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("name", ["p", "training"])
+    def test_a_hook_that_sets_the_noise(self, name):
+        """Has its way in the call that it comes before, as with stock layers."""
+        value = 0.9 if name == "p" else False
+        for net in (nn.Sequential(nn.BatchNorm2d(4), nn.Dropout(0.4)), FusedBatchNorm2d(4, drop=0.4)):
+            drop = net.drop if isinstance(net, FusedBatchNorm2d) else net[1]
+            drop.register_forward_pre_hook(lambda m, args: setattr(m, name, value))
+            dropped = (net(torch.randn(64, 4, 3, 3)) == 0).float().mean()
+            assert abs(dropped - (0.9 if name == "p" else 0)) < 0.05
+
+    def test_a_copy_made_by_a_hook(self):
+        """Evaluates, and has the noise of its own p."""
+        layer, x, copies = FusedBatchNorm2d(4, drop=0.5), torch.randn(64, 4, 3, 3), []
+        layer.drop.register_forward_hook(lambda *args: copies.append(copy.deepcopy(layer)))
+        layer(x)
+        copies[0].drop._forward_hooks.clear()
+        assert not copies[0].eval()(x).eq(0).any()
+
+    def test_another_thread_meanwhile(self):
+        layer, x, results = FusedBatchNorm2d(4, drop=0.5), torch.randn(64, 4, 3, 3), []
+        expected = layer(x, seed=2)
+
+        def in_between(*args):
+            if not results:
+                results.append(None)
+                thread = threading.Thread(target=lambda: results.append(layer(x, seed=2)))
+                thread.start()
+                thread.join()
+
+        layer.drop.register_forward_pre_hook(in_between)
+        assert not torch.equal(layer(x, seed=3), expected)
+        torch.testing.assert_close(results[1], expected)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

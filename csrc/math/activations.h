@@ -242,11 +242,12 @@ struct Mish {
   }
   template <class V>
   static FN_INLINE V gradient(V z, V g, parameters_t<V>) {
-    const V w = exp(select(less(V(20.0f), z), V(20.0f), z));
+    const V small = select(less(V(20.0f), z), V(20.0f), z);  // beyond it is 1
+    const V w = exp(small);
     const V n = w * (w + V(2.0f));
     const V d = V(1.0f) / (n + V(2.0f));
     const V slope = V(4.0f) * (n + V(1.0f)) * d * d * (w / (w + V(1.0f)));
-    return g * fma(z, slope, n * d);
+    return g * fma(small, slope, n * d);
   }
 };
 

@@ -1,0 +1,188 @@
+"""Modes of a layer in a model and by itself, set by the idioms that people have for stock layers."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fusednorm
+from fusednorm import FusedBatchNorm1d
+
+
+def stock():
+    return nn.Sequential(nn.Linear(4, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.5))
+
+
+def fused():
+    return nn.Sequential(nn.Linear(4, 64), FusedBatchNorm1d(64, act="relu", drop=0.5))
+
+
+def state(net):
+    """(whether the statistics move, whether there is noise)"""
+    x, before = torch.randn(64, 4), int(net[1].num_batches_tracked)
+    noisy = not torch.equal(net(x), net(x))
+    return int(net[1].num_batches_tracked) != before, noisy
+
+
+def walk_of_norms(net, mode=False):
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm1d):
+            m.train(mode)
+
+
+def walk_by_class_name(net):
+    for m in net.modules():
+        if m.__class__.__name__.find("BatchNorm") != -1:
+            m.eval()
+
+
+def walk_of_children(net):
+    for child in net.children():
+        child.eval()
+
+
+def walk_of_children_by_hand(net):
+    for i in range(len(net)):
+        net[i].eval()
+
+
+def freeze(m):
+    if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        m.eval()
+
+
+class OwnTrain(nn.Sequential):
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+class OwnRecursion(nn.Sequential):
+    def train(self, mode=True):
+        self.training = mode
+        for child in self.children():
+            child.train(mode)
+        return self
+
+
+def within(cls):
+    """A model of that class, of the layers of another."""
+    return lambda net: cls(*net).train()
+
+
+IDIOMS = {
+    "nothing": lambda net: None,
+    "train": lambda net: net.train(),
+    "eval": lambda net: net.eval(),
+    "walk of norms": walk_of_norms,
+    "walk of norms behind train": lambda net: walk_of_norms(net.train()),
+    "walk of norms behind eval": lambda net: walk_of_norms(net.eval(), True),
+    "walk by class name": walk_by_class_name,
+    "in a comprehension": lambda net: [m.eval() for m in net.modules() if isinstance(m, nn.BatchNorm1d)],
+    "applied": lambda net: net.apply(freeze),
+    "train applied": lambda net: net.eval().apply(lambda m: m.train()),
+    "picked": lambda net: net[1].eval() and None,
+    "picked behind eval": lambda net: net.eval()[1].train() and None,
+    "walk of modules": lambda net: [m.eval() for m in net.modules()],
+    "walk of modules, train": lambda net: [m.train() for m in net.eval().modules()],
+    "walk of children": walk_of_children,
+    "walk of children by hand": walk_of_children_by_hand,
+    "flags": lambda net: [setattr(m, "training", False) for m in net.modules()],
+    "a train of its own": within(OwnTrain),
+    "a recursion of its own": within(OwnRecursion),
+    "a recursion of its own, eval": lambda net: OwnRecursion(*net).eval(),
+}
+
+
+@pytest.mark.parametrize("idiom", IDIOMS.values(), ids=IDIOMS)
+def test_idiom(idiom):
+    """Statistics and noise are then in the modes in which the stock layers have them; a copy's too."""
+    models = []
+    for net in (stock(), fused()):
+        result = idiom(net)
+        models.append(result if isinstance(result, nn.Module) else net)
+    expected, net = models
+    for other in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert state(other) == state(expected)
+    for end in ("train", "eval"):
+        assert state(getattr(net, end)()) == state(getattr(expected, end)())
+
+
+def test_a_layer_by_itself():
+    """There all of it is meant, however the code around it is named."""
+    norm, x = FusedBatchNorm1d(4, act="relu", drop=0.5), torch.randn(512, 4)
+    for mode in (norm.eval, lambda: norm.train(False)):
+        norm.train()
+        assert not torch.equal(norm(x), norm(x))
+        mode()
+        assert torch.equal(norm(x), norm(x))
+
+
+def test_in_a_compiled_region():
+    def both(net, x):
+        net.train()
+        y = net(x)
+        net.eval()
+        return y, net(x)
+
+    net, x = fused(), torch.randn(64, 4)
+    y, z = torch.compile(both, backend="aot_eager", fullgraph=True)(net, x)
+    assert state(net) == (False, False)
+    torch.testing.assert_close(z, net(x))
+    assert (y == 0).float().mean() > 0.6
+
+
+def test_freeze():
+    """It survives train(), copies and what resets statistics; noise is as the mode of the model has it."""
+    net, x = fused(), torch.randn(256, 4) * 3 + 5
+    for _ in range(50):
+        net(x)
+    assert net[1].freeze() is net[1]
+    assert "frozen=True" in repr(net)
+    mean = net[1].running_mean.clone()
+    for other in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert state(other.train()) == (False, True)
+        torch.optim.swa_utils.update_bn([x], other)
+        fusednorm.recalibrate(other, [x + 1], progress=False)
+        assert torch.equal(other[1].running_mean, mean)
+    assert state(net.eval()) == (False, False)
+    net[1].unfreeze()
+    assert state(net.train()) == (True, True)
+    net[1].reset_running_stats()
+    assert not net[1].running_mean.any()
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [nn.Dropout(0.5), fusednorm.UniformDropout(0.9), fusednorm.GaussianDropout(0.5), fusednorm.DropPath(0.5)],
+    ids=lambda drop: type(drop).__name__,
+)
+@pytest.mark.parametrize(
+    "idiom",
+    [
+        lambda m: "drop" in type(m).__name__.lower(),
+        lambda m: isinstance(m, nn.Dropout),
+        lambda m: isinstance(m, nn.modules.dropout._DropoutNd),
+    ],
+    ids=["by name", "nn.Dropout", "_DropoutNd"],
+)
+def test_monte_carlo(idiom, drop):
+    net, x = nn.Sequential(nn.Linear(4, 64), FusedBatchNorm1d(64, act="relu", drop=drop)).eval(), torch.randn(64, 4)
+    for m in net.modules():
+        if idiom(m):
+            m.train()
+    assert not torch.equal(net(x), net(x))
+    assert int(net[1].num_batches_tracked) == 0
+
+
+def test_probability_of_every_noise():
+    """Schedules set `p` of whatever is a Dropout: the noise of equal variance."""
+    for drop in (fusednorm.UniformDropout(0.1), fusednorm.GaussianDropout(0.1), fusednorm.DropPath(0.1)):
+        drop.p = 0.2
+        assert drop.p == pytest.approx(0.2)
+        assert drop.alpha == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="1/3"):
+        fusednorm.UniformDropout(0.1).p = 0.5
