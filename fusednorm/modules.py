@@ -170,7 +170,7 @@ class _FusedBatchNorm(_BatchNorm):
 
     def reset_running_stats(self) -> None:
         if not self.frozen:
-            super().reset_running_stats()  # type: ignore[no-untyped-call]
+            super().reset_running_stats()
 
     # ---- from and to the stock layers -------------------------------------------------------------------------------
     @classmethod

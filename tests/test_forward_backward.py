@@ -410,3 +410,17 @@ def test_infinite_input_in_evaluation(value, layout, shape, act):
     finite = torch.isfinite(grads[1])
     assert finite.sum() >= x.numel() - 1
     torch.testing.assert_close(grads[0][finite], grads[1][finite], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", functional.activations())
+def test_large_pre_activations(act):
+    """Value and gradient at any finite size: what is beyond an activation's bend is a line or a constant."""
+    x = torch.tensor([[-1.0], [1.0]]) * 10.0 ** torch.arange(0, 38, 2)
+    inputs, mean, var = leaf(x), torch.zeros(19), torch.ones(19)
+    y = functional.batch_norm_act_drop(inputs, mean, var, act=act, order="act-norm", eps=1e-20)
+    (gx,) = torch.autograd.grad(y, inputs, torch.ones_like(y))
+    exact = leaf(x.double())
+    expected = reference.activation(act, exact)
+    (expected_gx,) = torch.autograd.grad(expected, exact, torch.ones_like(exact))
+    torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gx, expected_gx.float(), rtol=1e-5, atol=1e-6)

@@ -125,6 +125,7 @@ struct GeluTanh {
   }
   template <class V>
   static FN_INLINE V gradient(V z, V g, parameters_t<V>) {
+    z = select(less(V(16.0f), z), V(16.0f), select(less(z, V(-16.0f)), V(-16.0f), z));  // constant beyond; no overflow
     const V s = gate(z);
     const V inner = V(kTwoBeta) * fma(V(3.0 * kKappa) * z, z, V(1.0f));
     return g * s * fma(z * inner, V(1.0f) - s, V(1.0f));
