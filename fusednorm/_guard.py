@@ -12,7 +12,7 @@ import dis
 import re
 import sys
 from collections.abc import Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -52,8 +52,7 @@ def means_norm_alone(layer: Any, frame: FrameType | None) -> bool:
     loops = False
     while frame is not None:
         code = frame.f_code
-        words = [*code.co_names, *code.co_varnames, *_strings(code.co_consts)]
-        if any(_NORMS.fullmatch(word) for word in words):
+        if _names(code, _NORMS, code.co_varnames):
             return True
         loops = loops or dis.opmap["FOR_ITER"] in code.co_code[::2]
         if code.co_name not in ("<listcomp>", "<setcomp>", "<genexpr>"):
@@ -66,13 +65,17 @@ def _check_reader(layer: Any, name: str, lost: str, frame: FrameType) -> None:
     code = frame.f_code
     if frame.f_globals.get("__name__", "").startswith("fusednorm.") or frame.f_locals.get("self") is layer:
         return
-    words = [*code.co_names, *_strings(code.co_consts)]
-    if any(_REBUILDS.fullmatch(word) for word in words):
+    if _names(code, _REBUILDS):
         raise RuntimeError(
             f"{code.co_name}() in {frame.f_globals.get('__name__')} takes a fusednorm {type(layer).__name__} for a "
             f"bare BatchNorm (it reads {name} to rebuild or fold it), and would lose {lost}. Give it the stock layers "
             "instead: replace the layer by layer.to_torch() before"
         )
+
+
+def _names(code: CodeType, pattern: re.Pattern[str], variables: tuple[str, ...] = ()) -> bool:
+    """Whether a word of the code, or one of these variables of it, is of that pattern."""
+    return any(pattern.fullmatch(word) for word in (*code.co_names, *_strings(code.co_consts), *variables))
 
 
 def _strings(constants: tuple[Any, ...]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from ._operators import DEFAULT_ORDER as DEFAULT_ORDER  # for modules
 from ._operators import Chain as Chain
 
 Device: TypeAlias = torch.device | str | int | None
-Function = TypeVar("Function", bound=Callable[..., Tensor])
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 # Kind of noise -> the name of its strength, and the largest one.
 NOISES = {"bernoulli": ("dropout probability", 1.0), "uniform": ("beta", 1.0), "gaussian": ("alpha", math.inf)}
@@ -115,9 +115,9 @@ def _seed_tensor(seed: Any, device: torch.device) -> Tensor:
     return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
 
 
-def _as_torch_function(function: Function) -> Function:
+def _as_torch_function(function: _Function) -> _Function:
     """To torch.fx, and to tensors with ways of their own, one call, as torch's functions are."""
-    return cast(Function, wrap_torch_function(lambda input, *_, **__: (input,))(function))
+    return cast(_Function, wrap_torch_function(lambda input, *_, **__: (input,))(function))
 
 
 @_as_torch_function

@@ -5,6 +5,7 @@ of different kinds have in common: at equal alpha they raise variances equally (
 """
 
 import math
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -34,16 +35,18 @@ class _Noise(nn.Dropout):
         def __call__(self, input: Tensor) -> Tensor: ...
 
     @property
+    @abstractmethod
     def strength(self) -> float:
-        raise NotImplementedError
+        """As the functional takes it, in the noise's own unit."""
 
     @property
+    @abstractmethod
     def alpha(self) -> float:
-        raise NotImplementedError
+        """The variance of the multiplier."""
 
     @alpha.setter
-    def alpha(self, alpha: float) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def alpha(self, alpha: float) -> None: ...
 
     @property
     def p(self) -> float:
