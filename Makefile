@@ -5,10 +5,13 @@ VENV   = .venv
 PYTHON = python3
 ARGS   =
 QUICK  =
+FAMILY =
 SECONDS  = 60
 SEED     =
 CASES    =
 SANITIZE =
+# `make census` and `make models` have public models in an environment of their own, which sees the torch of the one above.
+CENSUS_VENV = $(if $(VENV),.venv-census)
 # `make cuda` has an environment and a library of its own, so that the ones above stay for the CPU.
 CUDA_TORCH = torch==2.11.0
 CUDA_VENV  = $(if $(VENV),.venv-cuda)
@@ -18,6 +21,7 @@ REPORT =
 
 PY     := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 BIN    := $(if $(VENV),$(VENV)/bin/)
+CENSUS_PY = $(if $(VENV),$(CENSUS_VENV)/bin/python,$(PYTHON))
 TOOLS  := $(if $(VENV),$(VENV)/.tools-installed,interpreter)
 # Named after the request, so that another TORCH= installs another torch.
 TORCH_INSTALLED := $(VENV)/.torch-installed-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
@@ -33,9 +37,9 @@ say  = @echo "==> $(1)"
 need = @$(PY) -c "import sys, importlib.util as u; no = [m for m in '$(1)'.split() if not u.find_spec(m)]; \
 	no and sys.exit('$(PY) lacks ' + ', '.join(no) + ': install that, or leave VENV at its default.')"
 
-.PHONY: help wheel sdist packages clean-dist demo test fuzz sanitized bench gpu build cuda cuda-library lint format clean interpreter
+.PHONY: help wheel sdist packages clean-dist demo test fuzz sanitized bench rivals census models gpu build cuda cuda-library lint format clean interpreter
 help:
-	@echo "make demo | test | wheel | sdist | packages | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1] | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
+	@echo "make demo | test | wheel | sdist | packages | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1 FAMILY=orders|census] | rivals | census | models | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
 
 demo: build
 	$(call say,Running the demo)
@@ -63,9 +67,46 @@ sanitized: $(TOOLS)
 	@FUSEDNORM_CUDA=0 FUSEDNORM_SANITIZE=1 $(PY) setup.py --quiet build \
 		--build-lib build/sanitized --build-temp build/sanitized-objects >/dev/null
 
+BENCH_FAMILY := $(if $(FAMILY),$(or $(and $(filter orders,$(FAMILY)),--family),$(and $(filter census,$(FAMILY)),--census),\
+	$(error FAMILY: orders or census)))
 bench: build
 	$(call say,Running the benchmarks)
-	@$(TIMED) $(PY) benchmarks/run.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+	@$(TIMED) $(PY) benchmarks/run.py $(if $(filter-out 0,$(QUICK)),--quick) $(BENCH_FAMILY) $(ARGS)
+
+# Which layers public models run: writes benchmarks/census.json, the rows of `make bench FAMILY=census`.
+census: build $(if $(VENV),$(CENSUS_VENV)/.models-installed)
+	$(call say,Counting the layers of public models (minutes))
+	@$(CENSUS_PY) benchmarks/census.py $(ARGS)
+
+# Some of those models whole, stock against converted.
+models: build $(if $(VENV),$(CENSUS_VENV)/.models-installed)
+	$(call say,Training whole models)
+	@$(TIMED) $(CENSUS_PY) benchmarks/models.py $(ARGS)
+
+# Without their dependencies, which would bring another torch: the list is complete.
+$(CENSUS_VENV)/.models-installed: benchmarks/requirements-census.txt $(TOOLS)
+	$(call say,Installing public models into $(CENSUS_VENV))
+	@[ -x $(CENSUS_VENV)/bin/pip ] || $(PYTHON) -m venv $(CENSUS_VENV)
+	@$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$($(CENSUS_PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+	@$(CENSUS_PY) -m pip install --quiet --no-deps -r benchmarks/requirements-census.txt
+	@touch $@
+
+# oneDNN's batch normalisation as a library that `make bench ARGS=--rivals` times beside ours. Installs Debian's oneDNN
+# if its header is missing and this is root; says how otherwise.
+RIVAL := build/rivals/libonednn_rival.so
+rivals:
+	@command -v $${CXX:-c++} >/dev/null || { echo "A C++ compiler is needed: apt-get install g++"; exit 1; }
+	@header() { echo '#include <dnnl.hpp>' | $${CXX:-c++} -std=c++17 -fsyntax-only -x c++ - 2>/dev/null; }; \
+	header || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& echo "==> Installing oneDNN: apt-get install -y libdnnl-dev" && apt-get install -y libdnnl-dev; } || true; \
+	header || { echo "oneDNN's header dnnl.hpp is missing: apt-get install libdnnl-dev"; exit 1; }
+	@$(MAKE) -s $(RIVAL)
+
+$(RIVAL): benchmarks/rivals/onednn.cpp
+	$(call say,Compiling $@)
+	@mkdir -p $(@D)
+	@$${CXX:-c++} -std=c++17 -O2 -Wall -Wextra -fPIC -shared -fopenmp $< -ldnnl -o $@
 
 # Needs a GPU, and no network with `PYTHON=python3 VENV=`; builds only if no library is here that runs on that GPU.
 gpu: $(TOOLS)
@@ -143,7 +184,7 @@ lint: $(TOOLS)
 	$(call say,Checking style)
 	@$(BIN)ruff check .
 	@$(BIN)ruff format --check .
-	@find csrc tests $(CODE) | xargs $(BIN)clang-format --dry-run -Werror
+	@find csrc tests benchmarks $(CODE) | xargs $(BIN)clang-format --dry-run -Werror
 	$(call say,Checking types)
 	@$(PY) -m mypy
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath "$$($(PY) -c 'import sys; print(sys.executable)')"
@@ -152,7 +193,7 @@ format: $(TOOLS)
 	$(call say,Formatting)
 	@$(BIN)ruff check --fix .
 	@$(BIN)ruff format .
-	@find csrc tests $(CODE) | xargs $(BIN)clang-format -i
+	@find csrc tests benchmarks $(CODE) | xargs $(BIN)clang-format -i
 
 clean:  # all that was built; the virtual environment stays
 	rm -rf build dist *.egg-info fusednorm/_ops.so fusednorm/_build*.so fusednorm/_built_for.py

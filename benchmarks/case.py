@@ -7,19 +7,29 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import check, memory
+from benchmarks import check, memory, rivals
 from benchmarks.providers import PROVIDERS, build
-from benchmarks.workloads import Workload
+from benchmarks.rivals.onednn import OneDNN
+from benchmarks.workloads import COLD, Workload
 
 
 class Case:
     """Raises AssertionError when the fused layer is wrong: such a case must not be timed. Where time on the machine is
-    dear (`strict` off), it is kept as `wrong` beside the figures instead.
+    dear (`strict` off), it is kept as `wrong` beside the figures instead. `sample` bounds the elements checked.
 
-    `missing` says why a peer could not run (torch.compile needs a C++ compiler and Python's headers).
+    `missing` says why a peer or a rival could not run (torch.compile needs a C++ compiler and Python's headers).
     """
 
-    def __init__(self, workload: Workload, p: float, providers: tuple[str, ...] = PROVIDERS, device="cpu", strict=True):
+    def __init__(
+        self,
+        workload: Workload,
+        p: float,
+        providers: tuple[str, ...] = PROVIDERS,
+        device="cpu",
+        strict=True,
+        sample=None,
+        against: tuple[str, ...] = (),
+    ):
         # All compiled layers share the code of nn.Sequential.forward, and torch.compile allows few variants of a code.
         torch._dynamo.reset()
         self.workload, self.p, self.device = workload, p, device
@@ -28,7 +38,7 @@ class Case:
         self.modules = {"fused": build("fused", workload, p, device)}
         self.error, self.wrong = {}, None
         try:
-            self.error = check.fused(self.modules["fused"], workload, p, self.inputs, workload.randn(1, device))
+            self.error = check.fused(self.modules["fused"], workload, p, self.inputs, workload.randn(1, device), sample)
         except AssertionError as error:
             if strict:
                 raise
@@ -43,6 +53,16 @@ class Case:
                     raise
                 self.missing[provider] = f"{type(error).__name__}: {error}".splitlines()[0]
         self.providers = tuple(provider for provider in providers if provider not in self.missing)
+        self.rivals = {}
+        for name in against:
+            try:
+                stock = build("eager", workload, p, device)
+                self.rivals[name] = OneDNN(name, workload, self.x, self._grad_like(self.x), stock)
+            except rivals.Unavailable as error:
+                self.missing["onednn"] = str(error)  # said once, for all of them
+                break
+            except Exception as error:  # one that is wrong is not timed, and spoils nobody else's figures
+                self.missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
 
     def inputs_of(self, provider: str) -> tuple[torch.Tensor, ...]:
         return self.inputs[:1] if provider == "default" else self.inputs
@@ -91,6 +111,6 @@ class Case:
             with torch.no_grad():
                 return module(*inputs)
         y = module(*inputs)
-        if mode == "both":
+        if mode in ("both", COLD):
             y.backward(grad)
         return y

@@ -1,4 +1,4 @@
-"""Is the fused layer right on this workload? Asked before anything is timed.
+"""Is the fused layer right on this workload, and is a rival? Asked before anything is timed.
 
 The oracle is fusednorm.reference in float64, fed the noise that fusednorm.noise gives for the same seed. It runs on a
 few channels at a time: channels are independent, and float64 copies of the largest tensors would not fit.
@@ -29,8 +29,8 @@ CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # elements
 class _Worst:
     """Largest error seen per quantity, in units of its tolerance: 1 is the limit."""
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype, self.seen = dtype, {}
+    def __init__(self, dtype: torch.dtype, who: str = "the fused layer"):
+        self.dtype, self.who, self.seen = dtype, who, {}
 
     def add(self, name: str, actual, expected, tolerance=TOLERANCE, slack=0.0) -> None:
         relative, of_scale, of_scale_sum = tolerance[self.dtype]
@@ -47,7 +47,7 @@ class _Worst:
         wrong = {name: worst for name, worst in self.seen.items() if not worst <= 1}
         if wrong:
             text = ", ".join(f"{name} is off by {worst:.3g} tolerances" for name, worst in wrong.items())
-            raise AssertionError(f"the fused layer is wrong, not timed: {text}")
+            raise AssertionError(f"{self.who} is wrong, not timed: {text}")
         return {name: round(worst, 4) for name, worst in self.seen.items()}
 
 
@@ -69,8 +69,22 @@ def _jump(z: torch.Tensor, act) -> torch.Tensor:
     return jump.masked_fill_(jump < 1e-2, 0.0)
 
 
-def fused(module: nn.Module, workload: Workload, p: float, inputs: tuple, grad: torch.Tensor) -> dict[str, float]:
+def _parts(workload: Workload, chunk: int, sample: int | None) -> list[slice]:
+    """Channels to check, about `chunk` elements at a time: all, or `sample` elements at both ends."""
+    channels, each = workload.channels, workload.numel // workload.channels
+    ends = max(1, sample // each // 2) if sample else channels
+    width = max(1, chunk // each)
+    if 2 * ends >= channels:
+        return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]
+    return [slice(0, ends), slice(channels - ends, channels)]
+
+
+def fused(
+    module: nn.Module, workload: Workload, p: float, inputs: tuple, grad: torch.Tensor, sample: int | None = None
+) -> dict[str, float]:
     """Forward, gradients and evaluation of `module` against the reference; at p = 0 against the unfused layers as well.
+
+    With `sample`, of as many elements as that, a few channels' worth, where the workload has more.
 
     Returns the errors in units of the tolerance. Raises AssertionError naming every quantity that is off.
     """
@@ -91,8 +105,9 @@ def fused(module: nn.Module, workload: Workload, p: float, inputs: tuple, grad: 
     stock = None
     if p == 0:
         stock = build("eager", workload, p, x.device)
-        x_stock = x.detach().requires_grad_()
-        y_stock = stock(x_stock)
+        stock_norm = next(m for m in stock.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        x_stock, *more_stock = (t.detach().requires_grad_() for t in inputs)
+        y_stock = stock(x_stock, *more_stock)
         y_stock.backward(grad)
     with torch.no_grad():
         evaluated = module.eval()(*inputs)
@@ -102,9 +117,9 @@ def fused(module: nn.Module, workload: Workload, p: float, inputs: tuple, grad: 
     eps = workload.norm.get("eps", 1e-5)
     exact = {"grad_weight": [], "grad_bias": []}
     slack = {"grad_weight": [], "grad_bias": []}
-    width = max(1, CHUNK[x.device.type] * workload.channels // workload.numel)
-    for start in range(0, workload.channels, width):
-        part = slice(start, start + width)
+    parts = _parts(workload, CHUNK[x.device.type], sample)
+    kept = torch.cat([torch.arange(part.start, part.stop, device=x.device) for part in parts])
+    for part in parts:
         weight, bias = (v.detach()[part].double().requires_grad_() for v in (module.weight, module.bias))
         stats = module.running_mean[part].double(), module.running_var[part].double()
         leaf, *residual = (t.detach()[:, part].double().requires_grad_() for t in inputs)
@@ -145,13 +160,54 @@ def fused(module: nn.Module, workload: Workload, p: float, inputs: tuple, grad: 
         if stock is not None:
             worst.add("output vs eager", y.detach()[:, part], y_stock.detach()[:, part], LOOSE)
             worst.add("grad_x vs eager", x.grad[:, part], x_stock.grad[:, part], LOOSE, slack["grad_x"])
+            if residual is not None:
+                ours, theirs = inputs[1].grad[:, part], more_stock[0].grad[:, part]
+                worst.add("grad_residual vs eager", ours, theirs, LOOSE, slack=flip)
     for name, parameter in (("grad_weight", module.weight), ("grad_bias", module.bias)):
-        worst.add(name, parameter.grad, torch.cat(exact[name]), slack=torch.cat(slack[name]))
+        worst.add(name, parameter.grad[kept], torch.cat(exact[name]), slack=torch.cat(slack[name]))
     if stock is not None:
         for name in ("weight", "bias"):
-            ours, theirs = getattr(module, name).grad, getattr(stock[0], name).grad
+            ours, theirs = getattr(module, name).grad[kept], getattr(stock_norm, name).grad[kept]
             worst.add(f"grad_{name} vs eager", ours, theirs, LOOSE, torch.cat(slack[f"grad_{name}"]))
-        worst.add("running_mean vs eager", module.running_mean, stock[0].running_mean, LOOSE)
-        worst.add("running_var vs eager", module.running_var, stock[0].running_var, LOOSE)
+        worst.add("running_mean vs eager", module.running_mean, stock_norm.running_mean, LOOSE)
+        worst.add("running_var vs eager", module.running_var, stock_norm.running_var, LOOSE)
     module.zero_grad(set_to_none=True)
+    return worst.verdict()
+
+
+def against_stock(
+    who: str, given: dict[str, torch.Tensor], stock: nn.Module, workload: Workload, x: torch.Tensor, grad: torch.Tensor
+) -> dict[str, float]:
+    """Output and gradients that `who` gave for a stock norm and activation (no noise) against those that torch gives.
+
+    Returns and raises as `fused` does, of whose limits these are the loose ones.
+    """
+    worst = _Worst(workload.dtype, who)
+    leaf, norm = x.detach().requires_grad_(), stock[0]
+    y = stock.train()(leaf)
+    expected = dict(
+        zip(
+            ("grad_x", "grad_weight", "grad_bias"),
+            torch.autograd.grad(y, (leaf, norm.weight, norm.bias), grad),
+            strict=True,
+        )
+    )
+    y = y.detach()
+    over = [d for d in range(x.dim()) if d != 1]
+    flips = []
+    width = max(1, CHUNK[x.device.type] * workload.channels // workload.numel)
+    for start in range(0, workload.channels, width):
+        part = slice(start, start + width)
+        weight, bias = (_column(v.detach()[part].double(), x) for v in (norm.weight, norm.bias))
+        inside = x[:, part].double()
+        variance, mean = torch.var_mean(inside, over, correction=0, keepdim=True)
+        z = (inside - mean) * (variance + norm.eps).rsqrt() * weight + bias
+        flip = _jump(z, workload.act).mul_(grad[:, part].double().abs())
+        flips.append((flip.sum(over), (flip * ((z - bias) / weight).abs()).sum(over)))
+        worst.add("output", given["output"][:, part], y[:, part], LOOSE)
+        slack = flip * weight * (variance + norm.eps).rsqrt()
+        worst.add("grad_x", given["grad_x"][:, part], expected["grad_x"][:, part], LOOSE, slack)
+    of_bias, of_weight = (torch.cat(slacks) for slacks in zip(*flips, strict=True))
+    worst.add("grad_weight", given["grad_weight"], expected["grad_weight"], LOOSE, of_weight)
+    worst.add("grad_bias", given["grad_bias"], expected["grad_bias"], LOOSE, of_bias)
     return worst.verdict()

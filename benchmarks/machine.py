@@ -7,6 +7,7 @@ top of this file: the restart comes first.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -60,6 +61,15 @@ def _first(path: str, field: str) -> str | None:
             return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), None)
     except OSError:
         return None
+
+
+def last_level_bytes() -> int:
+    """Size of the last-level cache; 32 MB where the system does not tell."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(path.read_text().strip().removesuffix("K")) << 10)
+    return max(sizes, default=32 << 20)
 
 
 def _git(*arguments: str) -> str | None:

@@ -2,7 +2,8 @@
 
 Each round is one turn of every contestant (two plain copies of the tensor, then the providers), so that whatever else
 the machine does falls on all of them alike, and ratios taken within a round cancel it. A turn is several steps where a
-step is too short for the clock. The timer is a parameter: pytest-benchmark in the benchmarks, a stopwatch in the demo.
+step is too short for the clock; a cold one is a single step, with other data in the caches. The timer is a parameter:
+pytest-benchmark in the benchmarks, a stopwatch in the demo.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks import machine
+from benchmarks import cold, machine, rivals
 from benchmarks.case import Case
+from benchmarks.workloads import COLD
 
 SHORTEST_TURN = 1e-3  # seconds
 ROUNDS = 5, 100
@@ -30,10 +32,13 @@ class Turn:
 
     inner = 1  # steps per turn
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, mode: str = ""):
+        self.name, self.cold = name, mode == COLD
 
-    def prepare(self) -> None: ...
+    def prepare(self) -> None:
+        """The last thing before the clock starts."""
+        if self.cold:
+            cold.walk()
 
     def run(self) -> None: ...
 
@@ -43,8 +48,8 @@ class Turn:
 class CopyTurn(Turn):
     """The yardstick: one pass over the activation into memory that is already there."""
 
-    def __init__(self, name: str, case: Case):
-        super().__init__(name)
+    def __init__(self, name: str, case: Case, mode: str = ""):
+        super().__init__(name, mode)
         self.x, self.out = case.x.detach(), case.out
 
     def run(self) -> None:
@@ -55,7 +60,7 @@ class CopyTurn(Turn):
 
 class LayerTurn(Turn):
     def __init__(self, name: str, case: Case, mode: str):
-        super().__init__(name)
+        super().__init__(name, mode)
         self.case, self.mode, self.module, self.grad = case, mode, case.modules[name], case.grads[name]
         self.inputs = case.inputs_of(name)
         self.leaves = [*self.inputs, *self.module.parameters()]
@@ -66,6 +71,7 @@ class LayerTurn(Turn):
         self.case.clear()
         if self.mode == "backward":
             self.outputs = [self.module(*self.inputs) for _ in range(self.inner)]
+        super().prepare()
 
     # Gradients are handed on, as in the midst of a network. Accumulated in .grad, one that another tensor holds, too
     # (the residual's, where the addition comes last), would be copied.
@@ -88,6 +94,26 @@ class LayerTurn(Turn):
     def forget(self) -> None:
         # Memory of one provider must be free before the next one starts, or that one pays for fresh pages.
         self.outputs = []
+
+
+class RivalTurn(Turn):
+    """Another library's layer, bare: no autograd, results into tensors that are there already (rivals/__init__.py)."""
+
+    def __init__(self, name: str, case: Case, mode: str):
+        super().__init__(name)
+        self.layer, self.mode = case.rivals[name], mode
+
+    def prepare(self) -> None:
+        if self.mode == "backward":  # as for the others: what a forward leaves in the caches is there
+            self.layer.forward()
+
+    def run(self) -> None:
+        forward, backward = self.layer.forward, self.layer.backward
+        for _ in range(self.inner):
+            if self.mode != "backward":
+                forward()
+            if self.mode != "forward":
+                backward()
 
 
 def stopwatch(target, setup, rounds: int, warmup_rounds: int) -> list[float]:
@@ -129,6 +155,8 @@ def _calibrate(turns: list[Turn], budget: float) -> int:
     round_seconds = time.perf_counter() - start
     turns[-1].forget()
     for turn, duration in zip(turns, durations, strict=True):
+        if turn.cold:
+            continue
         turn.inner = min(100, max(1, math.ceil(SHORTEST_TURN / duration)))
         round_seconds += (turn.inner - 1) * duration
     least, most = ROUNDS
@@ -171,7 +199,9 @@ def describe(workload, p: float, mode: str) -> dict:
 def time_row(case: Case, mode: str, budget: float, timer: Timer = stopwatch) -> tuple[dict, list[float]]:
     """Time one row. Returns the row as plain data and the fused layer's seconds per step, round by round."""
     peaks = {provider: case.peak_mb(provider, mode) for provider in case.providers}
-    turns = [CopyTurn(name, case) for name in COPIES] + [LayerTurn(name, case, mode) for name in case.providers]
+    turns = [CopyTurn(name, case, mode) for name in COPIES] + [LayerTurn(name, case, mode) for name in case.providers]
+    if mode in rivals.MODES:
+        turns += [RivalTurn(name, case, mode) for name in case.rivals]
     rounds = _calibrate(turns, budget)
     rotation = Rotation(turns)
     durations = timer(_call, rotation.deal, rounds * len(turns), len(turns))
@@ -194,6 +224,16 @@ def time_row(case: Case, mode: str, budget: float, timer: Timer = stopwatch) -> 
         for turn in turns
         if isinstance(turn, LayerTurn)
     }
+    for turn in turns:
+        if isinstance(turn, RivalTurn):
+            row["providers"][turn.name] = summary(seconds[turn.name]) | {
+                "steps_per_round": turn.inner,
+                "copies": statistics.median(seconds[turn.name]) * 1e3 / copy_ms,
+                "saved_bytes_per_element": turn.layer.saved_bytes / case.workload.numel,
+                "version": turn.layer.version,
+                "implementation": turn.layer.implementation,
+                "check": turn.layer.error,
+            }
     row["ratio"] = {
         name: statistics.median(theirs / ours for theirs, ours in zip(seconds[name], seconds["fused"], strict=True))
         for name in row["providers"]

@@ -9,10 +9,14 @@ import matplotlib
 matplotlib.use("Agg")  # writes files; there may be no display
 
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
+from matplotlib.ticker import FixedLocator, NullLocator  # noqa: E402
 
+from benchmarks.census_classes import PATTERNS, pattern_class, pixels  # noqa: E402
 from benchmarks.workloads import BY_NAME, FAMILY  # noqa: E402
 
 COLOURS = {"eager": "#8c8c8c", "compile": "#dd8452", "fused": "#4c72b0", "streaming": "#8fb0dc", "resident": "#2b4a80"}
+PATTERN_COLOURS = ("#8c8c8c", "#4c72b0", "#dd8452", "#55a868")
+CENSUS_TITLES = {"both": "Forward + backward", "eval": "Evaluation", "both_cold": "Forward + backward, caches cold"}
 NAMES = {"eager": "eager", "compile": "torch.compile", "fused": "fusednorm"}
 
 
@@ -83,9 +87,40 @@ def saved(rows: list[dict], facts: dict, path: Path) -> Path:
     return _save(figure, path)
 
 
+def census(rows: list[dict], facts: dict, path: Path) -> Path:
+    """Every row of the census as a point: eager's time over ours against the pixels per channel."""
+    modes = [mode for mode in CENSUS_TITLES if any(row["mode"] == mode for row in rows)]
+    figure, axes = plt.subplots(1, len(modes), figsize=(5.5 * len(modes), 4.2), sharey=True, squeeze=False)
+    figure.set_layout_engine("constrained")
+    for axis, mode in zip(axes[0], modes, strict=True):
+        for pattern, colour in zip(PATTERNS, PATTERN_COLOURS, strict=True):
+            of = [row for row in rows if row["mode"] == mode and pattern_class(row["order"]) == pattern]
+            at = [pixels(row["shape"]) for row in of]
+            ratios = [row["ratio"]["eager"] for row in of]
+            axis.scatter(at, ratios, s=14, alpha=0.75, linewidths=0, color=colour, label=f"{pattern} ({len(of)})")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", xlabel="pixels per channel", title=CENSUS_TITLES[mode])
+        axis.yaxis.set_major_locator(FixedLocator([0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20]))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("eager time / fusednorm time")
+    figure.suptitle(f"Layers of public models\n{_machine(facts)}", fontsize=10)
+    return _save(figure, path)
+
+
 def draw(rows: list[dict], facts: dict, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    counted = [row for row in rows if row["workload"].startswith("census_")]
+    measured = [row for row in counted if "failed" not in row]
+    drawn = [census(measured, facts, folder / "census.png")] if measured else []
+    return drawn + _bars([row for row in rows if row not in counted], facts, folder)
+
+
+def _bars(rows: list[dict], facts: dict, folder: Path) -> list[Path]:
     if not _pick(rows):
         return []
     return [speed(rows, facts, folder / "speed.png"), saved(rows, facts, folder / "saved.png")]

@@ -22,18 +22,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import machine  # noqa: E402  (found through the line above)
 
 AVX2_ROW = "cnn_f32"
-MODES = ("forward", "backward", "both", "eval")
+MODES = ("forward", "backward", "both", "eval", "both_cold")
+TOGETHER = 24  # rows of the census in one process
 
 
 def options(arguments=None):
     parser = argparse.ArgumentParser(description="Benchmarks of fusednorm against eager PyTorch and torch.compile.")
     parser.add_argument("--quick", action="store_true", help="headline rows, forward+backward: minutes")
     parser.add_argument("--family", action="store_true", help="the orders and noises only")
+    parser.add_argument("--census", action="store_true", help="the layers counted in public models only")
+    parser.add_argument("--cold", action="store_true", help="the headline and the census with cold caches, too")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this workload (repeatable)")
     parser.add_argument("--mode", action="append", default=[], choices=MODES, help="this mode (repeatable)")
     parser.add_argument("--own-p", action="store_true", help="leave out the rows at p = 0")
+    parser.add_argument("--rivals", action="store_true", help="oneDNN beside ours at p = 0 (`make rivals` builds it)")
     parser.add_argument("--json", metavar="F", help="write the rows and the machine's facts")
-    parser.add_argument("--plots", metavar="DIR", help="write speed.png and saved.png")
+    parser.add_argument("--plots", metavar="DIR", help="write speed.png and saved.png, or census.png")
     parser.add_argument("--benchmark-json", metavar="F", help="write pytest-benchmark's own file, with every round")
     parser.add_argument("--force", action="store_true", help="run although the machine is busy")
     parser.add_argument("--no-avx2", action="store_true", help="leave out the row at a forced AVX2 level")
@@ -79,7 +83,9 @@ def measure(args, console) -> tuple[list[dict], int]:
 
     arguments = [str(machine.ROOT / "benchmarks"), "-s", "-q", "--no-header", "--benchmark-quiet", "--bench-force"]
     arguments += [f"--rootdir={machine.ROOT}", "-p", "no:cacheprovider"]
+    arguments += ["--bench-census"] * args.census + ["--bench-cold"] * args.cold
     arguments += ["--bench-family"] * args.family + ["--bench-quick"] * args.quick + ["--bench-own-p"] * args.own_p
+    arguments += ["--bench-rivals"] * args.rivals
     arguments += [f"--bench-only={name}" for name in args.only] + [f"--bench-mode={mode}" for mode in args.mode]
     if args.benchmark_json:
         arguments.append(f"--benchmark-json={args.benchmark_json}")
@@ -95,13 +101,19 @@ def measure(args, console) -> tuple[list[dict], int]:
     return watch.rows, code
 
 
-def measure_in_child(args, name: str, *more: str, **environment: str) -> tuple[list[dict], int]:
-    """One workload in a process of its own: the allocator keeps what it once had, and all at once would not fit."""
+def measure_in_child(args, names: list[str], *more: str, **environment: str) -> tuple[list[dict], int]:
+    """Workloads in a process of their own: the allocator keeps what it once had, and all at once would not fit."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
-        command = [sys.executable, __file__, f"--only={name}", "--force", "--no-avx2", f"--json={path}", *more]
+        command = [sys.executable, __file__, "--force", "--no-avx2", f"--json={path}", *more]
+        command += [f"--only={name}" for name in names]
         command += ["--quick"] * args.quick + ["--own-p"] * args.own_p + [f"--mode={mode}" for mode in args.mode]
-        command += ["--family"] * args.family
+        command += (
+            ["--family"] * args.family
+            + ["--census"] * args.census
+            + ["--cold"] * args.cold
+            + ["--rivals"] * args.rivals
+        )
         environment = os.environ | environment | {"FUSEDNORM_BENCH_CHILD": "1"}
         code = subprocess.run(command, env=environment, check=False).returncode
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -113,13 +125,23 @@ def measure_avx2(args, console) -> tuple[list[dict], int]:
     console.print(f"\n{AVX2_ROW} again under ATEN_CPU_CAPABILITY=avx2")
     return measure_in_child(
         args,
-        AVX2_ROW,
+        [AVX2_ROW],
         "--mode=both",
         "--own-p",
         ATEN_CPU_CAPABILITY="avx2",
         # torch.compile's cache does not tell the levels apart: it would run AVX-512 code here, and abort.
         TORCHINDUCTOR_CACHE_DIR=str(Path(tempfile.gettempdir()) / f"torchinductor_avx2_{os.getuid()}"),
     )
+
+
+def portions(picked: list) -> list[list[str]]:
+    """Names of workloads, as they share a process: those of the census by size, all others alone."""
+    from benchmarks.workloads import CENSUS
+
+    alone = [[workload.name] for workload in picked if workload not in CENSUS]
+    counted = sorted((workload for workload in picked if workload in CENSUS), key=lambda workload: workload.numel)
+    names = [workload.name for workload in counted]
+    return alone + [names[i : i + TOGETHER] for i in range(0, len(names), TOGETHER)]
 
 
 def main() -> int:
@@ -143,25 +165,26 @@ def main() -> int:
     from benchmarks import plot, table, workloads
 
     try:
-        names = list(
-            dict.fromkeys(row[0].name for row in workloads.rows(args.only, quick=args.quick, family=args.family))
-        )
+        which = {"quick": args.quick, "family": args.family, "census": args.census}
+        parts = portions(list(dict.fromkeys(row[0] for row in workloads.rows(args.only, **which))))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     console = table.console()
     facts = machine.facts()
-    if len(names) == 1 or args.benchmark_json:
+    if len(parts) == 1 or child or args.benchmark_json:
         rows, code = measure(args, console)
     else:
         rows, code = [], 0
-        for i, name in enumerate(names):
-            console.print(f"[bold]{name}[/] ({i + 1} of {len(names)})")
-            more, second = measure_in_child(args, name)
+        for i, names in enumerate(parts):
+            what = names[0] if len(names) == 1 else f"{len(names)} rows from {names[0]}"
+            console.print(f"[bold]{what}[/] ({i + 1} of {len(parts)})")
+            more, second = measure_in_child(args, names)
             rows, code = rows + more, code or second
     wanted = (
         not args.no_avx2
         and not args.family
+        and not args.census
         and (not args.only or AVX2_ROW in args.only)
         and (not args.mode or "both" in args.mode)
     )

@@ -7,11 +7,19 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import census_table
+from benchmarks.rivals import RIVALS
+
 COLUMNS = (
     "fused ms = median of the fused layer \\[p20..p80];  vs eager, vs compile = theirs / ours (below 1 we lose);\n"
     "of default = ours / that of the default order;  copies = ours / one copy of the tensor;\n"
     "saved B/el = bytes kept for backward per element;  "
     "peak MB = tensors of one step."
+)
+
+RIVAL_COLUMN = (
+    "\nvs onednn = oneDNN's best layout / ours, (b) where that is the blocked one, with tensors made in it; "
+    "p = 0 and relu or none only."
 )
 
 
@@ -27,19 +35,34 @@ def _ratio(row: dict, peer: str) -> str:
     return f"[{colour}]{value:.2f}x[/]"
 
 
+def _rival(row: dict) -> str:
+    """The best of the rival's layouts over ours; (b) where that is the blocked one, which is not the row's."""
+    ratios = {name: row["ratio"][name] for name in RIVALS if name in row["ratio"]}
+    if not ratios:
+        return "n/a" if any(name in row.get("missing", {}) for name in RIVALS) else "-"
+    best = min(ratios, key=ratios.get)
+    return _ratio(row, best) + (" (b)" if best == "onednn_blocked" else "")
+
+
 def _each(row: dict, key: str, form: str) -> str:
     values = [row["providers"].get(name, {}).get(key) for name in ("fused", "eager", "compile")]
     return " / ".join("-" if value is None else format(value, form) for value in values)
 
 
-def _cells(row: dict) -> list[str]:
+def _met(rows: list[dict]) -> bool:
+    """Whether this run wanted the rivals, so that they have a column."""
+    return any(name in row.get(key, {}) for row in rows for key in ("ratio", "missing") for name in RIVALS)
+
+
+def _cells(row: dict, rivals: bool) -> list[str]:
     if "failed" in row:
-        return ["[bold red]FAILED[/], not timed", *[""] * 7]
+        return ["[bold red]FAILED[/], not timed", *[""] * (7 + rivals)]
     fused = row["providers"]["fused"]
     return [
         f"{_ms(fused['median_ms'])} [{_ms(fused['p20_ms'])}..{_ms(fused['p80_ms'])}]".replace("[", "\\["),
         _ratio(row, "eager"),
         _ratio(row, "compile"),
+        *([_rival(row)] if rivals else []),
         f"{1 / row['ratio']['default']:.2f}" if "default" in row["ratio"] else "-",
         f"{fused['copies']:.2f}",
         _each(row, "saved_bytes_per_element", ".2f") if row["mode"] != "eval" else "-",
@@ -49,13 +72,15 @@ def _cells(row: dict) -> list[str]:
 
 
 def render(rows: list[dict]) -> Table:
-    table = Table(title="fusednorm against the unfused layers", caption=COLUMNS, caption_justify="left")
+    rivals = _met(rows)
+    caption = COLUMNS + RIVAL_COLUMN * rivals
+    table = Table(title="fusednorm against the unfused layers", caption=caption, caption_justify="left")
     table.add_column("workload", overflow="fold")
     for name in ("p", "mode"):
         table.add_column(name, no_wrap=True)
     table.add_column("fused ms", no_wrap=True)
-    names = "vs eager", "vs compile", "of default", "copies", "saved B/el", "peak MB"
-    for name in (*names[:4], *(f"{name}\nfused/eager/compile" for name in names[4:])):
+    names = ["vs eager", "vs compile", *["vs onednn"] * rivals, "of default", "copies"]
+    for name in (*names, *(f"{name}\nfused/eager/compile" for name in ("saved B/el", "peak MB"))):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("rounds", justify="right")
     previous = None
@@ -64,22 +89,22 @@ def render(rows: list[dict]) -> Table:
         if key != previous:
             table.add_section()
         head = f"[bold]{row['workload']}[/] ({row['level']})\n{row['label']}" if key != previous else ""
-        table.add_row(head, f"{row['p']:g}", row["mode"], *_cells(row))
+        table.add_row(head, f"{row['p']:g}", row["mode"], *_cells(row, rivals))
         previous = key
     return table
 
 
 def remarks(rows: list[dict]) -> list[str]:
     """What the table has no column for: cut sizes, peers that could not run, failures."""
-    lines = {}
+    lines, missing = {}, {}
     for row in rows:
         if row["note"]:
             lines[f"{row['workload']}: {row['note']}"] = None
         for peer, reason in row.get("missing", {}).items():
-            lines[f"{row['workload']}: {peer} could not run ({reason})"] = None
+            missing.setdefault(f"{peer} could not run ({reason})", {})[row["workload"]] = None
         if "failed" in row:
             lines[f"{row['workload']} p={row['p']:g} {row['mode']}: {row['failed']}"] = None
-    return list(lines)
+    return [*lines, *(f"{', '.join(workloads)}: {line}" for line, workloads in missing.items())]
 
 
 def console() -> Console:
@@ -88,7 +113,12 @@ def console() -> Console:
 
 
 def show(rows: list[dict], facts: dict, console: Console) -> None:
-    console.print(render(rows))
+    counted = [row for row in rows if row["workload"].startswith("census_")]
+    if len(counted) > census_table.MOST_ROWS:
+        census_table.show(counted, console)
+        rows = [row for row in rows if row not in counted]
+    if rows:
+        console.print(render(rows))
     for line in remarks(rows):
         console.print(f"  {line}", markup=False)
     console.print(

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import rivals
 from benchmarks.case import Case
 from benchmarks.measure import describe, time_row
 from benchmarks.providers import providers_of
+from benchmarks.workloads import CENSUS
+
+CENSUS_SAMPLE = 1 << 22  # elements of a census row that are checked
 
 _held = {}
 
 
-def _case(workload, p) -> Case:
+def _case(workload, p, against) -> Case:
     """The case of this row, kept until a row asks for another; its error is kept too, not met anew for each mode."""
     if (workload, p) not in _held:
         _held.clear()  # first: two large cases do not fit in memory at once
         try:
-            _held[workload, p] = Case(workload, p, providers_of(workload))
+            sample = CENSUS_SAMPLE if workload in CENSUS else None
+            _held[workload, p] = Case(workload, p, providers_of(workload), sample=sample, against=against)
         except Exception as error:
             _held[workload, p] = error
     case = _held[workload, p]
@@ -30,13 +35,14 @@ def _case(workload, p) -> Case:
 
 
 @pytest.mark.benchmark(disable_gc=True)
-def test_row(bench_row, budget, benchmark, record_property):
+def test_row(bench_row, budget, benchmark, record_property, request):
     workload, p, mode = bench_row
     benchmark.group = workload.name
     row = describe(workload, p, mode)
     record_property("row", row)  # updated in place, so that a row that fails is reported too
     try:
-        case = _case(workload, p)
+        wanted = request.config.getoption("bench_rivals", False)
+        case = _case(workload, p, rivals.of(workload, p) if wanted else ())
         if benchmark.disabled:
             benchmark.pedantic(case.step, args=("fused", mode))
             return

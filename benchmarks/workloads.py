@@ -2,11 +2,14 @@
 
 The rows come from published code (named in `source`): speech, graphs, point clouds, images, EEG, tabular heads. A size
 is cut where the unfused layers would need more than 4 GB for one training step; `note` then says so, in every result.
+The third group is counted, not picked: census.json has the layers of public models as `make census` finds them.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -23,6 +26,7 @@ class Workload:
     noise: str = "bernoulli"  # p is its strength: probability, beta or alpha
     order: str = "norm-act-drop"  # or "drop": the noise alone
     norm: dict = field(default_factory=dict)  # further arguments of the BatchNorm
+    inplace: tuple[str, ...] = ()  # stages that the unfused layers run in place
     source: str = ""
     note: str = ""
 
@@ -157,39 +161,73 @@ FAMILY = tuple(
     for noise, p, granularity, order in (*(("bernoulli", 0.1, "element", order) for order in ORDERS), *NOISES)
 )
 
-WORKLOADS = HEADLINE + MODELS + FAMILY
-BY_NAME = {workload.name: workload for workload in WORKLOADS}
+
+def _counted(entry: dict) -> Workload:
+    """A row of census.json."""
+    name, *parameters = entry["act"] or ("",)
+    last = entry["layout"] == "channels-last"
+    size = "x".join(map(str, entry["shape"]))
+    act = "-".join((name, *(f"{value:g}" for value in parameters)))
+    parts = "census", size, entry["order"], act, entry["granularity"].replace("element", ""), "last" * last
+    models = ", ".join(entry["models"])
+    return Workload(
+        "_".join(filter(None, parts)),
+        tuple(entry["shape"]),
+        entry["p"],
+        (name, *parameters) if parameters else name or None,
+        channels_last=last,
+        granularity=entry["granularity"],
+        order=entry["order"],
+        inplace=tuple(entry["inplace"]),
+        source=f"{models}: {entry['count']} calls in all models of the census",
+    )
+
+
+CENSUS = tuple(map(_counted, json.loads(Path(__file__).with_name("census.json").read_text())))
+
+WORKLOADS = HEADLINE + MODELS + FAMILY  # of a run that names none
+BY_NAME = {workload.name: workload for workload in WORKLOADS + CENSUS}
 
 MODES = ("forward", "backward", "both", "eval")
+COLD = "both_cold"  # "both" with other data in the caches before each step
+CENSUS_MODES = ("both", "eval")
 
 
 def rows(
-    only=(), modes=MODES, quick: bool = False, own_p: bool = False, family: bool = False
+    only=(),
+    modes=(),
+    quick: bool = False,
+    own_p: bool = False,
+    family: bool = False,
+    census: bool = False,
+    cold: bool = False,
 ) -> list[tuple[Workload, float, str]]:
     """The rows of a run, as (workload, p, mode), all rows of one (workload, p) side by side.
 
-    `quick` keeps the headline workloads, forward+backward, at their own p, and one row at p = 0; `own_p` leaves out
-    p = 0; `family` keeps the orders and noises, which are forward+backward at their own p in any case. Evaluation does
-    not depend on p (nothing is dropped), so it is one row per workload.
+    No `modes` are the usual ones; `only` names workloads of any group. `quick` keeps the headline workloads,
+    forward+backward, at their own p, and one row at p = 0; `own_p` leaves out p = 0; `family` keeps the orders and
+    noises, which are forward+backward at their own p in any case. Evaluation does not depend on p (nothing is dropped),
+    so it is one row per workload. `census` is that group instead of the others, at its own p only. `cold` adds that
+    mode for the headline and for the census.
     """
     unknown = set(only) - set(BY_NAME)
     if unknown:
-        raise ValueError(f"unknown workload {', '.join(sorted(unknown))}; there are: {', '.join(BY_NAME)}")
+        known = ", ".join(workload.name for workload in WORKLOADS)
+        raise ValueError(f"unknown workload {', '.join(sorted(unknown))}; there are: {known}, and those of the census")
     picked = []
-    for workload in WORKLOADS:
-        if only and workload.name not in only or quick and not only and workload not in HEADLINE:
+    for workload in (*WORKLOADS, *CENSUS):
+        counted = workload in CENSUS
+        if workload.name not in only if only else counted != census:
             continue
-        if family and workload not in FAMILY:
+        if family and workload not in FAMILY or quick and not only and not census and workload not in HEADLINE:
             continue
-        if workload in FAMILY:
-            if "both" in modes:
-                picked.append((workload, workload.p, "both"))
-            continue
-        for p in dict.fromkeys((workload.p, 0.0)):
-            if p != workload.p and (own_p or quick and workload.name != "cnn_f32"):
-                continue
-            for mode in MODES:
-                if mode not in modes or quick and mode != "both" or mode == "eval" and p != workload.p:
-                    continue
-                picked.append((workload, p, mode))
+        wanted = {*(modes or (CENSUS_MODES if counted else MODES)), *[COLD] * cold}
+        if workload in FAMILY or quick:
+            wanted &= {"both", COLD}
+        if workload not in HEADLINE and not counted:
+            wanted -= {COLD}
+        alone = counted or own_p or workload in FAMILY or quick and workload.name != "cnn_f32"
+        for p in (workload.p,) if alone else dict.fromkeys((workload.p, 0.0)):
+            at_own = wanted if p == workload.p else wanted - {"eval", COLD}
+            picked += [(workload, p, mode) for mode in (*MODES, COLD) if mode in at_own]
     return picked
