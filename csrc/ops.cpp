@@ -2,6 +2,7 @@
 // A backend registers its kernels itself (cpu/cpu.cpp), begins with check_*() and assumes from then on.
 #include "ops.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Generator.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -121,6 +122,8 @@ void set_stages(Chain& chain, std::string_view order) {
   TORCH_CHECK_VALUE(normed, "order: expected 'norm' in it, but got '", order, "'");
 }
 
+}  // namespace
+
 Chain make_chain(const Settings& s, const OptionalTensor& act_weight) {
   Chain chain{};
   set_noise(chain, s.noise, s.p, s.granularity);
@@ -140,7 +143,18 @@ Chain make_chain(const Settings& s, const OptionalTensor& act_weight) {
   return chain;
 }
 
+// Backward asks for what entered an activation, unless a bit says all about it.
+bool reads_residual(const Chain& chain, const Tensor& mask) {
+  const int act = chain.after_at(Stage::act), add = chain.after_at(Stage::add);
+  return add >= 0 && act > add && !(mask.numel() > 0 && chain.saves_pass());
+}
+
+namespace {
+
 // ---- layouts ------------------------------------------------------------------------------------------------------
+// How a dense tensor lies in memory: sample by sample, with the channels of each first or last, or channel by channel.
+enum class Memory { channels_first, channels_last, channel_by_channel };
+
 // Strides are those of (N, spatial..., C), C innermost; dimensions of size 1 have no say.
 bool is_channels_last(const Tensor& x) {
   int64_t expected = 1;
@@ -154,32 +168,43 @@ bool is_channels_last(const Tensor& x) {
   return matches(0) && ok;
 }
 
-bool has_layout(const Tensor& x, bool channels_last) { return channels_last ? is_channels_last(x) : x.is_contiguous(); }
-
-Tensor to_layout(const Tensor& x, bool channels_last) {
-  if (has_layout(x, channels_last)) return x;
-  return channels_last ? x.movedim(1, -1).contiguous().movedim(-1, 1) : x.contiguous();
+bool lies(const Tensor& x, Memory memory) {
+  return memory == Memory::channels_first  ? x.is_contiguous()
+         : memory == Memory::channels_last ? is_channels_last(x)
+                                           : x.transpose(0, 1).is_contiguous();
 }
 
-Shape shape_of(const Tensor& x, bool channels_last) {
+Tensor to_memory(const Tensor& x, Memory memory) {
+  if (lies(x, memory)) return x;
+  return memory == Memory::channels_first  ? x.contiguous()
+         : memory == Memory::channels_last ? x.movedim(1, -1).contiguous().movedim(-1, 1)
+                                           : x.transpose(0, 1).contiguous().transpose(0, 1);
+}
+
+int64_t spatial_size(const Tensor& x) {
   int64_t spatial = 1;
   for (int64_t d = 2; d < x.dim(); ++d) spatial *= x.size(d);
-  return {x.size(0), x.size(1), spatial, channels_last};
+  return spatial;
 }
 
-// Where both layouts are the same memory (S = 1), rows of channels are the better view; a single channel is one run.
-bool prefers_channels_last(const Tensor& x) {
-  if (x.size(1) == 1) return false;
-  int64_t spatial = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) spatial *= x.size(d);
-  return spatial == 1 || (!x.is_contiguous() && is_channels_last(x));
+// Channel by channel, a batch is one long sample.
+Shape shape_of(const Tensor& x, Memory memory) {
+  const int64_t spatial = spatial_size(x);
+  if (memory == Memory::channel_by_channel) return {1, x.size(1), x.size(0) * spatial, false};
+  return {x.size(0), x.size(1), spatial, memory == Memory::channels_last};
 }
 
-// x made dense where it is not, in the memory order that empty_like gives it.
-Tensor dense(const Tensor& x) {
-  if (x.is_contiguous() || is_channels_last(x)) return x;
-  Tensor copy = at::empty_like(x).copy_(x);
-  return to_layout(copy, is_channels_last(copy));
+// How to look at x, in the memory order that empty_like gives it if it is not dense. Where channels first and last are
+// the same memory (S = 1), rows of channels are the better view; a single channel is one run. `joins`: whether samples
+// may be looked at as one.
+Memory memory_of(const Tensor& x, bool joins) {
+  const bool first = x.is_contiguous(), last = !first && is_channels_last(x);
+  if (!first && !last) {
+    if (joins && lies(x, Memory::channel_by_channel)) return Memory::channel_by_channel;
+    if (!x.is_non_overlapping_and_dense()) return memory_of(at::empty_like(x), joins);
+  }
+  if (x.size(1) == 1) return Memory::channels_first;
+  return last || spatial_size(x) == 1 ? Memory::channels_last : Memory::channels_first;
 }
 
 // CUDA kernels count the rows of a sample in 32 bits (elements in 64), unless samples follow one another.
@@ -187,6 +212,16 @@ void check_shape(const Shape& s, const Chain& chain, const Tensor& x) {
   const bool joined = s.channels_last || s.N == 1 || (s.C == 1 && chain.granularity == Granularity::element);
   TORCH_CHECK(!x.is_cuda() || joined || s.S < (int64_t{1} << 31),
               "expected samples of fewer than 2^31 values per channel, but got shape ", x.sizes());
+}
+
+// Memory for results. On the CPU past the dispatcher, which costs a small layer more than its kernels do.
+Tensor fresh(at::IntArrayRef size, at::ScalarType dtype, const Tensor& beside) {
+  if (beside.is_cpu()) return Tensor(at::detail::empty_cpu(size, dtype));
+  return at::empty(size, beside.options().dtype(dtype).memory_format(std::nullopt));
+}
+Tensor fresh_like(const Tensor& x) {
+  if (!x.is_cpu() || !x.is_non_overlapping_and_dense()) return at::empty_like(x);
+  return Tensor(at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.scalar_type()));
 }
 
 // The output's strides are those of empty_like(input), which the fake kernels call too (_operators.py).
@@ -245,13 +280,17 @@ Tensor seed_if_drawn(const OptionalTensor& seed, const Tensor& x, const Chain& c
 
 // A saved mask has a layout of its own for each backend: on the CPU words of 32 adjacent bits, on CUDA the 8 bits of a
 // Philox call in a byte. The number of dimensions says of which memory layout it is.
-std::vector<int64_t> mask_size(const Shape& s, const Tensor& x) {
+std::vector<int64_t> mask_size(const Shape& s, const Chain& chain, const Tensor& x) {
   const auto words = [](int64_t bits) { return (bits + 31) / 32; };
   if (x.is_cuda()) {
     const int64_t calls = (s.rows() + math::kRowsPerCall - 1) / math::kRowsPerCall;
     return s.channels_last ? std::vector<int64_t>{calls, s.C, 1} : std::vector<int64_t>{s.C, calls};
   }
   if (s.channels_last) return {s.N, s.S, words(s.C)};
+  if (has_short_rows(s, chain)) {
+    const int64_t block = channels_of_block(s), last = (s.C - 1) % block + 1;
+    return {s.N, (s.C - 1) / block * words(block * s.S) + words(last * s.S)};
+  }
   const PieceLayout pieces = piece_layout(s);
   return {s.C, pieces.count * words(pieces.length)};
 }
@@ -265,7 +304,7 @@ bool worth_saving(const Shape& s, const Tensor& x) {
   return x.is_cuda() || !s.channels_last || s.C % 32 == 0 || s.C >= 512;
 }
 
-Tensor check_residual(const OptionalTensor& residual, const Tensor& x, bool channels_last) {
+Tensor check_residual(const OptionalTensor& residual, const Tensor& x, Memory memory) {
   TORCH_CHECK_VALUE(residual.has_value() && residual->defined(),
                     "residual: expected a tensor for an order with 'add', but got None");
   TORCH_CHECK_VALUE(residual->sizes() == x.sizes(), "residual: expected shape ", x.sizes(), ", but got ",
@@ -273,20 +312,19 @@ Tensor check_residual(const OptionalTensor& residual, const Tensor& x, bool chan
   TORCH_CHECK_VALUE(residual->scalar_type() == x.scalar_type() && residual->device() == x.device(),
                     "residual: expected ", x.scalar_type(), " on ", x.device(), ", but got ", residual->scalar_type(),
                     " on ", residual->device());
-  return to_layout(*residual, channels_last);
+  return to_memory(*residual, memory);
 }
 Tensor check_act_weight(const OptionalTensor& weight, const Tensor& x) {
   if (!weight.has_value()) return Tensor();
   return parameter("prelu weight", weight->numel() == 1 ? weight->reshape({1}).expand({x.size(1)}) : *weight, x);
 }
 
-// Samples of a group of the batch, and groups.
+}  // namespace
+
 std::pair<int64_t, int64_t> ghosts(const Settings& s, int64_t N) {
   if (!s.training || s.ghost_batch_size == 0 || s.ghost_batch_size >= N) return {std::max<int64_t>(N, 1), 1};
   return {s.ghost_batch_size, (N + s.ghost_batch_size - 1) / s.ghost_batch_size};
 }
-
-}  // namespace
 
 Forward check_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -306,26 +344,28 @@ Forward check_forward(const Tensor& input, const OptionalTensor& weight, const O
               "running_mean and running_var: expected tensors when training=False, but got None");
   q.seed = seed_if_drawn(seed, input, q.chain);
 
-  q.x = dense(input);
-  q.y = at::empty_like(q.x);
-  q.shape = shape_of(q.x, prefers_channels_last(q.x));
+  std::tie(q.ghost, q.groups) = ghosts(settings, input.size(0));
+  const bool masked = save_mask && q.groups == 1 && (q.chain.saves_pass() || q.chain.saves_keep());
+  const Memory memory = memory_of(input, q.groups == 1 && !masked && q.chain.granularity == Granularity::element);
+  q.x = to_memory(input, memory);
+  q.y = fresh_like(q.x);
+  q.shape = shape_of(q.x, memory);
+  if (q.groups == 1) q.ghost = std::max<int64_t>(q.shape.N, 1);
   check_shape(q.shape, q.chain, q.x);
   const bool adds = q.chain.after_at(Stage::add) >= 0;
-  if (adds) q.residual = check_residual(residual, q.x, q.shape.channels_last);
+  if (adds) q.residual = check_residual(residual, q.x, memory);
   TORCH_CHECK_VALUE(adds || !residual.has_value(), "residual: expected None for order '", settings.order, "'");
-  std::tie(q.ghost, q.groups) = ghosts(settings, q.shape.N);
   const auto vectors = [&](bool wanted) {
-    const auto options = q.x.options().dtype(opmath(q.x));
-    if (!wanted) return at::empty({0}, options);
-    return q.groups == 1 ? at::empty({q.shape.C}, options) : at::empty({q.groups, q.shape.C}, options);
+    const int64_t size[] = {q.groups, q.shape.C};
+    if (!wanted) return fresh({0}, opmath(q.x), q.x);
+    return fresh(at::IntArrayRef(size + (q.groups == 1), size + 2), opmath(q.x), q.x);
   };
   q.mean = vectors(true);
   q.invstd = vectors(true);
   q.stat_var = vectors(true);
   q.stat_mean = vectors(eval_matched_stats && q.training && q.chain.before_has(Stage::drop));
-  const bool saves =
-      save_mask && q.groups == 1 && (q.chain.saves_pass() || q.chain.saves_keep()) && worth_saving(q.shape, q.x);
-  q.mask = at::empty(saves ? mask_size(q.shape, q.x) : std::vector<int64_t>{0}, q.x.options().dtype(mask_dtype(q.x)));
+  q.mask = fresh(masked && worth_saving(q.shape, q.x) ? mask_size(q.shape, q.chain, q.x) : std::vector<int64_t>{0},
+                 mask_dtype(q.x), q.x);
   return q;
 }
 
@@ -360,28 +400,29 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
 
   // A saved mask carries its own layout; x may come back in another one (save_on_cpu makes it contiguous).
   const bool masked = mask.numel() > 0;
-  q.x = masked ? to_layout(input, mask.dim() == 3) : dense(input);
-  q.shape = shape_of(q.x, masked ? mask.dim() == 3 : prefers_channels_last(q.x));
+  const Memory of_mask = mask.dim() == 3 ? Memory::channels_last : Memory::channels_first;
+  const bool joins = q.groups == 1 && q.chain.granularity == Granularity::element;
+  const Memory memory = masked ? of_mask : memory_of(input, joins);
+  q.x = to_memory(input, memory);
+  q.shape = shape_of(q.x, memory);
+  if (q.groups == 1) q.ghost = std::max<int64_t>(q.shape.N, 1);
   check_shape(q.shape, q.chain, q.x);
   if (masked) {
     TORCH_CHECK(q.groups == 1 && (q.chain.saves_pass() || q.chain.saves_keep()) &&
                     mask.scalar_type() == mask_dtype(input) && mask.device() == input.device() &&
-                    mask.sizes() == at::IntArrayRef(mask_size(q.shape, input)),
+                    mask.sizes() == at::IntArrayRef(mask_size(q.shape, q.chain, input)),
                 "mask: expected what forward returned for this input, but got shape ", mask.sizes(), " of ",
                 mask.scalar_type(), " on ", mask.device());
     q.mask = mask.contiguous();
   }
-  const int act = q.chain.after_at(Stage::act), add = q.chain.after_at(Stage::add);
-  TORCH_CHECK_VALUE(add >= 0 || !residual.has_value(), "residual: expected None for order '", settings.order, "'");
-  if (add >= 0 && act > add && !(masked && q.chain.saves_pass())) {
-    q.residual = check_residual(residual, q.x, q.shape.channels_last);
-  }
-  q.grad_output = to_layout(grad_output, q.shape.channels_last);
-  if (output_mask[0]) q.grad_input = at::empty_like(q.x);
-  if (output_mask[3] && add >= 0) q.grad_residual = at::empty_like(q.x);
+  const bool adds = q.chain.after_at(Stage::add) >= 0;
+  TORCH_CHECK_VALUE(adds || !residual.has_value(), "residual: expected None for order '", settings.order, "'");
+  if (reads_residual(q.chain, mask)) q.residual = check_residual(residual, q.x, memory);
+  q.grad_output = to_memory(grad_output, memory);
+  if (output_mask[0]) q.grad_input = fresh_like(q.x);
+  if (output_mask[3] && adds) q.grad_residual = fresh_like(q.x);
   const auto gradient = [&](at::ScalarType dtype) {
-    const auto options = q.x.options().dtype(dtype);
-    return q.x.numel() == 0 ? at::zeros({q.shape.C}, options) : at::empty({q.shape.C}, options);
+    return q.x.numel() == 0 ? at::zeros({q.shape.C}, q.x.options().dtype(dtype)) : fresh({q.shape.C}, dtype, q.x);
   };
   if (q.training || output_mask[1] || output_mask[2]) {
     q.grad_weight = gradient(q.weight.defined() ? q.weight.scalar_type() : opmath(q.x));
@@ -397,11 +438,11 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
 BackwardResult backward_result(const Backward& q, const Tensor& input, const OptionalTensor& weight,
                                const OptionalTensor& bias, const OptionalTensor& act_weight,
                                std::array<bool, 5> output_mask) {
-  const auto none = [&] { return at::empty({0}, q.x.options()); };
+  const auto none = [&] { return fresh({0}, q.x.scalar_type(), q.x); };
   const auto vector = [&](const Tensor& grad, const OptionalTensor& parameter, bool wanted) {
-    return wanted && parameter.has_value() && parameter->defined()
-               ? grad.to(parameter->scalar_type()).view_as(*parameter)
-               : none();
+    if (!wanted || !parameter.has_value() || !parameter->defined()) return none();
+    const Tensor result = grad.to(parameter->scalar_type());
+    return result.sizes() == parameter->sizes() ? result : result.view_as(*parameter);  // spares small layers a call
   };
   const auto elements = [&](const Tensor& grad) { return grad.defined() ? restore_strides(grad, input) : none(); };
   const bool shared = q.grad_act_weight.defined() && act_weight->numel() == 1;  // by all channels
@@ -438,10 +479,11 @@ NoiseRequest check_dropout(const Tensor& input, const Tensor& seed, double p, st
   check_seed(seed, input.device());
   NoiseRequest q{};
   set_noise(q.chain, kind, p, granularity);
-  q.x = dense(input);
-  q.shape = shape_of(q.x, prefers_channels_last(q.x));
+  const Memory memory = memory_of(input, q.chain.granularity == Granularity::element);
+  q.x = to_memory(input, memory);
+  q.shape = shape_of(q.x, memory);
   check_shape(q.shape, q.chain, q.x);
-  q.y = at::empty_like(q.x);
+  q.y = fresh_like(q.x);
   return q;
 }
 
@@ -542,6 +584,7 @@ TORCH_LIBRARY_IMPL(fusednorm, Autograd, m) {
   m.impl("forward", &NoDerivative<ForwardName, ForwardSignature>::call);
   m.impl("backward", &NoDerivative<BackwardName, BackwardSignature>::call);
   m.impl("dropout", &NoDerivative<DropoutName, DropoutSignature>::call);
+  m.impl("update_stats_", torch::CppFunction::makeFallthrough());  // of what requires no gradient
 }
 
 }  // namespace fusednorm

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -27,6 +28,19 @@ inline PieceLayout piece_layout(const Shape& s) {
   return cut ? PieceLayout{s.N, s.S} : PieceLayout{1, s.rows()};
 }
 
+// Channels-first rows that are short: where nothing is drawn, those of all channels of a sample are one row of C*S
+// columns, in blocks of whole channels.
+constexpr int64_t kShortRow = 512;
+inline bool has_short_rows(const Shape& s, const Chain& chain) {
+  return !s.channels_last && s.S < kShortRow && s.C > 1 && !chain.draws();
+}
+inline int64_t channels_of_block(const Shape& s) {
+  const int64_t most = std::max<int64_t>(1, kShortRow / s.S);
+  if (s.C <= most) return s.C;
+  const int64_t blocks = (s.C + 2 * most - 1) / (2 * most) * 2;  // even, for two threads to share
+  return (s.C + blocks - 1) / blocks;
+}
+
 // The trailing arguments of the schemas, in their order.
 struct Settings {
   bool training;
@@ -38,6 +52,12 @@ struct Settings {
   std::string_view granularity;
   int64_t ghost_batch_size;  // 0: the whole batch
 };
+
+// What they ask for; act_weight: as the operators have it.
+Chain make_chain(const Settings& settings, const OptionalTensor& act_weight);
+bool reads_residual(const Chain& chain, const Tensor& mask);  // in backward, with the mask that forward saved
+
+std::pair<int64_t, int64_t> ghosts(const Settings& settings, int64_t N);  // samples of a group of the batch, and groups
 
 // Statistics are those of `ghost` samples each (the last group may be smaller), so per-channel results come once for
 // each group: (G, C).

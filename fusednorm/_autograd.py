@@ -1,8 +1,10 @@
-"""Where a call goes: to the kernels through their autograd Functions, or to plain torch where `why_plain` says so.
+"""Where a call goes: to the kernels and their place in autograd's graph, or to plain torch where `why_plain` says so.
 
-`run` and `run_dropout` take a resolved call; `_BatchNormActDrop` and `_Dropout` say which gradient belongs to which
-operator, and what is kept for it.
+`run` and `run_dropout` take a resolved call. An eager one is a single operator, which knows its gradients
+(csrc/autograd.cpp); `_BatchNormActDrop` says the same to compilers, and for tensors with a dispatch of their own.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ def _saves_mask(input):
 
 class _BatchNormActDrop(torch.autograd.Function):
     """(output, save_mean, save_invstd, stat_var, stat_mean, mask); only the output is differentiable.
+
+    The twin of csrc/autograd.cpp.
 
     `settings` are (training, *Chain).
     """
@@ -64,6 +68,14 @@ class _BatchNormActDrop(torch.autograd.Function):
         return gx, gw, gb, None, None, gr, ga, None, None, None
 
 
+@torch.library.impl("fusednorm::differentiable_backward", "CompositeImplicitAutograd")
+def _(*arguments):
+    *tensors, wanted = arguments
+    tensors, settings = tensors[:10], tensors[10:]
+    grads = _plain.differentiable_backward(*tensors, settings, wanted)
+    return tuple(tensors[1].new_empty(0) if g is None else g for g in grads)
+
+
 def _has_bits(mask):
     if torch.compiler.is_compiling():  # without pinning a compiled graph to batches on one side of a limit
         return torch.fx.experimental.symbolic_shapes.statically_known_true(mask.numel() > 0)
@@ -90,6 +102,15 @@ def _requires_grad(*tensors):
     return False
 
 
+def values_per_channel(input: Tensor, ghost_batch_size: int) -> tuple[int, int]:
+    """In a group of the batch, and in the last one."""
+    samples, count = input.shape[0], math.prod(input.shape[2:], start=input.shape[0])
+    if not 0 < ghost_batch_size < samples:
+        return count, count
+    values = count // samples
+    return ghost_batch_size * values, (samples - 1) % ghost_batch_size * values + values
+
+
 def run(
     tensors,
     num_batches_tracked,
@@ -98,22 +119,35 @@ def run(
     chain,
     seed,
     eval_matched_stats,
-    count,
-    last_count,
 ) -> Tensor:
     """The output of a checked call; updates the running statistics, where given, if `training`.
 
     Args:
         tensors: input, weight, bias, running_mean, running_var, residual, act_weight.
         seed: None, or a tensor.
-        count, last_count: values per channel, in a group of the batch and in the last one.
     """
     reason = _plain.why_plain(training, chain.draws())
     if _plain.leaves_process(reason):
         return _plain.stock((*tensors, None), num_batches_tracked, training, momentum, chain, eval_matched_stats)
     input, weight, bias, running_mean, running_var, residual, act_weight = tensors
-    if type(input) is not Tensor:
-        seed = _operators.beside(input, seed)
+    if not reason and type(input) is Tensor and not torch.compiler.is_compiling():
+        return _operators.batch_norm_act_drop(
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            residual,
+            act_weight,
+            seed,
+            training,
+            momentum,
+            *chain,
+            eval_matched_stats,
+            _saves_mask(input),
+        )
+    seed = _operators.beside(input, seed)
     if not chain.draws():
         seed = None  # the generator stays as it is, as with stock dropout
     elif seed is None:
@@ -123,14 +157,15 @@ def run(
         output, mean, var = _plain.exact(tensors, training, chain, eval_matched_stats)
     else:
         if _requires_grad(input, weight, bias, residual, act_weight):
-            results = _apply(_BatchNormActDrop, *tensors, (training, *chain), eval_matched_stats)
+            results = _BatchNormActDrop.apply(*tensors, (training, *chain), eval_matched_stats)
         else:
             results = _operators.forward(*tensors, training, *chain, eval_matched_stats, False)
         output, mean, _, var, clean_mean, _ = results
         if eval_matched_stats and clean_mean.size(0):
             mean = clean_mean
     if training and running_mean is not None:
-        _operators.update_stats_(running_mean, running_var, num_batches_tracked, mean, var, count, last_count, momentum)
+        counts = values_per_channel(input, chain.ghost_batch_size)
+        _operators.update_stats_(running_mean, running_var, num_batches_tracked, mean, var, *counts, momentum)
     return output
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import reference
 
+batch_norm_act_drop: Callable[..., Tensor] = torch.ops.fusednorm.batch_norm_act_drop.default
 forward: Callable[..., tuple[Tensor, ...]] = torch.ops.fusednorm.forward.default
 backward: Callable[..., tuple[Tensor, ...]] = torch.ops.fusednorm.backward.default
 update_stats_: Callable[..., None] = torch.ops.fusednorm.update_stats_.default
@@ -161,6 +162,10 @@ def _(
         if on_cuda:
             calls = (N * S + 7) // 8
             size = (calls, C, 1) if last else (C, calls)
+        elif not last and S < 512 and C > 1 and not chain.draws():
+            most = max(1, 512 // S)
+            block = C if most >= C else -(-C // (-(-C // (2 * most)) * 2))
+            size = (N, (C - 1) // block * ((block * S + 31) // 32) + (((C - 1) % block + 1) * S + 31) // 32)
         elif not last:
             pieces, length = (N, S) if S >= 512 and N > 1 and C > 1 else (1, N * S)
             size = (C, pieces * ((length + 31) // 32))

@@ -153,9 +153,11 @@ def differentiable_backward(
     if torch._C._are_functorch_transforms_active():
         grads = torch.func.vjp(output, *parts)[1](grad_output)
     else:
-        # Aliases: a weight that was itself computed from the input must not lead back to it.
-        parts = [t.view_as(t) for t in parts]
-        grads = torch.autograd.grad(output(*parts), parts, grad_output, create_graph=True, allow_unused=True)
+        again = torch.is_grad_enabled()  # or else only tangents are to pass
+        with torch.enable_grad():
+            # Aliases: a weight that was itself computed from the input must not lead back to it.
+            parts = [t.view_as(t) for t in parts]
+            grads = torch.autograd.grad(output(*parts), parts, grad_output, create_graph=again, allow_unused=True)
     grads = iter(grads)
     grads = [next(grads) if w else None for w in wanted]
     if needed[3] and factor is not None:

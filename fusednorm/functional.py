@@ -237,7 +237,8 @@ def apply(
     Running statistics, where given, are updated if `training`; with `num_batches_tracked` that is incremented (once for
     each ghost batch) and `momentum` may be None.
     """
-    _check_statistics(running_mean, running_var, training)
+    if running_mean is None or running_var is None or running_mean.requires_grad or running_var.requires_grad:
+        _check_statistics(running_mean, running_var, training)
     if residual is not None or "add" in chain.order:
         _check_residual(input, residual, chain.order)
     if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
@@ -254,16 +255,13 @@ def apply(
         num_batches_tracked.add_(1)
         momentum = 1.0 / float(num_batches_tracked) if momentum is None else momentum
         num_batches_tracked = None
-    count = last_count = math.prod(input.shape[2:], start=input.shape[0])  # values per channel
-    if training and chain.ghost_batch_size and chain.ghost_batch_size < input.shape[0]:
-        samples, values = chain.ghost_batch_size, count // input.shape[0]
-        count, last_count = samples * values, (input.shape[0] - 1) % samples * values + values
-        if count == 1 or last_count == 1:
-            raise ValueError(
-                f"ghost_batch_size: expected more than 1 value per channel in every group when training, but "
-                f"{samples} of input size {list(input.shape)} leave a group with 1"
-            )
-    if (training and count == 1) or chain.eps <= 0:
+    counts = _autograd.values_per_channel(input, chain.ghost_batch_size) if training else (0, 0)
+    if chain.ghost_batch_size and 1 in counts and chain.ghost_batch_size < input.shape[0]:
+        raise ValueError(
+            f"ghost_batch_size: expected more than 1 value per channel in every group when training, but "
+            f"{chain.ghost_batch_size} of input size {list(input.shape)} leave a group with 1"
+        )
+    if counts[0] == 1 or chain.eps <= 0:
         # torch's own checks, with its words: F.batch_norm raises, or has no objection.
         F.batch_norm(input, running_mean, running_var, weight, bias, training, 0.0, chain.eps)
     if seed is not None:
@@ -276,8 +274,6 @@ def apply(
         chain,
         seed,
         eval_matched_stats,
-        count,
-        last_count,
     )
 
 

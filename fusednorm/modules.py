@@ -301,7 +301,7 @@ class _FusedBatchNorm(_BatchNorm):
         if (residual is not None) != ("add" in after):
             expected = "a tensor" if "add" in after else "None"
             raise ValueError(f"residual: expected {expected} for order {self.order!r}")
-        children: dict[str, Any] = self._modules  # as in _tensor
+        children: dict[str, Any] = self._modules  # as in _fused
         act, drop = children.get("act"), children.get("drop")
         if act is not None and "act" not in self.order:
             raise self._no_place("act")
@@ -318,7 +318,13 @@ class _FusedBatchNorm(_BatchNorm):
         name, parameters = act
         act_weight, parameters = (parameters[0], ()) if name == "prelu" else (None, parameters)
         kind, p, granularity = drop
-        mean, var, count = (self._tensor(self._buffers, name) for name in _STATISTICS)
+        buffers, vectors = self._buffers, self._parameters
+        try:  # straight from where they usually are: nn.Module.__getattr__ costs a small layer more than its kernels
+            mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+            weight, bias = vectors["weight"], vectors["bias"]
+        except KeyError:
+            mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+            weight, bias = self.weight, self.bias
         track = self.training and self.track_running_stats and update
         training = self.training or (mean is None and var is None)
         if track and mean is None and count is not None:  # nothing to move, but batches all the same, as torch has it
@@ -332,8 +338,8 @@ class _FusedBatchNorm(_BatchNorm):
             mean if use_running else None,
             var if use_running else None,
             count if track else None,
-            self._tensor(self._parameters, "weight"),
-            self._tensor(self._parameters, "bias"),
+            weight,
+            bias,
             training,
             0.0 if self.momentum is None and count is None else self.momentum,  # as torch has it
             functional.Chain(self.__dict__["eps"], order, name, parameters, kind, p, granularity, groups),
@@ -342,10 +348,6 @@ class _FusedBatchNorm(_BatchNorm):
             act_weight,
             matched,
         )
-
-    def _tensor(self, among: Any, name: str) -> Any:
-        # Straight from where it usually is: nn.Module.__getattr__ costs a small layer more than its kernels.
-        return among[name] if name in among else getattr(self, name)
 
     def _call_children(
         self, input: Any, residual: Any, seed: Any, before: Any, after: Any, act: Any, drop: Any
@@ -402,7 +404,6 @@ class _FusedBatchNorm(_BatchNorm):
 
 _OPTIONS = ("order", "ghost_batch_size", "even_ghost_batches", "eval_matched_stats")
 _OWN = {*_OPTIONS, "frozen", "_in_model", "act", "drop"}  # what a layer has beside its torch base class
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # What an nn.Module keeps in dictionaries of its own.
 _CONTAINERS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
 

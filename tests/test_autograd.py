@@ -1,5 +1,6 @@
 """No silent wrong gradient: first and second order, forward mode, transforms, checkpoints, the raw operator."""
 
+import contextlib
 import copy
 import functools
 import math
@@ -199,6 +200,20 @@ class TestForwardMode:
         right_or_raises(lambda: tangent_of(fused), tangent_of(twin))
 
     @strengths
+    def test_tangent_of_a_gradient(self, p):
+        """The forward ran before there were tangents."""
+        primals, tangent = inputs(), torch.randn(SHAPE, dtype=torch.float64)
+
+        def tangent_of(function):
+            y = function(*primals)
+            with forward_ad.dual_level():
+                grads = torch.autograd.grad(y, primals, forward_ad.make_dual(torch.ones_like(y), tangent))
+                return [forward_ad.unpack_dual(g).tangent for g in grads]
+
+        fused, twin = layer("tanh", p)
+        right_or_raises(lambda: tangent_of(fused), tangent_of(twin))
+
+    @strengths
     def test_module(self, p):
         primal, tangent = torch.randn(6, 4), torch.randn(6, 4)
         ours = fusednorm.FusedBatchNorm1d(4, act="tanh", drop=p).eval()
@@ -255,6 +270,24 @@ class TestTransforms:
         expected = torch.autograd.grad(twin(x, weight, bias), x, eye, is_grads_batched=True)
         y = fused(x, weight, bias)
         right_or_raises(lambda: torch.autograd.grad(y, x, eye, is_grads_batched=True), expected, 10.0)
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    @pytest.mark.parametrize(
+        "options", [{"act": "leaky_relu"}, {"order": "norm-add-act-drop"}, {"act": "prelu"}], ids=str
+    )
+    def test_compiled_autograd(self, options, backend):
+        module = FusedBatchNorm2d(2, **{"act": "relu", "drop": 0.3} | options)
+        x, residual, results = torch.randn(SHAPE), leaf(torch.randn(SHAPE)), []
+        for compiled in (False, True):
+            x = leaf(x.detach())
+            y = module(x, residual, seed=3) if "add" in module.order else module(x, seed=3)
+            compiler = torch.compile(backend=backend)
+            with torch._dynamo.compiled_autograd._enable(compiler) if compiled else contextlib.nullcontext():
+                y.sin().sum().backward()
+            results.append([t.grad for t in (x, residual, *module.parameters())])
+            residual.grad = None
+            module.zero_grad()
+        torch.testing.assert_close(*results)
 
     @training
     def test_vmap_of_modules(self, training):

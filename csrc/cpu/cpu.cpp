@@ -92,7 +92,8 @@ void run_forward(const fusednorm::Forward& q) {
                                  advance(data<A>(q.stat_var), channel),
                                  advance(data<A>(q.stat_mean), channel),
                                  data<uint32_t>(q.mask)};
-      q.shape.channels_last ? forward_channels_last<T>(call, p) : forward_channels_first<T>(call, p);
+      if (in_order(call, p.mask != nullptr)) return forward_in_order<T>(call, p);
+      in_columns(call.shape, call.chain) ? forward_columns<T>(call, p) : forward_runs<T>(call, p);
     });
   });
 }
@@ -123,7 +124,7 @@ void run_backward(const fusednorm::Backward& q) {
                                   of_group(bias, group),
                                   of_group(act_weight, group),
                                   data<uint32_t>(q.mask)};
-      q.shape.channels_last ? backward_channels_last<T>(call, p) : backward_channels_first<T>(call, p);
+      in_columns(call.shape, call.chain) ? backward_columns<T>(call, p) : backward_runs<T>(call, p);
     });
     const auto store = [&](const Tensor& gradient, std::vector<double>& all) {
       for (int64_t group = 1; group < q.groups && !all.empty(); ++group) {
@@ -141,8 +142,8 @@ void run_noise(const NoiseRequest& q, const Tensor& seed) {
   const Call call{q.shape, q.chain, read_seed(seed), 0, true, 0};
   for_dtype(q.y.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    q.shape.channels_last ? noise_channels_last<T>(call, data<T>(q.x), data<T>(q.y))
-                          : noise_channels_first<T>(call, data<T>(q.x), data<T>(q.y));
+    in_columns(q.shape, q.chain) ? noise_columns<T>(call, data<T>(q.x), data<T>(q.y))
+                                 : noise_runs<T>(call, data<T>(q.x), data<T>(q.y));
   });
 }
 
@@ -155,8 +156,11 @@ void update_stats_(Tensor& running_mean, Tensor& running_var, const std::optiona
   for (int64_t group = 0; group < groups; ++group) {
     double factor = momentum.value_or(0);
     if (num_batches_tracked.has_value()) {
-      num_batches_tracked->add_(1);
-      if (!momentum.has_value()) factor = 1.0 / static_cast<double>(num_batches_tracked->item<int64_t>());
+      int64_t& batches =
+          *static_cast<int64_t*>(num_batches_tracked->data_ptr());  // add_ would cost as much as the rest
+      ++batches;
+      num_batches_tracked->unsafeGetTensorImpl()->bump_version();
+      if (!momentum.has_value()) factor = 1.0 / static_cast<double>(batches);
     }
     const int64_t values = group + 1 < groups ? count : last_count;
     if (values == 0) continue;
