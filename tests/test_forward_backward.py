@@ -124,6 +124,37 @@ def test_many(shape, dtype, granularity, layout):
 
 
 @dtypes
+@training
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+@pytest.mark.parametrize("n, c", [(2, 70), (3, 7), (130, 3), (1100, 2)])
+@pytest.mark.parametrize("s", [2, 3, 7, 16, 25, 49, 100, 171, 257, 400, 511, 512])
+def test_short_rows(s, n, c, act, training, dtype):
+    """Channels-first without noise, where adjacent channels are worked on together: all remainders of blocks."""
+    Problem((n, c, s), dtype, act=act, p=0.0, training=training).check()
+
+
+@dtypes
+@training
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+@pytest.mark.parametrize("rows", [2, 9, 163, 4100])
+@pytest.mark.parametrize("channels", [2, 3, 5, 17, 31, 33, 50, 100, 127])
+def test_few_channels_side_by_side(channels, rows, act, training, dtype):
+    """Channels-last without noise, where several rows are worked on as one: with a rest, and without."""
+    Problem((rows, channels), dtype, act=act, p=0.0, training=training).check()
+
+
+@dtypes
+@pytest.mark.parametrize("order", ["norm-act", "act-norm", "norm-add-act", "norm-act-add"])
+@pytest.mark.parametrize("act", [None, "relu", "silu", ("prelu", "channel")], ids=act_id)
+@pytest.mark.parametrize("shape", [(3, 7, 33), (1, 70, 49), (2, 130, 100), (2, 3, 9000), (5, 1, 40)], ids=str)
+def test_evaluation_without_gradients(shape, act, order, dtype):
+    """Channels-first, where it goes through memory in order: rows of several channels a tile, and pieces of one."""
+    problem = Problem(shape, dtype, act=act, order=order, training=False)
+    with torch.no_grad():
+        close(problem.forward(), problem.expected["y"], problem.scale["y"])
+
+
+@dtypes
 @pytest.mark.parametrize("shape", [(1, 5), (1, 5, 1), (1, 1, 1, 1), (1, 1), (1, 33, 1, 1)], ids=str)
 def test_single_row_with_running_statistics(shape, dtype):
     Problem(shape, dtype, act="relu", p=0.5, training=False).check()

@@ -1,6 +1,7 @@
 // Chooses the kernels' instruction set at run time, and answers questions about it (hooks.h).
 #include <ATen/Version.h>
 
+#include <fstream>
 #include <string>
 
 #include "../math/noise.h"
@@ -25,7 +26,19 @@ const Kernels& choose() {
   return kernels_default;
 }
 
+// Of the last level, as Linux tells for the first core: in a virtual machine sysconf tells that of the whole host.
+int64_t cache_bytes() {
+  int64_t kilobytes = 0;
+  std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kilobytes;
+  return (kilobytes > 0 ? kilobytes : 32768) << 10;
+}
+
 }  // namespace
+
+bool goes_past_caches(int64_t bytes) {
+  static const int64_t least = cache_bytes() / 4;  // a pass has three such tensors
+  return bytes >= least;
+}
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();

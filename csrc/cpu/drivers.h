@@ -1,4 +1,4 @@
-// The two drivers, one per layout: they cut a tensor into tiles, share the tiles among threads, and call the kernels.
+// The two drivers, one per kind of tile: they cut a tensor into tiles, share these among threads, and call the kernels.
 //
 // Whatever the number of threads, the tiles are the same and their partial sums are merged in the same order, so
 // results do not depend on it.
@@ -51,19 +51,32 @@ struct Call {  // what both directions need beside the pointers: of one group of
 };
 
 template <class T>
-void forward_channels_first(const Call& call, const ForwardPointers<T>& p);
+void forward_runs(const Call& call, const ForwardPointers<T>& p);
 template <class T>
-void forward_channels_last(const Call& call, const ForwardPointers<T>& p);
+void forward_columns(const Call& call, const ForwardPointers<T>& p);
 template <class T>
-void backward_channels_first(const Call& call, const BackwardPointers<T>& p);
+void forward_in_order(const Call& call, const ForwardPointers<T>& p);
 template <class T>
-void backward_channels_last(const Call& call, const BackwardPointers<T>& p);
+void backward_runs(const Call& call, const BackwardPointers<T>& p);
+template <class T>
+void backward_columns(const Call& call, const BackwardPointers<T>& p);
 
 // y = x * m, or m itself where x is null.
 template <class T>
-void noise_channels_first(const Call& call, const T* x, T* y);
+void noise_runs(const Call& call, const T* x, T* y);
 template <class T>
-void noise_channels_last(const Call& call, const T* x, T* y);
+void noise_columns(const Call& call, const T* x, T* y);
+
+// Whether a tensor is worked on in columns: channels-last, or where its rows are short.
+inline bool in_columns(const Shape& s, const Chain& chain) { return s.channels_last || has_short_rows(s, chain); }
+
+// Whether a forward has one pass over rows long enough for the vectors of a block, and may take them as they come.
+inline bool in_order(const Call& call, bool masked) {
+  return !call.training && !masked && !call.chain.draws() && !call.shape.channels_last &&
+         (call.shape.S >= 32 || call.shape.C == 1);
+}
+
+constexpr int64_t kTile = 4096;  // values of a run, at most: they stay in the first-level cache
 
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t kSerial = 32768;

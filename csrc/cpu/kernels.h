@@ -52,6 +52,7 @@ struct Apply {
   int64_t ldkeep;
   uint32_t* save;  // [rows, ldsave] bits out: keep, and the activation's derivative where one bit holds it; or null
   int64_t ldsave;
+  bool stream;  // y past the caches, if that can be
 };
 
 template <class T>
@@ -74,6 +75,7 @@ struct Backward {
   const A* a;  // per-channel: dx = a*dz + b*(x - mean) + c
   const A* b;  // null: 0, with running statistics, so that an infinite x has no say
   const A* c;
+  bool stream;  // dx, as in Apply
 };
 
 // [add] [act] [drop] or [add] [drop] [act] in opmath type: the stages that Apply and Backward do not cover. A stage may
@@ -129,8 +131,8 @@ struct KernelsFor {
   // from storage to opmath type and back
   void (*widen)(const T* x, int64_t ldx, opmath_t<T>* y, int64_t ldy, int64_t rows, int64_t cols);
   void (*narrow)(const opmath_t<T>* x, int64_t ldx, T* y, int64_t ldy, int64_t rows, int64_t cols);
-  // mean and sum of squared deviations of n values
-  void (*moments_run)(const T* x, int64_t n, double* mean, double* m2);
+  // mean and sum of squared deviations of n values; fetches as many at `next`, or null, meanwhile
+  void (*moments_run)(const T* x, int64_t n, const T* next, double* mean, double* m2);
   // merges the moments of `rows` <= kMaxTileRows new rows into mean[cols], m2[cols], which hold those of `count` rows
   void (*moments_columns)(const T* x, int64_t rows, int64_t cols, int64_t ldx, double count, double* mean, double* m2);
 };
@@ -150,6 +152,11 @@ struct Kernels {
   // merges the moments of `rows` rows into those of `count` rows, for `cols` channels (padded to 32)
   void (*merge_moments)(double count, double* mean, double* m2, double rows, const double* row_mean,
                         const double* row_m2, int64_t cols);
+  // Of `repeat` adjacent columns per channel: the moments of the channel from those of columns with `rows` values each;
+  // and sums, added to the channel's. Columns are read 8 at a time.
+  void (*fold_moments)(double rows, const double* mean, const double* m2, int64_t repeat, int64_t channels,
+                       double* channel_mean, double* channel_m2);
+  void (*fold_sums)(const double* columns, int64_t repeat, int64_t channels, double* sums);
   KernelsFor<float> f32;
   KernelsFor<double> f64;
   KernelsFor<BFloat16> bf16;
@@ -180,5 +187,9 @@ extern const Kernels kernels_avx512;
 
 // The table for this processor, as torch's own choice (ATEN_CPU_CAPABILITY is honoured) allows.
 const Kernels& kernels();
+
+// Whether a result of so many bytes goes past the caches: one that they cannot hold evicts what is needed sooner, and a
+// line that is written whole need not be read first. A smaller one is read by the next layer while it is still there.
+bool goes_past_caches(int64_t bytes);
 
 }  // namespace fusednorm::cpu

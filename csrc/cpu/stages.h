@@ -164,6 +164,7 @@ struct Tile {
   Draws draws;
   const uint32_t* mask;  // backward: the saved bits, or null
   int64_t ldmask;
+  bool stream;  // results past the caches
 };
 
 // Where backward leaves its results; null: not wanted.
@@ -184,11 +185,7 @@ class Stages {
   static constexpr bool converts = !std::is_same_v<T, A>;
 
   Stages(const Plan& plan, const Tile<T>& tile, Workspace<A>& workspace)
-      : plan_(plan),
-        chain_(plan.chain),
-        tile_(tile),
-        w_(workspace),
-        ld_(tile.span == kRun ? kStageElements : padded(tile.cols)) {}
+      : plan_(plan), chain_(plan.chain), tile_(tile), w_(workspace), ld_(padded(tile.cols)) {}
 
   // u = before(x), without the noise if asked.
   In ahead(View<const T> x, bool noisy = true) { return before(widened(x, w_.x), noisy).u; }
@@ -233,6 +230,7 @@ class Stages {
       auto q = norm_gradient(u, dz);
       q.dx = dx.p;
       q.lddx = dx.ld;
+      q.stream = tile_.stream && !plan_.staged;
       q.a = to.a;
       q.b = to.b;
       q.c = to.c;
@@ -356,6 +354,7 @@ class Stages {
     q.y = y.p;
     q.ldy = y.ld;
     q.affine = tile_.affine;
+    q.stream = tile_.stream && !plan_.staged;
     set_factor(q, s.drop);
     q.save = save;
     q.ldsave = ldsave;

@@ -1,6 +1,7 @@
 // Channels-first: the values of a channel are N pieces of S contiguous ones. Tiles are cut so that they stand in one
-// piece of memory; only where pieces are short does a tile span several (in rows r = n*S + s) and go through a buffer.
-// Noise is drawn for consecutive rows, so it costs the same either way.
+// piece of memory; only where pieces are short and noise is drawn (columns.cpp has them without it) does a tile span
+// several (in rows r = n*S + s) and go through a buffer. Noise is drawn for consecutive rows, so it costs the same
+// either way.
 //
 // One thread takes a channel (or a few adjacent ones, when S is small, to read longer stretches) through both passes,
 // the second one backwards: what the first pass read last is still in cache. With fewer channels than keep all threads
@@ -16,7 +17,6 @@
 namespace fusednorm::cpu {
 namespace {
 
-constexpr int64_t kTile = 4096;         // values, at most: they stay in the first-level cache
 constexpr int64_t kStretch = 26000;     // bytes: adjacent channels are taken together until they are this long
 constexpr int64_t kAhead = 1024;        // bytes to prefetch ahead where pieces are short
 constexpr int64_t kResident = 2 << 20;  // bytes: or until the group holds this much
@@ -47,6 +47,7 @@ class Channels {
   int64_t pieces() const { return tiles_ / tiles_per_piece_; }
   int64_t tiles_per_piece() const { return tiles_per_piece_; }
   int64_t tiles() const { return tiles_; }
+  bool in_place() const { return in_place_; }
   int64_t rows(int64_t tile) const { return std::min(tile_, length_ - tile % tiles_per_piece_ * tile_); }
   int64_t group() const {
     const int64_t piece = shape_.S * static_cast<int64_t>(sizeof(T));
@@ -61,6 +62,11 @@ class Channels {
       std::copy_n(base + memory, n, buffer + at);
     });
     return buffer;
+  }
+  // The tile behind it, which is as long but for the last; null where there is none in one piece.
+  const T* next(const T* base, int64_t c, int64_t tile) const {
+    return in_place_ && tile + 1 < tiles_ && rows(tile + 1) == rows(tile) ? base + place(c, first_row(tile + 1))
+                                                                          : nullptr;
   }
   // Where to write the tile; store() then brings it to its place.
   T* target(T* base, int64_t c, int64_t tile, T* buffer) const {
@@ -160,7 +166,7 @@ struct Coefficients {
 }  // namespace
 
 template <class T>
-void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
+void forward_runs(const Call& call, const ForwardPointers<T>& p) {
   using A = opmath_t<T>;
   const Plan plan(call.chain, false, p.mask != nullptr, call.training && std::is_same_v<T, A>), second = plan.second();
   const Channels<T> channels(call, plan.tile_elements(kTile));
@@ -168,9 +174,17 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
   ChannelVectors<A> vectors(call.shape.C);
   const bool before = call.chain.before[0] != Stage::none, noisy = call.chain.before_has(Stage::drop);
   const bool keeps_noise = p.mask && plan.saves_at < 0;  // drawn in the first pass, read in the second
+  const bool stream = channels.in_place() && goes_past_caches(call.shape.C * call.shape.rows() * sizeof(T));
   const auto tile_of = [&](Step at, const Draws& draws) {
-    return Tile<T>{kRun, 1, channels.rows(at.tile), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr,
-                   draws};
+    return Tile<T>{kRun,
+                   1,
+                   channels.rows(at.tile),
+                   vectors.at(at.c),
+                   p.act_weight ? p.act_weight + at.c : nullptr,
+                   draws,
+                   nullptr,
+                   0,
+                   stream};
   };
   const auto draw = [&](Step at, DrawBuffer& buffer, std::initializer_list<const T*> streams) {
     const Draws draws =
@@ -187,7 +201,7 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
     const double count = static_cast<double>(n);
     Statistics s{{count, 0, 0}, {count, 0, 0}};
     if (!before) {
-      kernels_for<T>().moments_run(x, n, &s.u.mean, &s.u.m2);
+      kernels_for<T>().moments_run(x, n, channels.next(p.x, at.c, at.tile), &s.u.mean, &s.u.m2);
       return s;
     }
     DrawBuffer drawn;
@@ -195,7 +209,7 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
     const Tile<T> tile = tile_of(at, noisy ? draw(at, drawn, {p.x, plan.once ? p.y : nullptr}) : Draws{});
     Stages<T> stages(plan, tile, workspace);
     const View<const A> u = stages.ahead({x, 0});
-    kernels_for<A>().moments_run(u.p, n, &s.u.mean, &s.u.m2);
+    kernels_for<A>().moments_run(u.p, n, nullptr, &s.u.mean, &s.u.m2);
     if constexpr (std::is_same_v<T, A>) {
       if (plan.once) {
         T* y = channels.target(p.y, at.c, at.tile, out);
@@ -204,7 +218,7 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
       }
     }
     if (p.clean_mean) {
-      kernels_for<A>().moments_run(stages.ahead({x, 0}, false).p, n, &s.clean.mean, &s.clean.m2);
+      kernels_for<A>().moments_run(stages.ahead({x, 0}, false).p, n, nullptr, &s.clean.mean, &s.clean.m2);
     }
     return s;
   };
@@ -235,7 +249,7 @@ void forward_channels_first(const Call& call, const ForwardPointers<T>& p) {
 }
 
 template <class T>
-void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
+void backward_runs(const Call& call, const BackwardPointers<T>& p) {
   using A = opmath_t<T>;
   const bool gathers = p.grad_weight != nullptr;
   const Plan plan(call.chain, true, p.mask != nullptr, gathers && p.dx && std::is_same_v<T, A>), second = plan.second();
@@ -245,6 +259,7 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
   for (int64_t c = 0; c < call.shape.C; ++c) load_statistics(p, c, vectors);
   Coefficients<A> coefficients(call.shape.C);
   std::vector<double> weight_sums(p.grad_act_weight ? call.shape.C * tiles : 0);
+  const bool stream = channels.in_place() && goes_past_caches(call.shape.C * call.shape.rows() * sizeof(T));
   struct Inputs {
     View<const T> x, residual, g;
   };
@@ -267,9 +282,15 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
     } else {
       ahead.fetch();
     }
-    return Tile<T>{
-        kRun, 1, channels.rows(at.tile), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws,
-        mask, 0};
+    return Tile<T>{kRun,
+                   1,
+                   channels.rows(at.tile),
+                   vectors.at(at.c),
+                   p.act_weight ? p.act_weight + at.c : nullptr,
+                   draws,
+                   mask,
+                   0,
+                   stream};
   };
   const auto outputs = [&](Step at, const Plan& pass, Buffers& b) {
     const auto target = [&](T* base, T* buffer) {
@@ -326,7 +347,7 @@ void backward_channels_first(const Call& call, const BackwardPointers<T>& p) {
 }
 
 template <class T>
-void noise_channels_first(const Call& call, const T* x, T* y) {
+void noise_runs(const Call& call, const T* x, T* y) {
   const Channels<T> channels(call, kStageElements);
   for_tasks(call.shape.C * channels.tiles(), call.shape.C * call.shape.rows() < kSerial, false, [&](int64_t i) {
     const Step at = channels.in_memory_order(i);
@@ -340,10 +361,10 @@ void noise_channels_first(const Call& call, const T* x, T* y) {
   });
 }
 
-#define FN_INSTANTIATE(T)                                                            \
-  template void forward_channels_first<T>(const Call&, const ForwardPointers<T>&);   \
-  template void backward_channels_first<T>(const Call&, const BackwardPointers<T>&); \
-  template void noise_channels_first<T>(const Call&, const T*, T*);
+#define FN_INSTANTIATE(T)                                                  \
+  template void forward_runs<T>(const Call&, const ForwardPointers<T>&);   \
+  template void backward_runs<T>(const Call&, const BackwardPointers<T>&); \
+  template void noise_runs<T>(const Call&, const T*, T*);
 FN_INSTANTIATE(float)
 FN_INSTANTIATE(double)
 FN_INSTANTIATE(BFloat16)

@@ -1,0 +1,134 @@
+// How kernels walk a tile: in blocks of 32 columns, one word of bits each. A block is 32 / width vectors. The columns
+// left over go through a padded copy, so there is no scalar code, and a value's bits do not depend on where in a tile
+// it stood.
+
+constexpr int kBlock = 32;
+template <class A>
+constexpr int kVectors = kBlock / Vec<A>::width;  // of a block
+
+#define FN_UNROLL _Pragma("GCC unroll 16")
+
+// Runs f(v) for every vector of a block: unrolled, v a constant, where the body is a few instructions; a loop where it
+// is an exponential, whose code would only grow.
+template <class F, int... v>
+FN_INLINE void for_each_of(std::integer_sequence<int, v...>, F f) {
+  (f(Constant<v>{}), ...);
+}
+template <bool unrolled, int n, class F>
+FN_INLINE void for_vectors(F f) {
+  if constexpr (unrolled) {
+    for_each_of(std::make_integer_sequence<int, n>{}, f);
+  } else {
+    _Pragma("GCC unroll 1") for (int v = 0; v < n; ++v) f(v);
+  }
+}
+
+// A per-channel vector: an entry for each run of a tile, held in a register, or an entry per column.
+template <Span span, class A>
+struct PerChannel {
+  Vec<A> value;
+  FN_INLINE PerChannel(const A* p, int64_t row) : value(p ? p[row] : A(0)) {}
+  FN_INLINE Vec<A> operator[](int64_t) const { return value; }
+};
+template <class A>
+struct PerChannel<kColumns, A> {
+  const A* p;
+  FN_INLINE PerChannel(const A* pointer, int64_t) : p(pointer) {}
+  FN_INLINE Vec<A> operator[](int64_t column) const { return Vec<A>::load(p + column); }
+};
+template <Span span, class A>
+struct Channel {
+  PerChannel<span, A> mean, scale, shift;
+  FN_INLINE Channel(const Affine<A>& q, int64_t row) : mean(q.mean, row), scale(q.scale, row), shift(q.shift, row) {}
+  FN_INLINE Vec<A> normalize(Vec<A> x, int64_t column) const {
+    return math::normalize(x, mean[column], scale[column], shift[column]);
+  }
+};
+
+template <class T>
+FN_INLINE void copy_padded(const T* from, T* to, int64_t n, T fill = T{}) {
+  for (int64_t i = 0; i < kBlock; ++i) to[i] = i < n ? from[i] : fill;
+}
+template <class T>
+FN_INLINE void copy_out(const T* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
+// A block's pointers, or padded copies of what is there.
+template <class T>
+struct Block {
+  alignas(64) T padded[kBlock];
+  FN_INLINE const T* at(const T* p, int64_t rest) {
+    if (rest >= kBlock) return p;
+    copy_padded(p, padded, rest);
+    return padded;
+  }
+};
+
+// Where the block at `i` begins: the last one sooner, over the one before, where values may be computed twice.
+FN_INLINE int64_t begin_of_block(int64_t i, int64_t cols, bool twice) {
+  return twice && cols >= kBlock && cols - i < kBlock ? cols - kBlock : i;
+}
+
+// The processor's own prefetching stops at pages and at the end of a tile, and few loads are in flight meanwhile. What
+// is fetched behind the end of a tensor is nothing, and harmless.
+constexpr int64_t kAheadBytes = 2048, kAheadRows = 8;
+template <class T>
+FN_INLINE void fetch_block(const T* p) {
+  FN_UNROLL for (int i = 0; i < kBlock; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
+}
+
+template <Span span, class T>
+FN_INLINE void fetch_ahead(const T* p, int64_t ld) {
+  fetch_block(span == kRun ? p + kAheadBytes / sizeof(T) : p + kAheadRows * ld);
+}
+
+// Where a kernel leaves a block of results. Vectors that are whole cache lines may go past the caches, where rows, ld
+// apart, begin at one: a part of a line would cost more than it spares, and so did lines put together from 16-bit
+// halves. What is to see them comes behind the fence.
+template <class T>
+class Results {
+ public:
+  using V = Vec<opmath_t<T>>;
+  static constexpr bool kLines = FN_VECTOR_BYTES == 64 && std::is_same_v<T, opmath_t<T>>;
+  FN_INLINE Results(bool past_caches, const T* p, int64_t rows, int64_t ld)
+      : past_caches_(kLines && past_caches && reinterpret_cast<uintptr_t>(p) % 64 == 0 &&
+                     (rows == 1 || ld * static_cast<int64_t>(sizeof(T)) % 64 == 0)) {}
+  FN_INLINE void store(const V (&values)[kVectors<opmath_t<T>>], T* p, bool in_line) const {
+#if FN_VECTOR_BYTES == 64
+    if constexpr (!kLines) {
+      return store_narrow(values[0].raw, values[1].raw, p);
+    } else if (past_caches_ && in_line) {
+      FN_UNROLL for (int v = 0; v < kVectors<T>; ++v) _mm512_stream_si512((__m512i*)p + v, (__m512i)values[v].raw);
+      return;
+    }
+#endif
+    FN_UNROLL for (int v = 0; v < kVectors<opmath_t<T>>; ++v) values[v].store(p + v * V::width);
+  }
+  FN_INLINE ~Results() {
+#if FN_VECTOR_BYTES == 64
+    if (past_caches_) _mm_sfence();
+#endif
+  }
+
+ private:
+  bool past_caches_;
+};
+
+FN_INLINE uint32_t first_bits(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
+
+// ---- lanes, summed in double
+FN_INLINE void add_lanes(double* to, Vec<double> a) { (Vec<double>::load(to) + a).store(to); }
+FN_INLINE void add_lanes(double* to, Vec<float> a) {
+  const DoublePair d = widen(a);
+  add_lanes(to, d.low);
+  add_lanes(to + Vec<double>::width, d.high);
+}
+
+// Sum of 32 lanes, always in the same tree.
+FN_INLINE double sum_lanes(double* lanes) {
+  for (int half = kBlock / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}

@@ -1,0 +1,179 @@
+// The other stages, elementwise over rows that may be far apart: additions, activations and noise that the norm's
+// kernels do not take along, noise alone, and storage types to and from the opmath type.
+
+// An activation's parameters: numbers, or for PReLU a vector of lanes.
+template <class A, class Activation, Span span>
+struct StageParameters {
+  math::Parameters<A> numbers;
+  FN_INLINE StageParameters(const Elementwise<A>& q, int64_t) : numbers{q.activation[0], q.activation[1]} {}
+  FN_INLINE const math::Parameters<A>& operator[](int64_t) const { return numbers; }
+};
+template <class A, Span span>
+struct StageParameters<A, math::Prelu, span> {
+  PerChannel<span, A> slope;
+  FN_INLINE StageParameters(const Elementwise<A>& q, int64_t row) : slope(q.act_weight, row) {}
+  FN_INLINE math::Parameters<Vec<A>> operator[](int64_t column) const { return {slope[column], slope[column]}; }
+};
+
+// A block's factors: one for all, bits, or floats. What a kernel reads in its loops are values of its own: it would
+// have to read arguments again behind every store.
+enum FactorKind { kOne, kBits, kFloats };
+template <class A, FactorKind kind>
+struct Factor {
+  const float* m;
+  uint32_t keep;
+  Vec<A> multiplier;
+  template <class Arguments>
+  FN_INLINE Factor(const Arguments& q, int64_t row, int64_t i, Block<float>& rest)
+      : m(kind == kFloats ? rest.at(q.m + row * q.ldm + i, q.cols - i) : nullptr),
+        keep(kind == kBits ? q.keep[row * q.ldkeep + i / kBlock] : ~0u),
+        multiplier(q.multiplier) {}
+  template <class Index>
+  FN_INLINE Vec<A> operator[](Index v) const {
+    if constexpr (kind == kFloats) return load_floats<A>(m + v * Vec<A>::width);
+    if constexpr (kind == kBits) return select(from_bits<A>(keep, v), multiplier, Vec<A>(0.0f));
+    return multiplier;
+  }
+};
+// f(kind) for the kind of factor in the arguments.
+template <class Arguments, class F>
+FN_INLINE void for_factor(const Arguments& q, F f) {
+  if (q.m) {
+    f(std::integral_constant<FactorKind, kFloats>{});
+  } else if (q.keep) {
+    f(std::integral_constant<FactorKind, kBits>{});
+  } else {
+    f(std::integral_constant<FactorKind, kOne>{});
+  }
+}
+
+template <class A, class Activation, Span span, FactorKind kind>
+FN_INLINE void stage_value_rows(const Elementwise<A>& q) {
+  using V = Vec<A>;
+  const bool first = q.factor_first;
+  for (int64_t row = 0; row < q.rows; ++row) {
+    const StageParameters<A, Activation, span> parameters(q, row);
+    for (int64_t i = 0; i < q.cols; i += kBlock) {
+      const int64_t rest = q.cols - i;
+      Block<A> in, more;
+      alignas(64) A out[kBlock];
+      const A* x = in.at(q.x + row * q.ldx + i, rest);
+      const A* add = q.add ? more.at(q.add + row * q.ldadd + i, rest) : nullptr;
+      if (add) fetch_block(add + (q.rows > 1 ? kAheadRows * q.ldadd : kAheadBytes / sizeof(A)));
+      A* y = rest < kBlock ? out : q.y + row * q.ldy + i;
+      Block<float> factors;
+      const Factor<A, kind> factor(q, row, i, factors);
+      uint32_t saved = 0;
+      for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+        V z = V::load(x + v * V::width);
+        if (add) z = z + V::load(add + v * V::width);
+        if (first) z = z * factor[v];
+        const auto p = parameters[i + v * V::width];
+        V value = Activation::value(z, p);
+        if (!first) value = value * factor[v];
+        value.store(y + v * V::width);
+        if constexpr (Activation::one_bit) {
+          saved |= to_bits(both(from_bits<A>(factor.keep, v), Activation::passes(z, p))) << (v * V::width);
+        }
+      });
+      if (q.save) q.save[row * q.ldsave + i / kBlock] = Activation::one_bit ? saved : factor.keep;
+      if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
+    }
+  }
+}
+
+template <class A, class Activation, Span span>
+void stage_value(const Elementwise<A>& q) {
+  for_factor(q, [&](auto kind) FN_LAMBDA_INLINE { stage_value_rows<A, Activation, span, kind>(q); });
+}
+
+template <class A, class Activation, Span span, FactorKind kind>
+FN_INLINE void stage_gradient_rows(const Elementwise<A>& q) {
+  using V = Vec<A>;
+  const bool first = q.factor_first;
+  for (int64_t row = 0; row < q.rows; ++row) {
+    const StageParameters<A, Activation, span> parameters(q, row);
+    for (int64_t i = 0; i < q.cols; i += kBlock) {
+      const int64_t rest = q.cols - i;
+      Block<A> in, gradient;
+      alignas(64) A out[kBlock];
+      const A* x = in.at(q.x + row * q.ldx + i, rest);
+      const A* g = gradient.at(q.g + row * q.ldg + i, rest);
+      A* y = rest < kBlock ? out : q.y + row * q.ldy + i;
+      Block<float> factors;
+      const Factor<A, kind> factor(q, row, i, factors);
+      for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+        const V z = V::load(x + v * V::width), m = factor[v], dy = V::load(g + v * V::width) * m;
+        // The factor is linear: it does not matter on which side of the activation's gradient it comes.
+        Activation::gradient(first ? z * m : z, dy, parameters[i + v * V::width]).store(y + v * V::width);
+      });
+      if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
+    }
+  }
+}
+
+template <class A, class Activation, Span span>
+void stage_gradient(const Elementwise<A>& q) {
+  for_factor(q, [&](auto kind) FN_LAMBDA_INLINE { stage_gradient_rows<A, Activation, span, kind>(q); });
+}
+
+// Straight to double: these sums are rare.
+template <class A, Span span>
+void weight_sums(const Elementwise<A>& q) {
+  using V = Vec<A>;
+  alignas(64) double lanes[kBlock] = {};
+  for (int64_t row = 0; row < q.rows; ++row) {
+    for (int64_t i = 0; i < q.cols; i += kBlock) {
+      Block<A> in, gradient;
+      const A* x = in.at(q.x + row * q.ldx + i, q.cols - i);
+      const A* g = gradient.at(q.g + row * q.ldg + i, q.cols - i);
+      double* to = span == kRun ? lanes : q.sum + i;
+      for (int v = 0; v < kVectors<A>; ++v) {
+        add_lanes(to + v * V::width,
+                  math::Prelu::weight_gradient(V::load(x + v * V::width), V::load(g + v * V::width)));
+      }
+    }
+  }
+  if (span == kRun) *q.sum += sum_lanes(lanes);
+}
+
+template <class T, FactorKind kind>
+FN_INLINE void scale_rows(const Scale<T>& q) {
+  using A = opmath_t<T>;
+  using V = Vec<A>;
+  for (int64_t row = 0; row < q.rows; ++row) {
+    for (int64_t i = 0; i < q.cols; i += kBlock) {
+      const int64_t rest = q.cols - i;
+      Block<T> in;
+      alignas(64) T out[kBlock];
+      const T* x = q.x ? in.at(q.x + row * q.ldx + i, rest) : nullptr;
+      T* y = rest < kBlock ? out : q.y + row * q.ldy + i;
+      Block<float> factors;
+      const Factor<A, kind> factor(q, row, i, factors);
+      for_vectors<true, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+        ((x ? V::load(x + v * V::width) : V(1.0f)) * factor[v]).store(y + v * V::width);
+      });
+      if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
+    }
+  }
+}
+
+template <class T>
+void scale(const Scale<T>& q) {
+  for_factor(q, [&](auto kind) FN_LAMBDA_INLINE { scale_rows<T, kind>(q); });
+}
+
+template <class From, class To>
+void convert(const From* x, int64_t ldx, To* y, int64_t ldy, int64_t rows, int64_t cols) {
+  using V = Vec<std::conditional_t<sizeof(From) == 8, double, float>>;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < cols; i += kBlock) {
+      Block<From> in;
+      alignas(64) To out[kBlock];
+      const From* from = in.at(x + row * ldx + i, cols - i);
+      To* to = cols - i < kBlock ? out : y + row * ldy + i;
+      FN_UNROLL for (int v = 0; v < kBlock / V::width; ++v) V::load(from + v * V::width).store(to + v * V::width);
+      if (cols - i < kBlock) copy_out(out, y + row * ldy + i, cols - i);
+    }
+  }
+}
