@@ -64,10 +64,10 @@ FN_INLINE Raw widen(const BFloat16* p) {
   return (Raw)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
 FN_INLINE __m512i rounded(__m512 f, const BFloat16*) {  // in the upper halves
-  const __m512i b = (__m512i)f, odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
-  const __m512i even = _mm512_add_epi32(b, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __m512i quiet = _mm512_or_si512(b, _mm512_set1_epi32(0x400000));
-  return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), even, quiet);
+  const __m512i b = (__m512i)f, half = _mm512_set1_epi32(0x7fff), quiet = _mm512_set1_epi32(0x400000);
+  const __mmask16 odd = _mm512_test_epi32_mask(b, _mm512_set1_epi32(0x10000));
+  const __m512i even = _mm512_add_epi32(b, _mm512_mask_sub_epi32(half, odd, half, _mm512_set1_epi32(-1)));
+  return _mm512_mask_or_epi32(even, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), b, quiet);
 }
 FN_INLINE void store_narrow(__m512 f, BFloat16* p) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(f, p), 16)));
