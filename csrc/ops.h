@@ -30,12 +30,12 @@ inline PieceLayout piece_layout(const Shape& s) {
 
 // Channels-first rows that are short: where nothing is drawn, those of all channels of a sample are one row of C*S
 // columns, in blocks of whole channels.
-constexpr int64_t kShortRow = 512;
+constexpr int64_t kShortRow = 512, kShortColumns = 1024;
 inline bool has_short_rows(const Shape& s, const Chain& chain) {
   return !s.channels_last && s.S < kShortRow && s.C > 1 && !chain.draws();
 }
 inline int64_t channels_of_block(const Shape& s) {
-  const int64_t most = std::max<int64_t>(1, kShortRow / s.S);
+  const int64_t most = std::max<int64_t>(1, kShortColumns / s.S);
   if (s.C <= most) return s.C;
   const int64_t blocks = (s.C + 2 * most - 1) / (2 * most) * 2;  // even, for two threads to share
   return (s.C + blocks - 1) / blocks;

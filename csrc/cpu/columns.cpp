@@ -41,7 +41,8 @@ class Matrix {
     const int64_t elements = staged ? kStageMatrix : kFusedElements;
     if (repeat_ > 1) {
       block_ = channels_of_block(call.shape);
-      tile_rows_ = std::clamp<int64_t>(elements / (block_ * repeat_), 1, kMaxTileRows);
+      tile_rows_ =
+          std::clamp<int64_t>((staged ? kStageElements : elements) / padded(block_ * repeat_), 1, kMaxTileRows);
     } else if (cycle_ > 1) {
       block_ = channels_;
       tile_rows_ = std::clamp<int64_t>(elements / (channels_ * cycle_), 1, kMaxTileRows);
@@ -173,7 +174,7 @@ class Columns {
   int64_t block_;
   static constexpr int kStep = 16;
   int used_ = 0;
-  alignas(64) A repeated_[7][kShortRow + 32];
+  alignas(64) A repeated_[7][kShortColumns + 32];
 };
 
 // Two values per channel and panel.
@@ -237,7 +238,7 @@ class Folded {
   Panel at_;
   int used_ = 0;
   double* into_[4];
-  alignas(64) double columns_[4][kShortRow + 8];  // read 8 at a time
+  alignas(64) double columns_[4][kShortColumns + 8];  // read 8 at a time
 };
 
 }  // namespace
