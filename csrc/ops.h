@@ -32,7 +32,7 @@ inline PieceLayout piece_layout(const Shape& s) {
 // columns, in blocks of whole channels.
 constexpr int64_t kShortRow = 512, kShortColumns = 1024;
 inline bool has_short_rows(const Shape& s, const Chain& chain) {
-  return !s.channels_last && s.S < kShortRow && s.C > 1 && !chain.draws();
+  return !s.channels_last && s.S > 0 && s.S < kShortRow && s.C > 1 && !chain.draws();
 }
 inline int64_t channels_of_block(const Shape& s) {
   const int64_t most = std::max<int64_t>(1, kShortColumns / s.S);

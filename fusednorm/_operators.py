@@ -162,7 +162,7 @@ def _(
         if on_cuda:
             calls = (N * S + 7) // 8
             size = (calls, C, 1) if last else (C, calls)
-        elif not last and S < 512 and C > 1 and not chain.draws():
+        elif not last and 0 < S < 512 and C > 1 and not chain.draws():
             most = max(1, 1024 // S)
             block = C if most >= C else -(-C // (-(-C // (2 * most)) * 2))
             size = (N, (C - 1) // block * ((block * S + 31) // 32) + (((C - 1) % block + 1) * S + 31) // 32)

@@ -258,14 +258,15 @@ def test_output_strides(shape, layout, dtype):
 @dtypes
 @training
 @pytest.mark.parametrize("shape", [(0, 5), (0, 5, 7), (3, 5, 0), (0, 5, 3, 3), (2, 5, 0, 3)], ids=str)
+@pytest.mark.parametrize("order", ["norm-act-drop", "norm-add-act-drop"])
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_empty(p, shape, training, dtype):
+def test_empty(p, order, shape, training, dtype):
     x = leaf(torch.empty(shape, dtype=dtype))
     weight, bias = leaf(torch.ones(5)), leaf(torch.zeros(5))
     mean, var = torch.zeros(5), torch.ones(5)
-    y = functional.batch_norm_act_drop(
-        x, mean, var, weight, bias, training, act="relu", p=p, drop_training=True, seed=1
-    )
+    residual = x.detach() if "add" in order else None
+    options = dict(act="relu", p=p, drop_training=True, seed=1, order=order, residual=residual)
+    y = functional.batch_norm_act_drop(x, mean, var, weight, bias, training, **options)
     assert y.shape == shape
     assert y.dtype == dtype
     y.sum().backward()
