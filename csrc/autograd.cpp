@@ -120,6 +120,8 @@ Tensor batch_norm_act_drop(const Tensor& input, const OptionalTensor& weight, co
                            at::ArrayRef<double> act_params, std::string_view noise, double p,
                            std::string_view granularity, int64_t ghost_batch_size, bool eval_matched_stats,
                            bool save_mask) {
+  TORCH_CHECK_VALUE(running_mean.has_value() == running_var.has_value(),
+                    "running_mean and running_var must either both be None or neither be None");
   Call call{running_mean,
             running_var,
             seed,

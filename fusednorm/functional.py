@@ -252,6 +252,15 @@ def apply(
     if num_batches_tracked is not None and (
         num_batches_tracked.dtype != torch.int64 or num_batches_tracked.device != input.device
     ):  # averaged with all buffers, or left on another device: counted here
+        if 0 < chain.ghost_batch_size < input.shape[0]:  # or, group by group, by one that the kernels can count with
+            before = num_batches_tracked.to(input.device, torch.int64)
+            counter = before.clone()
+            output = apply(
+                *(input, running_mean, running_var, counter, weight, bias, training, momentum, chain, seed),
+                *(residual, act_weight, eval_matched_stats),
+            )
+            num_batches_tracked.add_((counter - before).to(num_batches_tracked.device))
+            return output
         num_batches_tracked.add_(1)
         momentum = 1.0 / float(num_batches_tracked) if momentum is None else momentum
         num_batches_tracked = None

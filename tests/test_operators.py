@@ -179,3 +179,13 @@ def test_every_operator_is_tested():
         "batch_norm_act_drop",
         "differentiable_backward",
     }
+
+
+@pytest.mark.parametrize("given", ["running_mean", "running_var"])
+def test_eager_call_with_half_of_the_statistics(given):
+    statistics = [torch.zeros(3) if given == name else None for name in ("running_mean", "running_var")]
+    chain = (1e-5, "norm", "identity", [], "bernoulli", 0.0, "element", 0)
+    with pytest.raises(ValueError, match="running_mean and running_var must either both be None or neither be None"):
+        torch.ops.fusednorm.batch_norm_act_drop(
+            torch.randn(4, 3, 5), None, None, *statistics, None, None, None, None, True, 0.1, *chain, False, True
+        )

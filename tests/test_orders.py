@@ -264,6 +264,22 @@ def test_ghost_batches_equal_chunks(size, momentum):
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32], ids=str)
+def test_ghost_batches_with_a_counter_of_another_dtype(dtype, momentum):
+    """As it is behind an average of all buffers."""
+    from fusednorm import FusedBatchNorm1d
+
+    layers = [FusedBatchNorm1d(3, ghost_batch_size=2, momentum=momentum) for _ in range(2)]
+    layers[1].num_batches_tracked = layers[1].num_batches_tracked.to(dtype)
+    x = torch.randn(7, 3, 2)
+    for layer in layers * 2:
+        layer(x)
+    assert layers[1].num_batches_tracked.dtype == dtype
+    for a, b in zip(*(layer.buffers() for layer in layers), strict=True):
+        torch.testing.assert_close(a, b, check_dtype=False, rtol=0, atol=0)
+
+
 def test_a_ghost_batch_of_one_value_raises():
     with pytest.raises(ValueError, match="ghost_batch_size: expected more than 1 value per channel"):
         functional.batch_norm_act_drop(torch.randn(9, 3), None, None, training=True, ghost_batch_size=1)
