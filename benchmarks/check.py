@@ -69,7 +69,7 @@ def _jump(z: torch.Tensor, act) -> torch.Tensor:
     return jump.masked_fill_(jump < 1e-2, 0.0)
 
 
-def _parts(workload: Workload, chunk: int, sample: int | None) -> list[slice]:
+def _parts(workload: Workload, chunk: int, sample: int | None = None) -> list[slice]:
     """Channels to check, about `chunk` elements at a time: all, or `sample` elements at both ends."""
     channels, each = workload.channels, workload.numel // workload.channels
     ends = max(1, sample // each // 2) if sample else channels
@@ -195,9 +195,7 @@ def against_stock(
     y = y.detach()
     over = [d for d in range(x.dim()) if d != 1]
     flips = []
-    width = max(1, CHUNK[x.device.type] * workload.channels // workload.numel)
-    for start in range(0, workload.channels, width):
-        part = slice(start, start + width)
+    for part in _parts(workload, CHUNK[x.device.type]):
         weight, bias = (_column(v.detach()[part].double(), x) for v in (norm.weight, norm.bias))
         inside = x[:, part].double()
         variance, mean = torch.var_mean(inside, over, correction=0, keepdim=True)

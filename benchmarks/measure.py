@@ -44,6 +44,10 @@ class Turn:
 
     def forget(self) -> None: ...
 
+    def facts(self) -> dict:
+        """What is known of it beside its time."""
+        return {}
+
 
 class CopyTurn(Turn):
     """The yardstick: one pass over the activation into memory that is already there."""
@@ -91,6 +95,9 @@ class LayerTurn(Turn):
             for _ in range(self.inner):
                 torch.autograd.grad(module(*inputs), leaves, grad)
 
+    def facts(self) -> dict:
+        return {"saved_bytes_per_element": self.case.saved[self.name] / self.case.workload.numel}
+
     def forget(self) -> None:
         # Memory of one provider must be free before the next one starts, or that one pays for fresh pages.
         self.outputs = []
@@ -101,7 +108,7 @@ class RivalTurn(Turn):
 
     def __init__(self, name: str, case: Case, mode: str):
         super().__init__(name)
-        self.layer, self.mode = case.rivals[name], mode
+        self.layer, self.mode, self.elements = case.rivals[name], mode, case.workload.numel
 
     def prepare(self) -> None:
         if self.mode == "backward":  # as for the others: what a forward leaves in the caches is there
@@ -114,6 +121,15 @@ class RivalTurn(Turn):
                 forward()
             if self.mode != "forward":
                 backward()
+
+    def facts(self) -> dict:
+        layer = self.layer
+        return {
+            "saved_bytes_per_element": layer.saved_bytes / self.elements,
+            "version": layer.version,
+            "implementation": layer.implementation,
+            "check": layer.error,
+        }
 
 
 def stopwatch(target, setup, rounds: int, warmup_rounds: int) -> list[float]:
@@ -198,7 +214,7 @@ def describe(workload, p: float, mode: str) -> dict:
 
 def time_row(case: Case, mode: str, budget: float, timer: Timer = stopwatch) -> tuple[dict, list[float]]:
     """Time one row. Returns the row as plain data and the fused layer's seconds per step, round by round."""
-    peaks = {provider: case.peak_mb(provider, mode) for provider in case.providers}
+    peaks = {provider: {"peak_mb": case.peak_mb(provider, mode)} for provider in case.providers}
     turns = [CopyTurn(name, case, mode) for name in COPIES] + [LayerTurn(name, case, mode) for name in case.providers]
     if mode in rivals.MODES:
         turns += [RivalTurn(name, case, mode) for name in case.rivals]
@@ -215,25 +231,12 @@ def time_row(case: Case, mode: str, budget: float, timer: Timer = stopwatch) -> 
     row = describe(case.workload, case.p, mode) | {"copy_ms": copy_ms, "check": case.error, "missing": case.missing}
     row["providers"] = {
         turn.name: summary(seconds[turn.name])
-        | {
-            "steps_per_round": turn.inner,
-            "copies": statistics.median(seconds[turn.name]) * 1e3 / copy_ms,
-            "saved_bytes_per_element": case.saved[turn.name] / case.workload.numel,
-            "peak_mb": peaks[turn.name],
-        }
+        | {"steps_per_round": turn.inner, "copies": statistics.median(seconds[turn.name]) * 1e3 / copy_ms}
+        | turn.facts()
+        | peaks.get(turn.name, {})
         for turn in turns
-        if isinstance(turn, LayerTurn)
+        if not isinstance(turn, CopyTurn)
     }
-    for turn in turns:
-        if isinstance(turn, RivalTurn):
-            row["providers"][turn.name] = summary(seconds[turn.name]) | {
-                "steps_per_round": turn.inner,
-                "copies": statistics.median(seconds[turn.name]) * 1e3 / copy_ms,
-                "saved_bytes_per_element": turn.layer.saved_bytes / case.workload.numel,
-                "version": turn.layer.version,
-                "implementation": turn.layer.implementation,
-                "check": turn.layer.error,
-            }
     row["ratio"] = {
         name: statistics.median(theirs / ours for theirs, ours in zip(seconds[name], seconds["fused"], strict=True))
         for name in row["providers"]

@@ -15,24 +15,9 @@ from torch import nn
 
 import fusednorm
 from benchmarks.workloads import CENSUS, FAMILY, Workload
+from fusednorm._children import make_act
 
 PROVIDERS = ("eager", "compile", "fused")
-
-ACTIVATIONS = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU("tanh"),
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "hardtanh": nn.Hardtanh,
-    "relu6": nn.ReLU6,
-    "hardswish": nn.Hardswish,
-    "mish": nn.Mish,
-    "softplus": nn.Softplus,
-}
 
 
 def _dimension(workload: Workload) -> int:
@@ -109,8 +94,7 @@ def _fused_drop(workload: Workload, p: float) -> nn.Module:
 
 
 def _act(workload: Workload) -> nn.Module:
-    name, *parameters = workload.act if isinstance(workload.act, tuple) else (workload.act,)
-    act = ACTIVATIONS[name](*parameters)
+    act = make_act(workload.act)  # torch's own module
     # Ahead of the norm it would write to the input, which here is a leaf.
     if "act" in workload.inplace and workload.order.index("act") > workload.order.index("norm"):
         act.inplace = True

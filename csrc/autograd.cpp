@@ -21,7 +21,6 @@ auto find(const char* name) {
 // What a call is told beside the tensors that may need gradients, and what it returns.
 struct Call {
   OptionalTensor running_mean, running_var, seed;
-  bool training;
   Settings settings;
   bool eval_matched_stats, save_mask;
   ForwardResult result;
@@ -32,7 +31,7 @@ void run(Call& call, const Tensor& input, const OptionalTensor& weight, const Op
   static const auto op = find<ForwardSignature>("fusednorm::forward");
   const Settings& s = call.settings;
   call.result = op.call(input, weight, bias, call.running_mean, call.running_var, residual, act_weight, call.seed,
-                        call.training, s.eps, s.order, s.act, s.act_params, s.noise, s.p, s.granularity,
+                        s.training, s.eps, s.order, s.act, s.act_params, s.noise, s.p, s.granularity,
                         s.ghost_batch_size, call.eval_matched_stats, save_mask);
 }
 
@@ -59,7 +58,7 @@ struct BatchNormActDrop : torch::autograd::Function<BatchNormActDrop> {
     ctx->set_materialize_grads(false);
     // In one level: compiled autograd looks values up by what they are.
     std::vector<c10::IValue> settings{adds,
-                                      call->training,
+                                      s.training,
                                       s.eps,
                                       std::string(s.order),
                                       std::string(s.act),
@@ -125,7 +124,6 @@ Tensor batch_norm_act_drop(const Tensor& input, const OptionalTensor& weight, co
   Call call{running_mean,
             running_var,
             seed,
-            training,
             {training, eps, order, act, act_params, noise, p, granularity, ghost_batch_size},
             eval_matched_stats,
             save_mask,
@@ -170,8 +168,7 @@ TORCH_LIBRARY_FRAGMENT(fusednorm, m) {
       "differentiable_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
       "Tensor? act_weight, Tensor save_mean, Tensor save_invstd, Tensor mask, Tensor? seed, bool training, float eps, "
       "str order, str act, float[] act_params, str noise, float p, str granularity, int ghost_batch_size, bool[5] "
-      "output_mask) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 }  // namespace fusednorm

@@ -38,18 +38,17 @@ class Matrix {
         cycle_(few_channels(call) ? std::min(kShortRow / channels_, call.shape.rows()) : 1),
         rows_(call.shape.rows() / repeat_ / cycle_),
         rest_(call.shape.rows() % cycle_) {
-    const int64_t elements = staged ? kStageMatrix : kFusedElements;
+    const int64_t elements = !staged ? kFusedElements : repeat_ > 1 ? kStageElements : kStageMatrix;
     if (repeat_ > 1) {
       block_ = channels_of_block(call.shape);
-      tile_rows_ =
-          std::clamp<int64_t>((staged ? kStageElements : elements) / padded(block_ * repeat_), 1, kMaxTileRows);
+      tile_rows_ = std::clamp<int64_t>(elements / padded(block_ * repeat_), 1, kMaxTileRows);
     } else if (cycle_ > 1) {
       block_ = channels_;
       tile_rows_ = std::clamp<int64_t>(elements / (channels_ * cycle_), 1, kMaxTileRows);
     } else {
       const int64_t largest = staged ? kStageColumns : kBlockColumns;
-      blocks_ = (channels_ + largest - 1) / largest;
-      block_ = padded((channels_ + blocks_ - 1) / blocks_);
+      const int64_t blocks = (channels_ + largest - 1) / largest;
+      block_ = padded((channels_ + blocks - 1) / blocks);
       tile_rows_ = std::clamp<int64_t>(elements / block_ / 8 * 8, 8, kMaxTileRows);
     }
     blocks_ = (channels_ + block_ - 1) / block_;

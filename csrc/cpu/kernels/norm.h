@@ -6,9 +6,9 @@ enum class Bits {
   noise,  // what is kept
   saved,  // backward: what forward saved, the activation's derivative among it
 };
-template <class Activation, class Arguments>
-FN_INLINE bool without_bits(const Arguments& q) {
-  return Activation::one_bit && !q.keep && q.multiplier == 1;
+template <class Arguments>
+FN_INLINE bool keeps_everything(const Arguments& q) {
+  return !q.keep && q.multiplier == 1;
 }
 
 // ---- forward: y = activation((x - mean) * scale + shift) * multiplier where kept
@@ -55,7 +55,7 @@ FN_INLINE void apply_rows(const Apply<T>& q) {
 template <class T, class Activation, Span span>
 void apply(const Apply<T>& q) {
   if constexpr (Activation::one_bit) {
-    if (without_bits<Activation>(q) && !q.save) return apply_rows<T, Activation, span, Bits::none>(q);
+    if (keeps_everything(q) && !q.save) return apply_rows<T, Activation, span, Bits::none>(q);
   }
   apply_rows<T, Activation, span, Bits::noise>(q);
 }
@@ -84,7 +84,7 @@ struct LocalGradient {
 template <class Activation, class T, class F>
 FN_INLINE void for_bits(const Backward<T>& q, F f) {
   if constexpr (Activation::one_bit) {
-    if (without_bits<Activation>(q)) return f(std::integral_constant<Bits, Bits::none>{});
+    if (keeps_everything(q)) return f(std::integral_constant<Bits, Bits::none>{});
     if (q.keep_is_saved) return f(std::integral_constant<Bits, Bits::saved>{});
   }
   f(std::integral_constant<Bits, Bits::noise>{});
