@@ -82,6 +82,7 @@ class Matrix {
   }
 
   int64_t ld() const { return channels_ * repeat_ * cycle_; }
+  int64_t ahead() const { return tile_rows_ * ld(); }  // to the next tile
   int64_t offset(int64_t block, const Tile& t) const { return t.row * ld() + block * block_ * repeat_; }
 
   // Where partial results of a panel stand: vectors that kernels may read and write 8 at a time.
@@ -337,8 +338,9 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
         tile.draws = second.drops() ? draw(panel, t, drawn, {p.x, p.residual, p.y}) : Draws{};
       }
       Stages<T>(second, tile, workspace)
-          .forward({(plan.once ? p.y : p.x) + at, ld}, {p.residual ? p.residual + at : nullptr, ld}, {p.y + at, ld},
-                   mask, matrix.mask_ld());
+          .forward({(plan.once ? p.y : p.x) + at, ld, matrix.ahead()},
+                   {p.residual ? p.residual + at : nullptr, ld, matrix.ahead()}, {p.y + at, ld}, mask,
+                   matrix.mask_ld());
     });
   };
   matrix.two_passes(call.training, gather, finish, emit);
@@ -359,7 +361,7 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
   std::vector<double> weight_sums(p.grad_act_weight ? matrix.partials() : 0);
 
   const auto view = [&](auto* base, int64_t at) {
-    return View<std::remove_pointer_t<decltype(base)>>{base ? base + at : nullptr, ld};
+    return View<std::remove_pointer_t<decltype(base)>>{base ? base + at : nullptr, ld, matrix.ahead()};
   };
   // f(tile, offset in memory, results) for the tiles of a panel in a pass.
   const auto for_tiles = [&](Panel panel, const Plan& pass, std::initializer_list<const T*> streams, Folded& sums,

@@ -81,11 +81,19 @@ constexpr int64_t kTile = 4096;  // values of a run, at most: they stay in the f
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t kSerial = 32768;
 
+// Results that went past the caches are seen by others from here on.
+inline void fence_stores() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 // f(i) for i in [0, n), in ascending or descending order within each thread.
 template <class F>
 void for_tasks(int64_t n, bool serial, bool descending, const F& f) {
   const auto range = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(descending ? begin + end - 1 - i : i);
+    fence_stores();
   };
   if (serial || n == 1) {
     range(0, n);

@@ -7,6 +7,8 @@
 
 namespace fusednorm::cpu {
 
+constexpr int64_t kBytesAhead = 2048;  // are fetched
+
 template <class T>
 void forward_in_order(const Call& call, const ForwardPointers<T>& p) {
   using A = opmath_t<T>;
@@ -20,6 +22,7 @@ void forward_in_order(const Call& call, const ForwardPointers<T>& p) {
   const int64_t cols = pieces > 1 ? padded((S + pieces - 1) / pieces) : S;
   const int64_t rows = std::clamp<int64_t>(largest / padded(cols), 1, std::min<int64_t>(C, kMaxTileRows));
   const int64_t groups = (C + rows - 1) / rows;
+  const int64_t ahead = kBytesAhead / static_cast<int64_t>(sizeof(T));
   const bool stream = goes_past_caches(C * call.shape.rows() * sizeof(T));
   for_tasks(samples * groups * pieces, C * call.shape.rows() < kSerial, false, [&](int64_t i) {
     const int64_t column = i % pieces * cols, c = i / pieces % groups * rows;
@@ -35,7 +38,7 @@ void forward_in_order(const Call& call, const ForwardPointers<T>& p) {
                        stream};
     Workspace<A> workspace;
     Stages<T>(plan, tile, workspace)
-        .forward({p.x + at, S}, {p.residual ? p.residual + at : nullptr, S}, {p.y + at, S}, nullptr, 0);
+        .forward({p.x + at, S, ahead}, {p.residual ? p.residual + at : nullptr, S, ahead}, {p.y + at, S}, nullptr, 0);
   });
 }
 

@@ -45,6 +45,7 @@ struct Apply {
   const T* x;  // [rows, ldx]
   T* y;        // [rows, ldy]
   int64_t ldx, ldy;
+  int64_t ahead;  // elements from those of x to what is read soon after, and fetched meanwhile; or 0
   Affine<A> affine;
   A activation[2];       // parameters
   A multiplier;          // of what is kept
@@ -62,6 +63,7 @@ struct Backward {
   const T* x;  // [rows, ldx]
   const T* g;  // [rows, ldg]
   int64_t ldx, ldg;
+  int64_t aheadx, aheadg;  // as in Apply
   Affine<A> affine;
   A activation[2];
   A multiplier;
@@ -87,7 +89,8 @@ struct Elementwise {
   int64_t ldx;
   const A* add;  // [rows, ldadd] forward: added to x first; or null
   int64_t ldadd;
-  const A* g;  // [rows, ldg] backward: the gradient
+  int64_t aheadadd;  // as in Apply
+  const A* g;        // [rows, ldg] backward: the gradient
   int64_t ldg;
   A* y;  // [rows, ldy] forward: activation(x + add) * factor or activation((x + add) * factor); backward: their
          // gradient
@@ -131,8 +134,8 @@ struct KernelsFor {
   // from storage to opmath type and back
   void (*widen)(const T* x, int64_t ldx, opmath_t<T>* y, int64_t ldy, int64_t rows, int64_t cols);
   void (*narrow)(const opmath_t<T>* x, int64_t ldx, T* y, int64_t ldy, int64_t rows, int64_t cols);
-  // mean and sum of squared deviations of n values; fetches as many at `next`, or null, meanwhile
-  void (*moments_run)(const T* x, int64_t n, const T* next, double* mean, double* m2);
+  // mean and sum of squared deviations of n values; `ahead` as in Apply
+  void (*moments_run)(const T* x, int64_t n, int64_t ahead, double* mean, double* m2);
   // merges the moments of `rows` <= kMaxTileRows new rows into mean[cols], m2[cols], which hold those of `count` rows
   void (*moments_columns)(const T* x, int64_t rows, int64_t cols, int64_t ldx, double count, double* mean, double* m2);
 };

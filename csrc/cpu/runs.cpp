@@ -19,10 +19,10 @@ namespace {
 
 constexpr int64_t kStretch = 26000;     // bytes: adjacent channels are taken together until they are this long
 constexpr int64_t kAhead = 1024;        // bytes to prefetch ahead where pieces are short
-constexpr int64_t kResident = 2 << 20;  // bytes: or until the group holds this much
+constexpr int64_t kResident = 1 << 20;  // bytes: or until the group holds this much
 
 struct Step {
-  int64_t c, tile;
+  int64_t c, piece, part;  // of the piece
 };
 
 template <class T>
@@ -42,72 +42,74 @@ class Channels {
   // The i-th of all tiles: piece by piece, of all channels.
   Step in_memory_order(int64_t i) const {
     const int64_t piece = i / (shape_.C * tiles_per_piece_), within = i % tiles_per_piece_;
-    return {i / tiles_per_piece_ % shape_.C, piece * tiles_per_piece_ + within};
+    return {i / tiles_per_piece_ % shape_.C, piece, within};
   }
   int64_t pieces() const { return tiles_ / tiles_per_piece_; }
   int64_t tiles_per_piece() const { return tiles_per_piece_; }
   int64_t tiles() const { return tiles_; }
-  bool in_place() const { return in_place_; }
-  int64_t rows(int64_t tile) const { return std::min(tile_, length_ - tile % tiles_per_piece_ * tile_); }
+  bool in_lines() const { return in_place_ && length_ * sizeof(T) % 64 == 0; }  // of the caches
+  int64_t tile(Step at) const { return at.piece * tiles_per_piece_ + at.part; }  // of its channel
+  int64_t rows(Step at) const { return std::min(tile_, length_ - at.part * tile_); }
+  // Channels that a thread takes together: as many groups for each, where that takes no more than half as many.
   int64_t group() const {
-    const int64_t piece = shape_.S * static_cast<int64_t>(sizeof(T));
-    return whole() ? 1 : std::clamp<int64_t>(std::min(kStretch / piece, kResident / (piece * shape_.N)), 1, 64);
+    const int64_t piece = shape_.S * static_cast<int64_t>(sizeof(T)), threads = at::get_num_threads();
+    const int64_t most =
+        whole() ? 1 : std::clamp<int64_t>(std::min(kStretch / piece, kResident / (piece * shape_.N)), 1, 64);
+    for (int64_t group = most; 2 * group >= most; --group) {
+      if ((shape_.C + group - 1) / group % threads == 0) return group;
+    }
+    return most;
   }
   // The tile in one piece: where it stands, or in buffer.
-  const T* load(const T* base, int64_t c, int64_t tile, T* buffer) const {
-    if (in_place_) return base + place(c, first_row(tile));
-    for_pieces(c, tile, [&](int64_t at, int64_t memory, int64_t n) {
+  const T* load(const T* base, Step at, T* buffer) const {
+    if (in_place_) return base + place(at);
+    for_pieces(at, [&](int64_t at, int64_t memory, int64_t n) {
       // Short pieces far apart defeat the processor's prefetching; those of the next channels lie just behind.
       for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(base + memory + kAhead / sizeof(T) + i);
       std::copy_n(base + memory, n, buffer + at);
     });
     return buffer;
   }
-  // The tile behind it, which is as long but for the last; null where there is none in one piece.
-  const T* next(const T* base, int64_t c, int64_t tile) const {
-    return in_place_ && tile + 1 < tiles_ && rows(tile + 1) == rows(tile) ? base + place(c, first_row(tile + 1))
-                                                                          : nullptr;
+  // From a tile to what is fetched meanwhile; 0 where that is none, or not in one piece.
+  int64_t distance(Step at, Step soon) const {
+    return in_place_ && soon.c < shape_.C && soon.piece < pieces() ? place(soon) - place(at) : 0;
   }
+  int64_t a_little() const { return in_place_ ? 2048 / static_cast<int64_t>(sizeof(T)) : 0; }
   // Where to write the tile; store() then brings it to its place.
-  T* target(T* base, int64_t c, int64_t tile, T* buffer) const {
-    return in_place_ ? base + place(c, first_row(tile)) : buffer;
-  }
-  void store(T* base, int64_t c, int64_t tile, const T* from) const {
+  T* target(T* base, Step at, T* buffer) const { return in_place_ ? base + place(at) : buffer; }
+  void store(T* base, Step at, const T* from) const {
     if (in_place_) return;
-    for_pieces(c, tile, [&](int64_t at, int64_t memory, int64_t n) { std::copy_n(from + at, n, base + memory); });
+    for_pieces(at, [&](int64_t at, int64_t memory, int64_t n) { std::copy_n(from + at, n, base + memory); });
   }
 
   // Where the tile stands in these, of which some may be null.
-  Ahead ahead(int64_t c, int64_t tile, std::initializer_list<const T*> streams) const {
-    Ahead ahead(1, rows(tile));
+  Ahead ahead(Step at, std::initializer_list<const T*> streams) const {
+    Ahead ahead(1, rows(at));
     for (const T* base : streams) {
-      if (base && in_place_) ahead.add(base + place(c, first_row(tile)), 0);
+      if (base && in_place_) ahead.add(base + place(at), 0);
     }
     return ahead;
   }
-  Draws draw(int64_t c, int64_t tile, DrawBuffer& buffer, const Ahead& ahead) const {
-    return noise_.run(c, first_row(tile), rows(tile), buffer, ahead);
+  Draws draw(Step at, DrawBuffer& buffer, const Ahead& ahead) const {
+    return noise_.run(at.c, first_row(at), rows(at), buffer, ahead);
   }
 
   // The tile's words of a saved mask.
-  int64_t mask_offset(int64_t c, int64_t tile) const {
-    const int64_t words = words_of(length_);
-    return (c * pieces() + tile / tiles_per_piece_) * words + tile % tiles_per_piece_ * tile_ / 32;
-  }
+  int64_t mask_offset(Step at) const { return (at.c * pieces() + at.piece) * words_of(length_) + at.part * tile_ / 32; }
 
  private:
   bool whole() const { return shape_.N == 1 || shape_.C == 1; }
-  int64_t first_row(int64_t tile) const { return tile / tiles_per_piece_ * length_ + tile % tiles_per_piece_ * tile_; }
-  int64_t place(int64_t c, int64_t r) const {
-    return whole() ? c * shape_.rows() + r : (r / shape_.S * shape_.C + c) * shape_.S + r % shape_.S;
+  int64_t first_row(Step at) const { return at.piece * length_ + at.part * tile_; }
+  int64_t place(Step at) const {  // in one piece of memory
+    return ((whole() ? 0 : at.piece * shape_.C) + at.c) * length_ + at.part * tile_;
   }
   // f(position in the tile, position in memory, length) for every contiguous piece of the tile.
   template <class F>
-  void for_pieces(int64_t c, int64_t tile, const F& f) const {
+  void for_pieces(Step tile, const F& f) const {
     const int64_t begin = first_row(tile), end = begin + rows(tile);
     for (int64_t r = begin; r < end;) {
-      const int64_t n = whole() ? end - r : std::min(end - r, shape_.S - r % shape_.S);
-      f(r - begin, place(c, r), n);
+      const int64_t s = r % shape_.S, n = std::min(end - r, shape_.S - s);
+      f(r - begin, (r / shape_.S * shape_.C + tile.c) * shape_.S + s, n);
       r += n;
     }
   }
@@ -119,38 +121,45 @@ class Channels {
   bool in_place_;
 };
 
-// Two passes over every channel: gather(step) makes the partial result of a tile, finish(c, partials) merges them,
-// emit(step) is the second pass. It goes back from piece to piece, but forward within one, where the processor
-// prefetches.
-template <class Partial, class Gather, class Finish, class Emit>
-void two_passes(const Shape& shape, int64_t pieces, int64_t tiles_per_piece, int64_t group, bool gathers,
-                const Gather& gather, const Finish& finish, const Emit& emit) {
-  const int64_t groups = (shape.C + group - 1) / group, threads = at::get_num_threads(),
-                tiles = pieces * tiles_per_piece;
+// Two passes over every channel: gather(step, soon) makes the partial result of a tile, finish(c, partials) merges
+// them, emit(step, soon) is the second pass. It goes back from piece to piece, but forward within one, where the
+// processor prefetches. `soon` is read next, or a little later: a second pass reads caches and leaves memory to the
+// next channels.
+template <class Partial, class T, class Gather, class Finish, class Emit>
+void two_passes(const Shape& shape, const Channels<T>& channels, bool gathers, const Gather& gather,
+                const Finish& finish, const Emit& emit) {
+  const int64_t group = channels.group(), groups = (shape.C + group - 1) / group, threads = at::get_num_threads(),
+                tiles = channels.tiles(), parts = channels.tiles_per_piece(), pieces = channels.pieces();
   const bool serial = shape.C * shape.rows() < kSerial;
+  const auto behind = [&](Step at) {
+    return at.part + 1 < parts ? Step{at.c, at.piece, at.part + 1} : Step{at.c, at.piece + 1, 0};
+  };
   if (serial || groups % threads == 0 || groups >= 8 * threads) {
     for_tasks(groups, serial, false, [&](int64_t i) {
       const int64_t first = i * group, last = std::min(first + group, shape.C);
       std::vector<Partial> partials(gathers ? (last - first) * tiles : 0);
       const auto for_steps = [&](int64_t piece, const auto& f) {
         for (int64_t c = first; c < last; ++c) {
-          for (int64_t tile = piece * tiles_per_piece; tile < (piece + 1) * tiles_per_piece; ++tile) f(Step{c, tile});
+          for (int64_t part = 0; part < parts; ++part) f(Step{c, piece, part});
         }
       };
       for (int64_t piece = 0; gathers && piece < pieces; ++piece) {
-        for_steps(piece, [&](Step at) { partials[(at.c - first) * tiles + at.tile] = gather(at); });
+        for_steps(piece,
+                  [&](Step at) { partials[(at.c - first) * tiles + channels.tile(at)] = gather(at, behind(at)); });
       }
       for (int64_t c = first; c < last; ++c) finish(c, partials.data() + (gathers ? (c - first) * tiles : 0));
-      for (int64_t piece = pieces - 1; piece >= 0; --piece) for_steps(piece, emit);
+      for (int64_t piece = pieces - 1; piece >= 0; --piece) {
+        for_steps(piece, [&](Step at) { emit(at, Step{at.c + group, pieces - 1 - piece, at.part}); });
+      }
     });
     return;
   }
   const int64_t steps = shape.C * tiles;
-  const auto step = [&](int64_t k) { return Step{k / tiles, k % tiles}; };
+  const auto step = [&](int64_t k) { return Step{k / tiles, k % tiles / parts, k % parts}; };
   std::vector<Partial> partials(gathers ? steps : 0);
-  if (gathers) for_tasks(steps, false, false, [&](int64_t k) { partials[k] = gather(step(k)); });
+  if (gathers) for_tasks(steps, false, false, [&](int64_t k) { partials[k] = gather(step(k), behind(step(k))); });
   for (int64_t c = 0; c < shape.C; ++c) finish(c, partials.data() + (gathers ? c * tiles : 0));
-  for_tasks(steps, false, false, [&](int64_t k) { emit(step(k)); });
+  for_tasks(steps, false, false, [&](int64_t k) { emit(step(k), behind(step(k))); });
 }
 
 struct GradientSums {
@@ -174,34 +183,27 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
   ChannelVectors<A> vectors(call.shape.C);
   const bool before = call.chain.before[0] != Stage::none, noisy = call.chain.before_has(Stage::drop);
   const bool keeps_noise = p.mask && plan.saves_at < 0;  // drawn in the first pass, read in the second
-  const bool stream = channels.in_place() && goes_past_caches(call.shape.C * call.shape.rows() * sizeof(T));
+  const bool stream = channels.in_lines() && goes_past_caches(call.shape.C * call.shape.rows() * sizeof(T));
   const auto tile_of = [&](Step at, const Draws& draws) {
-    return Tile<T>{kRun,
-                   1,
-                   channels.rows(at.tile),
-                   vectors.at(at.c),
-                   p.act_weight ? p.act_weight + at.c : nullptr,
-                   draws,
-                   nullptr,
-                   0,
-                   stream};
+    return Tile<T>{
+        kRun, 1,     channels.rows(at), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws, nullptr,
+        0,    stream};
   };
   const auto draw = [&](Step at, DrawBuffer& buffer, std::initializer_list<const T*> streams) {
-    const Draws draws =
-        channels.draw(at.c, at.tile, buffer, plan.staged ? channels.ahead(at.c, at.tile, streams) : Ahead());
+    const Draws draws = channels.draw(at, buffer, plan.staged ? channels.ahead(at, streams) : Ahead());
     if (keeps_noise) {
-      std::copy_n(draws.keep, words_of(channels.rows(at.tile)), p.mask + channels.mask_offset(at.c, at.tile));
+      std::copy_n(draws.keep, words_of(channels.rows(at)), p.mask + channels.mask_offset(at));
     }
     return draws;
   };
-  const auto gather = [&](Step at) {
+  const auto gather = [&](Step at, Step soon) {
     alignas(64) T buffer[kTile], out[kTile];
-    const T* x = channels.load(p.x, at.c, at.tile, buffer);
-    const int64_t n = channels.rows(at.tile);
+    const T* x = channels.load(p.x, at, buffer);
+    const int64_t n = channels.rows(at);
     const double count = static_cast<double>(n);
     Statistics s{{count, 0, 0}, {count, 0, 0}};
     if (!before) {
-      kernels_for<T>().moments_run(x, n, channels.next(p.x, at.c, at.tile), &s.u.mean, &s.u.m2);
+      kernels_for<T>().moments_run(x, n, channels.distance(at, soon), &s.u.mean, &s.u.m2);
       return s;
     }
     DrawBuffer drawn;
@@ -209,16 +211,16 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
     const Tile<T> tile = tile_of(at, noisy ? draw(at, drawn, {p.x, plan.once ? p.y : nullptr}) : Draws{});
     Stages<T> stages(plan, tile, workspace);
     const View<const A> u = stages.ahead({x, 0});
-    kernels_for<A>().moments_run(u.p, n, nullptr, &s.u.mean, &s.u.m2);
+    kernels_for<A>().moments_run(u.p, n, 0, &s.u.mean, &s.u.m2);
     if constexpr (std::is_same_v<T, A>) {
       if (plan.once) {
-        T* y = channels.target(p.y, at.c, at.tile, out);
+        T* y = channels.target(p.y, at, out);
         std::copy_n(u.p, n, y);
-        channels.store(p.y, at.c, at.tile, y);
+        channels.store(p.y, at, y);
       }
     }
     if (p.clean_mean) {
-      kernels_for<A>().moments_run(stages.ahead({x, 0}, false).p, n, nullptr, &s.clean.mean, &s.clean.m2);
+      kernels_for<A>().moments_run(stages.ahead({x, 0}, false).p, n, 0, &s.clean.mean, &s.clean.m2);
     }
     return s;
   };
@@ -230,22 +232,22 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
     }
     finish_statistics(call, p, c, s, vectors);
   };
-  const auto emit = [&](Step at) {
+  const auto emit = [&](Step at, Step soon) {
     alignas(64) T in[kTile], more[kTile], out[kTile];
     DrawBuffer drawn;
     Workspace<A> workspace;
-    uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : nullptr;
+    uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at) : nullptr;
     Draws draws{mask, 0, nullptr, 0};
     if (!(keeps_noise && call.training)) draws = second.drops() ? draw(at, drawn, {p.x, p.residual, p.y}) : Draws{};
     const Tile<T> tile = tile_of(at, draws);
-    T* y = channels.target(p.y, at.c, at.tile, out);
-    const T* residual = p.residual ? channels.load(p.residual, at.c, at.tile, more) : nullptr;
+    T* y = channels.target(p.y, at, out);
+    const T* residual = p.residual ? channels.load(p.residual, at, more) : nullptr;
+    const int64_t ahead = stream ? channels.distance(at, soon) : channels.a_little();
     Stages<T>(second, tile, workspace)
-        .forward({channels.load(plan.once ? p.y : p.x, at.c, at.tile, in), 0}, {residual, 0}, {y, 0}, mask, 0);
-    channels.store(p.y, at.c, at.tile, y);
+        .forward({channels.load(plan.once ? p.y : p.x, at, in), 0, ahead}, {residual, 0, ahead}, {y, 0}, mask, 0);
+    channels.store(p.y, at, y);
   };
-  two_passes<Statistics>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(), call.training,
-                         gather, finish, emit);
+  two_passes<Statistics>(call.shape, channels, call.training, gather, finish, emit);
 }
 
 template <class T>
@@ -259,7 +261,7 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
   for (int64_t c = 0; c < call.shape.C; ++c) load_statistics(p, c, vectors);
   Coefficients<A> coefficients(call.shape.C);
   std::vector<double> weight_sums(p.grad_act_weight ? call.shape.C * tiles : 0);
-  const bool stream = channels.in_place() && goes_past_caches(call.shape.C * call.shape.rows() * sizeof(T));
+  const bool stream = channels.in_lines() && goes_past_caches(call.shape.C * call.shape.rows() * sizeof(T));
   struct Inputs {
     View<const T> x, residual, g;
   };
@@ -268,50 +270,44 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
     DrawBuffer drawn;
     Workspace<A> workspace;
   };
-  const auto inputs = [&](Step at, const T* g, Buffers& b) {
-    return Inputs{{channels.load(p.x, at.c, at.tile, b.x), 0},
-                  {p.residual ? channels.load(p.residual, at.c, at.tile, b.residual) : nullptr, 0},
-                  {channels.load(g, at.c, at.tile, b.g), 0}};
+  const auto inputs = [&](Step at, const T* g, int64_t ahead, Buffers& b) {
+    return Inputs{{channels.load(p.x, at, b.x), 0, ahead},
+                  {p.residual ? channels.load(p.residual, at, b.residual) : nullptr, 0, ahead},
+                  {channels.load(g, at, b.g), 0, ahead}};
   };
   const auto tile_of = [&](Step at, const Plan& pass, std::initializer_list<const T*> streams, Buffers& b) {
-    const uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at.c, at.tile) : nullptr;
-    const Ahead ahead = plan.staged ? channels.ahead(at.c, at.tile, streams) : Ahead();
+    const uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at) : nullptr;
+    const Ahead ahead = plan.staged ? channels.ahead(at, streams) : Ahead();
     Draws draws{plan.mask_is_noise() ? mask : nullptr, 0, nullptr, 0};
     if (pass.drops() && !plan.mask_is_noise()) {
-      draws = channels.draw(at.c, at.tile, b.drawn, ahead);
+      draws = channels.draw(at, b.drawn, ahead);
     } else {
       ahead.fetch();
     }
-    return Tile<T>{kRun,
-                   1,
-                   channels.rows(at.tile),
-                   vectors.at(at.c),
-                   p.act_weight ? p.act_weight + at.c : nullptr,
-                   draws,
-                   mask,
-                   0,
-                   stream};
+    return Tile<T>{
+        kRun, 1,     channels.rows(at), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws, mask,
+        0,    stream};
   };
   const auto outputs = [&](Step at, const Plan& pass, Buffers& b) {
     const auto target = [&](T* base, T* buffer) {
-      return View<T>{base ? channels.target(base, at.c, at.tile, buffer) : nullptr, 0};
+      return View<T>{base ? channels.target(base, at, buffer) : nullptr, 0};
     };
     Gradients<T> to{};
     to.dx = target(p.dx, b.dx);
     if (&pass == &plan || !plan.once) to.residual = target(p.grad_residual, b.grad_residual);
-    if (p.grad_act_weight) to.act_weight = &weight_sums[at.c * tiles + at.tile];
+    if (p.grad_act_weight) to.act_weight = &weight_sums[at.c * tiles + channels.tile(at)];
     to.a = &coefficients.a[at.c];
     to.b = call.training ? &coefficients.b[at.c] : nullptr;
     to.c = &coefficients.c[at.c];
     return to;
   };
   const auto store = [&](Step at, const Gradients<T>& to) {
-    if (to.dx.p) channels.store(p.dx, at.c, at.tile, to.dx.p);
-    if (to.residual.p) channels.store(p.grad_residual, at.c, at.tile, to.residual.p);
+    if (to.dx.p) channels.store(p.dx, at, to.dx.p);
+    if (to.residual.p) channels.store(p.grad_residual, at, to.residual.p);
   };
-  const auto gather = [&](Step at) {
+  const auto gather = [&](Step at, Step soon) {
     Buffers b;
-    const Inputs in = inputs(at, p.g, b);
+    const Inputs in = inputs(at, p.g, channels.distance(at, soon), b);
     const Tile<T> tile = tile_of(at, plan, {p.x, p.g, p.residual}, b);
     const Gradients<T> to = plan.once ? outputs(at, plan, b) : Gradients<T>{};
     GradientSums sums{0, 0};
@@ -330,17 +326,16 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
     coefficients.b[c] = static_cast<A>(k.b);
     coefficients.c[c] = static_cast<A>(k.c);
   };
-  const auto emit = [&](Step at) {
+  const auto emit = [&](Step at, Step soon) {
     if (!emits(p)) return;
     Buffers b;
-    const Inputs in = inputs(at, plan.once ? p.dx : p.g, b);
+    const Inputs in = inputs(at, plan.once ? p.dx : p.g, stream ? channels.distance(at, soon) : channels.a_little(), b);
     const Tile<T> tile = tile_of(at, second, {p.x, plan.once ? nullptr : p.g, p.residual, p.dx}, b);
     const Gradients<T> to = outputs(at, second, b);
     Stages<T>(second, tile, b.workspace).gradient(in.x, in.residual, in.g, to);
     store(at, to);
   };
-  two_passes<GradientSums>(call.shape, channels.pieces(), channels.tiles_per_piece(), channels.group(), gathers, gather,
-                           finish, emit);
+  two_passes<GradientSums>(call.shape, channels, gathers, gather, finish, emit);
   for (int64_t c = 0; p.grad_act_weight && c < call.shape.C; ++c) {
     p.grad_act_weight[c] = std::accumulate(&weight_sums[c * tiles], &weight_sums[c * tiles] + tiles, 0.0);
   }
@@ -353,11 +348,11 @@ void noise_runs(const Call& call, const T* x, T* y) {
     const Step at = channels.in_memory_order(i);
     alignas(64) T in[kTile], out[kTile];
     DrawBuffer drawn;
-    const T* from = x ? channels.load(x, at.c, at.tile, in) : nullptr;
-    T* to = channels.target(y, at.c, at.tile, out);
-    multiply<T>({from, 0}, {to, 0}, call.chain.multiplier, 1, channels.rows(at.tile),
-                channels.draw(at.c, at.tile, drawn, channels.ahead(at.c, at.tile, {x, y})));
-    channels.store(y, at.c, at.tile, to);
+    const T* from = x ? channels.load(x, at, in) : nullptr;
+    T* to = channels.target(y, at, out);
+    multiply<T>({from, 0}, {to, 0}, call.chain.multiplier, 1, channels.rows(at),
+                channels.draw(at, drawn, channels.ahead(at, {x, y})));
+    channels.store(y, at, to);
   });
 }
 

@@ -78,8 +78,8 @@ FN_INLINE __m512i upper_halves() {
   for (int i = 0; i < 32; ++i) r[i] = static_cast<int16_t>(2 * i + 1);  // folds to a constant
   return (__m512i)r;
 }
-FN_INLINE void store_narrow(__m512 low, __m512 high, BFloat16* p) {  // two at once: one shuffle instead of four
-  _mm512_storeu_si512(p, _mm512_permutex2var_epi16(rounded(low, p), upper_halves(), rounded(high, p)));
+FN_INLINE __m512i narrow_line(__m512 low, __m512 high, const BFloat16* p) {  // one shuffle instead of four
+  return _mm512_permutex2var_epi16(rounded(low, p), upper_halves(), rounded(high, p));
 }
 template <class Raw>
 FN_INLINE Raw widen(const Float16* p) {
@@ -88,9 +88,9 @@ FN_INLINE Raw widen(const Float16* p) {
 FN_INLINE void store_narrow(__m512 f, Float16* p) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
 }
-FN_INLINE void store_narrow(__m512 low, __m512 high, Float16* p) {
-  store_narrow(low, p);
-  store_narrow(high, p + 16);
+FN_INLINE __m512i narrow_line(__m512 low, __m512 high, const Float16*) {
+  const __m256i first = _mm512_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(first), _mm512_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT), 1);
 }
 #elif FN_VECTOR_BYTES == 32
 template <class Raw>

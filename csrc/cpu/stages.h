@@ -17,7 +17,8 @@ template <class E>
 struct View {  // rows ld apart
   E* p;
   int64_t ld;
-  operator View<const E>() const { return {p, ld}; }
+  int64_t ahead = 0;  // elements from here to what is read soon after, in memory; or 0
+  operator View<const E>() const { return {p, ld, ahead}; }
 };
 
 // y = x * m over a tile; x.p null: ones.
@@ -353,6 +354,7 @@ class Stages {
     auto q = arguments<Apply<E>>(x);
     q.y = y.p;
     q.ldy = y.ld;
+    q.ahead = x.ahead;
     q.affine = tile_.affine;
     q.stream = tile_.stream && !plan_.staged;
     set_factor(q, s.drop);
@@ -366,6 +368,8 @@ class Stages {
     auto q = arguments<cpu::Backward<E>>(u);
     q.g = g.p;
     q.ldg = g.ld;
+    q.aheadx = u.ahead;
+    q.aheadg = g.ahead;
     q.affine = tile_.affine;
     set_factor(q, plan_.norm.drop);
     return q;
@@ -390,6 +394,7 @@ class Stages {
       const In add = widened(residual, w_.residual);
       q.add = add.p;
       q.ldadd = add.ld;
+      q.aheadadd = add.ahead;
     }
     q.save = save;
     q.ldsave = ldsave;

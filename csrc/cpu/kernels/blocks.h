@@ -70,44 +70,35 @@ FN_INLINE int64_t begin_of_block(int64_t i, int64_t cols, bool twice) {
   return twice && cols >= kBlock && cols - i < kBlock ? cols - kBlock : i;
 }
 
-// The processor's own prefetching stops at pages and at the end of a tile, and few loads are in flight meanwhile. What
-// is fetched behind the end of a tensor is nothing, and harmless.
-constexpr int64_t kAheadBytes = 2048, kAheadRows = 8;
+// The processor's own prefetching stops at pages and at the end of a tile, and few loads are in flight meanwhile.
 template <class T>
 FN_INLINE void fetch_block(const T* p) {
   FN_UNROLL for (int i = 0; i < kBlock; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
 }
 
-template <Span span, class T>
-FN_INLINE void fetch_ahead(const T* p, int64_t ld) {
-  fetch_block(span == kRun ? p + kAheadBytes / sizeof(T) : p + kAheadRows * ld);
-}
-
-// Where a kernel leaves a block of results. Vectors that are whole cache lines may go past the caches, where rows, ld
-// apart, begin at one: a part of a line would cost more than it spares, and so did lines put together from 16-bit
-// halves. What is to see them comes behind the fence.
+// Where a kernel leaves a block of results. Cache lines may go past the caches, where rows, ld apart, begin at one: a
+// part of a line would cost more than it spares. What is to see them comes behind a fence, which waits for all of them:
+// one for each thread's part of a tensor (for_tasks), not for each tile.
 template <class T>
 class Results {
  public:
   using V = Vec<opmath_t<T>>;
-  static constexpr bool kLines = FN_VECTOR_BYTES == 64 && std::is_same_v<T, opmath_t<T>>;
-  FN_INLINE Results(bool past_caches, const T* p, int64_t rows, int64_t ld)
-      : past_caches_(kLines && past_caches && reinterpret_cast<uintptr_t>(p) % 64 == 0 &&
-                     (rows == 1 || ld * static_cast<int64_t>(sizeof(T)) % 64 == 0)) {}
+  FN_INLINE Results(bool past_caches, const T* p, int64_t ld)
+      : past_caches_(FN_VECTOR_BYTES == 64 && past_caches && reinterpret_cast<uintptr_t>(p) % 64 == 0 &&
+                     ld * static_cast<int64_t>(sizeof(T)) % 64 == 0) {}
   FN_INLINE void store(const V (&values)[kVectors<opmath_t<T>>], T* p, bool in_line) const {
 #if FN_VECTOR_BYTES == 64
-    if constexpr (!kLines) {
-      return store_narrow(values[0].raw, values[1].raw, p);
-    } else if (past_caches_ && in_line) {
-      FN_UNROLL for (int v = 0; v < kVectors<T>; ++v) _mm512_stream_si512((__m512i*)p + v, (__m512i)values[v].raw);
-      return;
+    const bool past = past_caches_ && in_line;
+    const auto line = [&](int i, __m512i values) FN_LAMBDA_INLINE {
+      past ? _mm512_stream_si512((__m512i*)p + i, values) : _mm512_storeu_si512((__m512i*)p + i, values);
+    };
+    if constexpr (sizeof(T) == 2) {
+      line(0, narrow_line(values[0].raw, values[1].raw, p));
+    } else {
+      FN_UNROLL for (int v = 0; v < kVectors<T>; ++v) line(v, (__m512i)values[v].raw);
     }
-#endif
+#else
     FN_UNROLL for (int v = 0; v < kVectors<opmath_t<T>>; ++v) values[v].store(p + v * V::width);
-  }
-  FN_INLINE ~Results() {
-#if FN_VECTOR_BYTES == 64
-    if (past_caches_) _mm_sfence();
 #endif
   }
 
@@ -125,10 +116,33 @@ FN_INLINE void add_lanes(double* to, Vec<float> a) {
   add_lanes(to + Vec<double>::width, d.high);
 }
 
-// Sum of 32 lanes, always in the same tree.
-FN_INLINE double sum_lanes(double* lanes) {
-  for (int half = kBlock / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+// 32 lanes in registers, or what a level has of them.
+class Total {
+ public:
+  FN_INLINE void add(const Vec<double>* block) {
+    FN_UNROLL for (int v = 0; v < kVectors<double>; ++v) parts_[v] = parts_[v] + block[v];
   }
-  return lanes[0];
-}
+  FN_INLINE void add(const Vec<float>* block) {
+    FN_UNROLL for (int v = 0; v < kVectors<float>; ++v) {
+      const DoublePair d = widen(block[v]);
+      parts_[2 * v] = parts_[2 * v] + d.low;
+      parts_[2 * v + 1] = parts_[2 * v + 1] + d.high;
+    }
+  }
+  // Always in the same tree.
+  FN_INLINE double sum() {
+    FN_UNROLL for (int half = kVectors<double> / 2; half > 0; half /= 2) {
+      FN_UNROLL for (int v = 0; v < half; ++v) parts_[v] = parts_[v] + parts_[v + half];
+    }
+    constexpr int width = Vec<double>::width;
+    alignas(64) double lanes[width];
+    parts_[0].store(lanes);
+    FN_UNROLL for (int half = width / 2; half > 0; half /= 2) {
+      FN_UNROLL for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
+  }
+
+ private:
+  Vec<double> parts_[kVectors<double>]{};
+};

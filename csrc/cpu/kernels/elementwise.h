@@ -59,7 +59,7 @@ FN_INLINE void stage_value_rows(const Elementwise<A>& q) {
       alignas(64) A out[kBlock];
       const A* x = in.at(q.x + row * q.ldx + i, rest);
       const A* add = q.add ? more.at(q.add + row * q.ldadd + i, rest) : nullptr;
-      if (add) fetch_block(add + (q.rows > 1 ? kAheadRows * q.ldadd : kAheadBytes / sizeof(A)));
+      if (add) fetch_block(add + q.aheadadd);
       A* y = rest < kBlock ? out : q.y + row * q.ldy + i;
       Block<float> factors;
       const Factor<A, kind> factor(q, row, i, factors);
@@ -121,20 +121,21 @@ void stage_gradient(const Elementwise<A>& q) {
 template <class A, Span span>
 void weight_sums(const Elementwise<A>& q) {
   using V = Vec<A>;
-  alignas(64) double lanes[kBlock] = {};
+  Total total;
   for (int64_t row = 0; row < q.rows; ++row) {
     for (int64_t i = 0; i < q.cols; i += kBlock) {
       Block<A> in, gradient;
       const A* x = in.at(q.x + row * q.ldx + i, q.cols - i);
       const A* g = gradient.at(q.g + row * q.ldg + i, q.cols - i);
-      double* to = span == kRun ? lanes : q.sum + i;
-      for (int v = 0; v < kVectors<A>; ++v) {
-        add_lanes(to + v * V::width,
-                  math::Prelu::weight_gradient(V::load(x + v * V::width), V::load(g + v * V::width)));
+      V block[kVectors<A>];
+      FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) {
+        block[v] = math::Prelu::weight_gradient(V::load(x + v * V::width), V::load(g + v * V::width));
       }
+      if (span == kRun) total.add(block);
+      for (int v = 0; span == kColumns && v < kVectors<A>; ++v) add_lanes(q.sum + i + v * V::width, block[v]);
     }
   }
-  if (span == kRun) *q.sum += sum_lanes(lanes);
+  if (span == kRun) *q.sum += total.sum();
 }
 
 template <class T, FactorKind kind>

@@ -8,16 +8,16 @@ FN_INLINE double widen_one(double x) { return x; }
 FN_INLINE float widen_one(float x) { return x; }
 
 // f(v, values, present lanes or null for all) for every vector of n values. Two blocks are in flight: a sum waits some
-// cycles for the one before. `next`, or null, is fetched on the way.
+// cycles for the one before. What stands `ahead`, if not 0, is fetched on the way.
 template <class T, class F>
-FN_INLINE void for_run(const T* x, int64_t n, const T* next, F f) {
+FN_INLINE void for_run(const T* x, int64_t n, int64_t ahead, F f) {
   using V = Vec<opmath_t<T>>;
   constexpr int vectors = kVectors<opmath_t<T>>;
   int64_t i = 0;
   for (; i + 2 * kBlock <= n; i += 2 * kBlock) {
-    if (next) {
-      fetch_block(next + i);
-      fetch_block(next + i + kBlock);
+    if (ahead) {
+      fetch_block(x + ahead + i);
+      fetch_block(x + ahead + i + kBlock);
     }
     FN_UNROLL for (int v = 0; v < 2 * vectors; ++v) f(v, V::load(x + i + v * V::width), nullptr);
   }
@@ -31,24 +31,25 @@ FN_INLINE void for_run(const T* x, int64_t n, const T* next, F f) {
 
 template <class A>
 FN_INLINE double sum_run(const Vec<A>* sums) {
-  alignas(64) double lanes[kBlock] = {};
-  for (int v = 0; v < 2 * kVectors<A>; ++v) add_lanes(lanes + v % kVectors<A> * Vec<A>::width, sums[v]);
-  return sum_lanes(lanes);
+  Total total;
+  total.add(sums);
+  total.add(sums + kVectors<A>);
+  return total.sum();
 }
 
 template <class T>
-void moments_run(const T* x, int64_t n, const T* next, double* mean, double* m2) {
+void moments_run(const T* x, int64_t n, int64_t ahead, double* mean, double* m2) {
   using A = opmath_t<T>;
   using V = Vec<A>;
   const auto only = [](V u, int v, const uint32_t* present) FN_LAMBDA_INLINE {
     return present ? select(from_bits<A>(*present, v % kVectors<A>), u, V(0.0f)) : u;
   };
   V sums[2 * kVectors<A>]{}, deviations[2 * kVectors<A>]{}, squares[2 * kVectors<A>]{};
-  for_run(x, n, static_cast<const T*>(nullptr),
+  for_run(x, n, 0,
           [&](int v, V u, const uint32_t* present) FN_LAMBDA_INLINE { sums[v] = sums[v] + only(u, v, present); });
   const A centre = static_cast<A>(sum_run(sums) / n);
   // The first pass waits for memory, this one would leave it idle.
-  for_run(x, n, next, [&](int v, V u, const uint32_t* present) FN_LAMBDA_INLINE {
+  for_run(x, n, ahead, [&](int v, V u, const uint32_t* present) FN_LAMBDA_INLINE {
     const V d = only(u - V(centre), v, present);
     deviations[v] = deviations[v] + d;
     squares[v] = fma(d, d, squares[v]);

@@ -18,7 +18,7 @@ FN_INLINE void apply_rows(const Apply<T>& q) {
   using V = Vec<A>;
   const math::Parameters<A> parameters{q.activation[0], q.activation[1]};
   const V multiplier(q.multiplier);
-  const Results<T> results(q.stream, q.y, q.rows, q.ldy);
+  const Results<T> results(q.stream, q.y, q.ldy);
   for (int64_t row = 0; row < q.rows; ++row) {
     const Channel<span, A> channel(q.affine, row);
     const uint32_t* bits = q.keep ? q.keep + row * q.ldkeep : nullptr;
@@ -32,7 +32,7 @@ FN_INLINE void apply_rows(const Apply<T>& q) {
       const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
       uint32_t saved = 0;
       V values[kVectors<A>];
-      fetch_ahead<span>(x, q.ldx);
+      fetch_block(x + q.ahead);
       for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         const V z = channel.normalize(V::load(x + v * V::width), i + v * V::width);
         values[v] = Activation::value(z, parameters);
@@ -123,7 +123,7 @@ FN_INLINE void add_sums(const Sums<A>& sums, double* dz, double* dz_xmu) {
 template <class T, class Activation, Bits kind>
 FN_INLINE void sums_run(const Backward<T>& q) {
   const LocalGradient<T, Activation, kRun, kind> local(q);
-  alignas(64) double dz[kBlock] = {}, dz_xmu[kBlock] = {};
+  Total dz, dz_xmu;
   for (int64_t first = 0; first < q.cols; first += kShortSum * kBlock) {
     Sums<opmath_t<T>> sums{};
     const int64_t last = q.cols - first < kShortSum * kBlock ? q.cols : first + kShortSum * kBlock;
@@ -131,14 +131,15 @@ FN_INLINE void sums_run(const Backward<T>& q) {
       const int64_t rest = q.cols - i;
       Block<T> in, gradient;
       const uint32_t keep = (q.keep ? q.keep[i / kBlock] : ~0u) & first_bits(rest);
-      fetch_ahead<kRun>(q.x + i, 0);
-      fetch_ahead<kRun>(q.g + i, 0);
+      fetch_block(q.x + q.aheadx + i);
+      fetch_block(q.g + q.aheadg + i);
       sums_block(local, 0, in.at(q.x + i, rest), gradient.at(q.g + i, rest), keep, sums);
     }
-    add_sums(sums, dz, dz_xmu);
+    dz.add(sums.dz);
+    dz_xmu.add(sums.dz_xmu);
   }
-  *q.sum_dz += sum_lanes(dz);
-  *q.sum_dz_xmu += sum_lanes(dz_xmu);
+  *q.sum_dz += dz.sum();
+  *q.sum_dz_xmu += dz_xmu.sum();
 }
 
 template <class T, class Activation, Bits kind>
@@ -151,8 +152,8 @@ FN_INLINE void sums_columns(const Backward<T>& q) {
       for (int64_t row = first; row < q.rows && row < first + kShortSum; ++row) {
         Block<T> in, gradient;
         const uint32_t keep = (q.keep ? q.keep[row * q.ldkeep + i / kBlock] : ~0u) & first_bits(rest);
-        fetch_ahead<kColumns>(q.x + row * q.ldx + i, q.ldx);
-        fetch_ahead<kColumns>(q.g + row * q.ldg + i, q.ldg);
+        fetch_block(q.x + q.aheadx + row * q.ldx + i);
+        fetch_block(q.g + q.aheadg + row * q.ldg + i);
         sums_block(local, i, in.at(q.x + row * q.ldx + i, rest), gradient.at(q.g + row * q.ldg + i, rest), keep, sums);
       }
       add_sums(sums, q.sum_dz + i, q.sum_dz_xmu + i);  // padded to 32, like every per-channel vector
@@ -175,7 +176,7 @@ FN_INLINE void input_gradient_rows(const Backward<T>& q) {
   const LocalGradient<T, Activation, span, kind> local(q);
   const bool depends_on_x = q.b != nullptr;
   const PerChannel<span, A> a(q.a, 0), b(depends_on_x ? q.b : q.a, 0), c(q.c, 0);
-  const Results<T> results(q.stream, q.dx, q.rows, q.lddx);
+  const Results<T> results(q.stream, q.dx, q.lddx);
   for (int64_t row = 0; row < q.rows; ++row) {
     const uint32_t* bits = q.keep ? q.keep + row * q.ldkeep : nullptr;
     for (int64_t first = 0; first < q.cols; first += kBlock) {
@@ -187,8 +188,8 @@ FN_INLINE void input_gradient_rows(const Backward<T>& q) {
       T* dx = rest < kBlock ? out : q.dx + row * q.lddx + i;
       const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
       V values[kVectors<A>];
-      fetch_ahead<span>(x, q.ldx);
-      fetch_ahead<span>(g, q.ldg);
+      fetch_block(x + q.aheadx);
+      fetch_block(g + q.aheadg);
       for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         const int64_t j = i + v * V::width;
         const V xv = V::load(x + v * V::width);
