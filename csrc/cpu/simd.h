@@ -59,9 +59,17 @@ FN_INLINE void narrow_one(float f, BFloat16* h) { h->bits = bfloat16_bits(f); }
 FN_INLINE void narrow_one(float f, Float16* h) { h->bits = float16_bits(f); }
 
 #if FN_VECTOR_BYTES == 64
+typedef int16_t Words __attribute__((vector_size(64)));
+template <class F>
+FN_INLINE __m512i word_indices(F f) {  // folds to a constant
+  Words r{};
+  for (int i = 0; i < 32; ++i) r[i] = static_cast<int16_t>(f(i));
+  return (__m512i)r;
+}
 template <class Raw>
-FN_INLINE Raw widen(const BFloat16* p) {
-  return (Raw)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+FN_INLINE Raw widen(const BFloat16* p) {  // one shuffle, which leaves the lower halves 0
+  const __m512i h = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+  return (Raw)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, word_indices([](int i) FN_LAMBDA_INLINE { return i / 2; }), h);
 }
 FN_INLINE __m512i rounded(__m512 f, const BFloat16*) {  // in the upper halves
   const __m512i b = (__m512i)f, half = _mm512_set1_epi32(0x7fff), quiet = _mm512_set1_epi32(0x400000);
@@ -72,14 +80,9 @@ FN_INLINE __m512i rounded(__m512 f, const BFloat16*) {  // in the upper halves
 FN_INLINE void store_narrow(__m512 f, BFloat16* p) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(f, p), 16)));
 }
-FN_INLINE __m512i upper_halves() {
-  typedef int16_t Shorts __attribute__((vector_size(64)));
-  Shorts r{};
-  for (int i = 0; i < 32; ++i) r[i] = static_cast<int16_t>(2 * i + 1);  // folds to a constant
-  return (__m512i)r;
-}
 FN_INLINE __m512i narrow_line(__m512 low, __m512 high, const BFloat16* p) {  // one shuffle instead of four
-  return _mm512_permutex2var_epi16(rounded(low, p), upper_halves(), rounded(high, p));
+  const __m512i upper = word_indices([](int i) FN_LAMBDA_INLINE { return 2 * i + 1; });
+  return _mm512_permutex2var_epi16(rounded(low, p), upper, rounded(high, p));
 }
 template <class Raw>
 FN_INLINE Raw widen(const Float16* p) {
