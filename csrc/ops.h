@@ -5,6 +5,7 @@
 #include <c10/util/ArrayRef.h>
 
 #include <algorithm>
+#include <numeric>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -35,10 +36,17 @@ inline bool has_short_rows(const Shape& s, const Chain& chain) {
   return !s.channels_last && s.S > 0 && s.S < kShortRow && s.C > 1 && !chain.draws();
 }
 inline int64_t channels_of_block(const Shape& s) {
-  const int64_t most = std::max<int64_t>(1, kShortColumns / s.S);
-  if (s.C <= most) return s.C;
+  const int64_t room = std::max<int64_t>(1, kShortColumns / s.S);
+  if (s.C <= room) return s.C;
+  // In steps that end with a cache line, or better with a kernel's block of 32 columns, where these leave a choice.
+  int64_t step = 1;
+  for (int64_t columns : {16, 32}) {
+    const int64_t channels = columns / std::gcd(s.S, columns);
+    if (channels <= room) step = channels;
+  }
+  const int64_t most = room / step * step;
   const int64_t blocks = (s.C + 2 * most - 1) / (2 * most) * 2;  // even, for two threads to share
-  return (s.C + blocks - 1) / blocks;
+  return ((s.C + blocks - 1) / blocks + step - 1) / step * step;
 }
 
 // The trailing arguments of the schemas, in their order.

@@ -36,7 +36,7 @@ int64_t cache_bytes() {
 }  // namespace
 
 bool goes_past_caches(int64_t bytes) {
-  static const int64_t least = cache_bytes() / 4;  // a pass has three such tensors
+  static const int64_t least = cache_bytes() / 8;  // a pass has three such tensors
   return bytes >= least;
 }
 

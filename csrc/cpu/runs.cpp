@@ -47,7 +47,7 @@ class Channels {
   int64_t pieces() const { return tiles_ / tiles_per_piece_; }
   int64_t tiles_per_piece() const { return tiles_per_piece_; }
   int64_t tiles() const { return tiles_; }
-  bool in_lines() const { return in_place_ && length_ * sizeof(T) % 64 == 0; }  // of the caches
+  bool in_lines() const { return in_place_ && length_ * sizeof(T) % 64 == 0; }   // of the caches
   int64_t tile(Step at) const { return at.piece * tiles_per_piece_ + at.part; }  // of its channel
   int64_t rows(Step at) const { return std::min(tile_, length_ - at.part * tile_); }
   // Channels that a thread takes together: as many groups for each, where that takes no more than half as many.

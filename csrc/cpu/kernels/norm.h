@@ -45,7 +45,7 @@ FN_INLINE void apply_rows(const Apply<T>& q) {
           }
         }
       });
-      results.store(values, y, rest >= kBlock && i == first);
+      results.store(values, y, rest >= kBlock && i * sizeof(T) % 64 == 0);
       if (kind != Bits::none && save) save[i / kBlock] = Activation::one_bit ? saved : keep;
       if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
     }
@@ -197,7 +197,7 @@ FN_INLINE void input_gradient_rows(const Backward<T>& q) {
         values[v] =
             depends_on_x ? math::apply_input_gradient(dz, xv - local.channel.mean[j], a[j], b[j], c[j]) : a[j] * dz;
       });
-      results.store(values, dx, rest >= kBlock && i == first);
+      results.store(values, dx, rest >= kBlock && i * sizeof(T) % 64 == 0);
       if (rest < kBlock) copy_out(out, q.dx + row * q.lddx + i, rest);
     }
   }
