@@ -85,9 +85,6 @@ class Matrix {
   int64_t ahead() const { return tile_rows_ * ld(); }  // to the next tile
   int64_t offset(int64_t block, const Tile& t) const { return t.row * ld() + block * block_ * repeat_; }
 
-  // Whether blocks, of columns of some bytes, begin and end with cache lines.
-  bool in_lines(int64_t bytes) const { return blocks_ == 1 || block_ * repeat_ * bytes % 64 == 0; }
-
   // Where partial results of a panel stand: vectors that kernels may read and write 8 at a time.
   int64_t stride() const { return (block_ + 7) / 8 * 8; }
   int64_t partial(Panel at) const { return (at.chunk * blocks_ + at.block) * stride(); }
@@ -257,7 +254,7 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
   const std::vector<A> act_weight = padded_copy(p.act_weight, C);
   const bool before = call.chain.before[0] != Stage::none, noisy = call.chain.before_has(Stage::drop);
   const bool keeps_noise = p.mask && plan.saves_at < 0;  // drawn in the first pass, read in the second
-  const bool stream = matrix.in_lines(sizeof(T)) && goes_past_caches(C * call.shape.rows() * sizeof(T));
+  const bool stream = goes_past_caches(C * call.shape.rows() * sizeof(T), call.training);
   const auto draw = [&](Panel panel, const Matrix::Tile& t, DrawBuffer& buffer,
                         std::initializer_list<const T*> streams) {
     const Draws draws = matrix.draw(panel, t, buffer, plan.staged ? matrix.ahead(panel, t, streams) : Ahead());
@@ -362,7 +359,7 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
   const std::vector<A> act_weight = padded_copy(p.act_weight, C);
   std::vector<A> a(padded(C)), b(call.training ? padded(C) : 0), c_(padded(C));
   std::vector<double> weight_sums(p.grad_act_weight ? matrix.partials() : 0);
-  const bool stream = matrix.in_lines(sizeof(T)) && goes_past_caches(C * call.shape.rows() * sizeof(T));
+  const bool stream = goes_past_caches(C * call.shape.rows() * sizeof(T), call.training);
 
   const auto view = [&](auto* base, int64_t at) {
     return View<std::remove_pointer_t<decltype(base)>>{base ? base + at : nullptr, ld, matrix.ahead()};

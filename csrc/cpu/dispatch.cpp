@@ -35,9 +35,9 @@ int64_t cache_bytes() {
 
 }  // namespace
 
-bool goes_past_caches(int64_t bytes) {
-  static const int64_t least = cache_bytes() / 8;  // a pass has three such tensors
-  return bytes >= least;
+bool goes_past_caches(int64_t bytes, bool training) {
+  static const int64_t cache = cache_bytes();
+  return bytes >= (training ? cache / 8 : cache / 4 * 3);
 }
 
 const Kernels& kernels() {

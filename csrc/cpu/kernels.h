@@ -193,6 +193,6 @@ const Kernels& kernels();
 
 // Whether a result of so many bytes goes past the caches: one that they cannot hold evicts what is needed sooner, and a
 // line that is written whole need not be read first. A smaller one is read by the next layer while it is still there.
-bool goes_past_caches(int64_t bytes);
+bool goes_past_caches(int64_t bytes, bool training);
 
 }  // namespace fusednorm::cpu

@@ -47,7 +47,8 @@ class Channels {
   int64_t pieces() const { return tiles_ / tiles_per_piece_; }
   int64_t tiles_per_piece() const { return tiles_per_piece_; }
   int64_t tiles() const { return tiles_; }
-  bool in_lines() const { return in_place_ && length_ * sizeof(T) % 64 == 0; }   // of the caches
+  bool in_place() const { return in_place_; }
+  int64_t ld() const { return in_place_ ? length_ : 0; }                         // of pieces
   int64_t tile(Step at) const { return at.piece * tiles_per_piece_ + at.part; }  // of its channel
   int64_t rows(Step at) const { return std::min(tile_, length_ - at.part * tile_); }
   // Channels that a thread takes together: as many groups for each, where that takes no more than half as many.
@@ -183,7 +184,8 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
   ChannelVectors<A> vectors(call.shape.C);
   const bool before = call.chain.before[0] != Stage::none, noisy = call.chain.before_has(Stage::drop);
   const bool keeps_noise = p.mask && plan.saves_at < 0;  // drawn in the first pass, read in the second
-  const bool stream = channels.in_lines() && goes_past_caches(call.shape.C * call.shape.rows() * sizeof(T));
+  const bool stream =
+      channels.in_place() && goes_past_caches(call.shape.C * call.shape.rows() * sizeof(T), call.training);
   const auto tile_of = [&](Step at, const Draws& draws) {
     return Tile<T>{
         kRun, 1,     channels.rows(at), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws, nullptr,
@@ -244,7 +246,8 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
     const T* residual = p.residual ? channels.load(p.residual, at, more) : nullptr;
     const int64_t ahead = stream ? channels.distance(at, soon) : channels.a_little();
     Stages<T>(second, tile, workspace)
-        .forward({channels.load(plan.once ? p.y : p.x, at, in), 0, ahead}, {residual, 0, ahead}, {y, 0}, mask, 0);
+        .forward({channels.load(plan.once ? p.y : p.x, at, in), 0, ahead}, {residual, 0, ahead}, {y, channels.ld()},
+                 mask, 0);
     channels.store(p.y, at, y);
   };
   two_passes<Statistics>(call.shape, channels, call.training, gather, finish, emit);
@@ -261,7 +264,8 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
   for (int64_t c = 0; c < call.shape.C; ++c) load_statistics(p, c, vectors);
   Coefficients<A> coefficients(call.shape.C);
   std::vector<double> weight_sums(p.grad_act_weight ? call.shape.C * tiles : 0);
-  const bool stream = channels.in_lines() && goes_past_caches(call.shape.C * call.shape.rows() * sizeof(T));
+  const bool stream =
+      channels.in_place() && goes_past_caches(call.shape.C * call.shape.rows() * sizeof(T), call.training);
   struct Inputs {
     View<const T> x, residual, g;
   };
@@ -290,7 +294,7 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
   };
   const auto outputs = [&](Step at, const Plan& pass, Buffers& b) {
     const auto target = [&](T* base, T* buffer) {
-      return View<T>{base ? channels.target(base, at, buffer) : nullptr, 0};
+      return View<T>{base ? channels.target(base, at, buffer) : nullptr, channels.ld()};
     };
     Gradients<T> to{};
     to.dx = target(p.dx, b.dx);

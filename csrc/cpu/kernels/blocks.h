@@ -65,30 +65,67 @@ struct Block {
   }
 };
 
-// Where the block at `i` begins: the last one sooner, over the one before, where values may be computed twice.
-FN_INLINE int64_t begin_of_block(int64_t i, int64_t cols, bool twice) {
-  return twice && cols >= kBlock && cols - i < kBlock ? cols - kBlock : i;
-}
-
 // The processor's own prefetching stops at pages and at the end of a tile, and few loads are in flight meanwhile.
 template <class T>
 FN_INLINE void fetch_block(const T* p) {
   FN_UNROLL for (int i = 0; i < kBlock; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
 }
 
-// Where a kernel leaves a block of results. Cache lines may go past the caches, where rows, ld apart, begin at one: a
-// part of a line would cost more than it spares. What is to see them comes behind a fence, which waits for all of them:
-// one for each thread's part of a tensor (for_tasks), not for each tile.
+// How a kernel leaves a row of results, in pieces: a block from `column` on, of which those up to `end` are not yet
+// written. Cache lines may go past the caches. A part of a line would cost more than that spares, and so would a line
+// that is written again in the ordinary way: it would be read first. So where values may be computed twice, the first
+// piece ends where a line does, and the last one is a block over its neighbour; elsewhere rows must begin with lines.
+// What is to see lines that went past the caches comes behind a fence, which waits for all of them: one for each
+// thread's part of a tensor (for_tasks), not for each tile.
 template <class T>
 class Results {
  public:
   using V = Vec<opmath_t<T>>;
-  FN_INLINE Results(bool past_caches, const T* p, int64_t ld)
-      : past_caches_(FN_VECTOR_BYTES == 64 && past_caches && reinterpret_cast<uintptr_t>(p) % 64 == 0 &&
-                     ld * static_cast<int64_t>(sizeof(T)) % 64 == 0) {}
-  FN_INLINE void store(const V (&values)[kVectors<opmath_t<T>>], T* p, bool in_line) const {
+  static constexpr bool kPast = FN_VECTOR_BYTES == 64 || (FN_VECTOR_BYTES == 32 && sizeof(T) == sizeof(opmath_t<T>));
+  struct Piece {
+    int64_t column, end;
+    bool whole;  // may be written as it is
+  };
+  FN_INLINE Results(bool past_caches, T* p, int64_t ld, int64_t cols, bool twice)
+      : p_(p),
+        cols_(cols),
+        past_caches_(kPast && past_caches && ((twice && cols >= 16 * kBlock) || off_line(p) + off_line(p + ld) == 0)),
+        twice_(twice && cols >= kBlock),
+        lead_(0) {}
+  FN_INLINE void to_row(T* p) {
+    p_ = p;
+    if (past_caches_ && off_line(p)) [[unlikely]] {
+      lead_ = (64 - off_line(p)) / static_cast<int64_t>(sizeof(T));
+    } else {
+      lead_ = 0;
+    }
+  }
+
+  // Behind `done` columns that are written.
+  FN_INLINE Piece piece(int64_t done) const {
+    const int64_t rest = cols_ - done;
+    if (rest >= kBlock && done >= lead_) [[likely]] {
+      return {done, done + kBlock, true};
+    }
+    if (done < lead_) return {0, lead_, false};
+    if (!twice_) return {done, cols_, false};
+    const int64_t column = cols_ - kBlock;
+    return {column, cols_, !past_caches_ || off_line(p_ + column) == 0};
+  }
+  // Of a block of values.
+  FN_INLINE void store(const V (&values)[kVectors<opmath_t<T>>], int64_t done, Piece piece) const {
+    if (piece.whole) [[likely]] {
+      return store(values, p_ + piece.column, past_caches_);
+    }
+    alignas(64) T out[kBlock];
+    store(values, out, false);
+    for (int64_t i = done; i < piece.end; ++i) p_[i] = out[i - piece.column];
+  }
+
+ private:
+  static FN_INLINE int64_t off_line(const T* p) { return reinterpret_cast<uintptr_t>(p) % 64; }
+  static FN_INLINE void store(const V (&values)[kVectors<opmath_t<T>>], T* p, bool past) {
 #if FN_VECTOR_BYTES == 64
-    const bool past = past_caches_ && in_line;
     const auto line = [&](int i, __m512i values) FN_LAMBDA_INLINE {
       past ? _mm512_stream_si512((__m512i*)p + i, values) : _mm512_storeu_si512((__m512i*)p + i, values);
     };
@@ -98,12 +135,22 @@ class Results {
       FN_UNROLL for (int v = 0; v < kVectors<T>; ++v) line(v, (__m512i)values[v].raw);
     }
 #else
-    FN_UNROLL for (int v = 0; v < kVectors<opmath_t<T>>; ++v) values[v].store(p + v * V::width);
+    FN_UNROLL for (int v = 0; v < kVectors<opmath_t<T>>; ++v) {
+#if FN_VECTOR_BYTES == 32
+      if (kPast && past) {
+        _mm256_stream_si256((__m256i*)(p + v * V::width), (__m256i)values[v].raw);
+        continue;
+      }
+#endif
+      values[v].store(p + v * V::width);
+    }
 #endif
   }
 
- private:
-  bool past_caches_;
+  T* p_;
+  int64_t cols_;
+  bool past_caches_, twice_;
+  int64_t lead_;  // columns of the row's first line, if that is not whole
 };
 
 FN_INLINE uint32_t first_bits(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }

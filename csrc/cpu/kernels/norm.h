@@ -18,17 +18,17 @@ FN_INLINE void apply_rows(const Apply<T>& q) {
   using V = Vec<A>;
   const math::Parameters<A> parameters{q.activation[0], q.activation[1]};
   const V multiplier(q.multiplier);
-  const Results<T> results(q.stream, q.y, q.ldy);
+  Results<T> results(q.stream, q.y, q.ldy, q.cols, !q.keep && !q.save && q.x != q.y);
   for (int64_t row = 0; row < q.rows; ++row) {
     const Channel<span, A> channel(q.affine, row);
     const uint32_t* bits = q.keep ? q.keep + row * q.ldkeep : nullptr;
     uint32_t* save = q.save ? q.save + row * q.ldsave : nullptr;
-    for (int64_t first = 0; first < q.cols; first += kBlock) {
-      const int64_t i = begin_of_block(first, q.cols, !bits && !save && q.x != q.y), rest = q.cols - i;
+    results.to_row(q.y + row * q.ldy);
+    for (int64_t done = 0; done < q.cols;) {
+      const auto piece = results.piece(done);
+      const int64_t i = piece.column;
       Block<T> in;
-      alignas(64) T out[kBlock];
-      const T* x = in.at(q.x + row * q.ldx + i, rest);
-      T* y = rest < kBlock ? out : q.y + row * q.ldy + i;
+      const T* x = in.at(q.x + row * q.ldx + i, q.cols - i);
       const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
       uint32_t saved = 0;
       V values[kVectors<A>];
@@ -45,9 +45,9 @@ FN_INLINE void apply_rows(const Apply<T>& q) {
           }
         }
       });
-      results.store(values, y, rest >= kBlock && i * sizeof(T) % 64 == 0);
+      results.store(values, done, piece);
       if (kind != Bits::none && save) save[i / kBlock] = Activation::one_bit ? saved : keep;
-      if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
+      done = piece.end;
     }
   }
 }
@@ -176,16 +176,16 @@ FN_INLINE void input_gradient_rows(const Backward<T>& q) {
   const LocalGradient<T, Activation, span, kind> local(q);
   const bool depends_on_x = q.b != nullptr;
   const PerChannel<span, A> a(q.a, 0), b(depends_on_x ? q.b : q.a, 0), c(q.c, 0);
-  const Results<T> results(q.stream, q.dx, q.lddx);
+  Results<T> results(q.stream, q.dx, q.lddx, q.cols, !q.keep && q.g != q.dx && q.x != q.dx);
   for (int64_t row = 0; row < q.rows; ++row) {
     const uint32_t* bits = q.keep ? q.keep + row * q.ldkeep : nullptr;
-    for (int64_t first = 0; first < q.cols; first += kBlock) {
-      const int64_t i = begin_of_block(first, q.cols, !bits && q.g != q.dx && q.x != q.dx), rest = q.cols - i;
+    results.to_row(q.dx + row * q.lddx);
+    for (int64_t done = 0; done < q.cols;) {
+      const auto piece = results.piece(done);
+      const int64_t i = piece.column, rest = q.cols - i;
       Block<T> in, gradient;
-      alignas(64) T out[kBlock];
       const T* x = in.at(q.x + row * q.ldx + i, rest);
       const T* g = gradient.at(q.g + row * q.ldg + i, rest);
-      T* dx = rest < kBlock ? out : q.dx + row * q.lddx + i;
       const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
       V values[kVectors<A>];
       fetch_block(x + q.aheadx);
@@ -197,8 +197,8 @@ FN_INLINE void input_gradient_rows(const Backward<T>& q) {
         values[v] =
             depends_on_x ? math::apply_input_gradient(dz, xv - local.channel.mean[j], a[j], b[j], c[j]) : a[j] * dz;
       });
-      results.store(values, dx, rest >= kBlock && i * sizeof(T) % 64 == 0);
-      if (rest < kBlock) copy_out(out, q.dx + row * q.lddx + i, rest);
+      results.store(values, done, piece);
+      done = piece.end;
     }
   }
 }
