@@ -37,7 +37,7 @@ int64_t cache_bytes() {
 
 bool goes_past_caches(int64_t bytes, bool training) {
   static const int64_t cache = cache_bytes();
-  return bytes >= (training ? cache / 8 : cache / 4 * 3);
+  return training ? bytes >= cache / 8 : 2 * bytes > cache;
 }
 
 const Kernels& kernels() {

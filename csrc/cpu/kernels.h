@@ -191,8 +191,9 @@ extern const Kernels kernels_avx512;
 // The table for this processor, as torch's own choice (ATEN_CPU_CAPABILITY is honoured) allows.
 const Kernels& kernels();
 
-// Whether a result of so many bytes goes past the caches: one that they cannot hold evicts what is needed sooner, and a
-// line that is written whole need not be read first. A smaller one is read by the next layer while it is still there.
+// Whether a result of so many bytes goes past the caches: a line that is written whole need not be read first, and does
+// not evict what is needed sooner. In training that is x, which backward reads; measured with a next layer that reads
+// the result, it pays from an eighth of the last-level cache on. In evaluation, from where it and x exceed that cache.
 bool goes_past_caches(int64_t bytes, bool training);
 
 }  // namespace fusednorm::cpu
