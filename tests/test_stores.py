@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from common import Problem
+
 from fusednorm.functional import batch_norm_act_drop
 
 pytestmark = pytest.mark.cpu
