@@ -119,6 +119,13 @@ MODELS = (
     Workload("efficientnet_head", (64, 1280, 7, 7), 0.0, "silu", source="EfficientNet-B0 head norm, silu (no drop)"),
 )
 
+# The headline layer at batches that fit the caches, where oneDNN is at its best.
+BATCHES = (
+    Workload("cnn_f32_last_16", (16, 64, 56, 56), 0.0, channels_last=True, source="ResNet stage 1 at batch 16"),
+    Workload("cnn_bf16_16", (16, 64, 56, 56), 0.0, dtype=HALF, source="ResNet stage 1 at batch 16"),
+    Workload("cnn_f32_4", (4, 64, 56, 56), 0.0, source="ResNet stage 1 at batch 4"),
+)
+
 # The headline layer in other orders and with other noises; the first row of each layout is what they are compared with.
 ORDERS = (
     "norm-act-drop",
@@ -185,7 +192,7 @@ def _counted(entry: dict) -> Workload:
 
 CENSUS = tuple(map(_counted, json.loads(Path(__file__).with_name("census.json").read_text())))
 
-WORKLOADS = HEADLINE + MODELS + FAMILY  # of a run that names none
+WORKLOADS = HEADLINE + MODELS + BATCHES + FAMILY  # of a run that names none
 BY_NAME = {workload.name: workload for workload in WORKLOADS + CENSUS}
 
 MODES = ("forward", "backward", "both", "eval")

@@ -5,9 +5,9 @@
 #include <c10/util/ArrayRef.h>
 
 #include <algorithm>
-#include <numeric>
 #include <array>
 #include <cstdint>
+#include <numeric>
 #include <optional>
 #include <string_view>
 #include <tuple>

@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kStretch = 26000;     // bytes: adjacent channels are taken together until they are this long
 constexpr int64_t kAhead = 1024;        // bytes to prefetch ahead where pieces are short
+constexpr int64_t kSoon = 2048;         // bytes ahead in a second pass whose results stay in the caches
 constexpr int64_t kResident = 1 << 20;  // bytes: or until the group holds this much
 
 struct Step {
@@ -75,7 +76,7 @@ class Channels {
   int64_t distance(Step at, Step soon) const {
     return in_place_ && soon.c < shape_.C && soon.piece < pieces() ? place(soon) - place(at) : 0;
   }
-  int64_t a_little() const { return in_place_ ? 2048 / static_cast<int64_t>(sizeof(T)) : 0; }
+  int64_t soon() const { return in_place_ ? kSoon / static_cast<int64_t>(sizeof(T)) : 0; }
   // Where to write the tile; store() then brings it to its place.
   T* target(T* base, Step at, T* buffer) const { return in_place_ ? base + place(at) : buffer; }
   void store(T* base, Step at, const T* from) const {
@@ -244,7 +245,7 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
     const Tile<T> tile = tile_of(at, draws);
     T* y = channels.target(p.y, at, out);
     const T* residual = p.residual ? channels.load(p.residual, at, more) : nullptr;
-    const int64_t ahead = stream ? channels.distance(at, soon) : channels.a_little();
+    const int64_t ahead = stream ? channels.distance(at, soon) : channels.soon();
     Stages<T>(second, tile, workspace)
         .forward({channels.load(plan.once ? p.y : p.x, at, in), 0, ahead}, {residual, 0, ahead}, {y, channels.ld()},
                  mask, 0);
@@ -333,7 +334,7 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
   const auto emit = [&](Step at, Step soon) {
     if (!emits(p)) return;
     Buffers b;
-    const Inputs in = inputs(at, plan.once ? p.dx : p.g, stream ? channels.distance(at, soon) : channels.a_little(), b);
+    const Inputs in = inputs(at, plan.once ? p.dx : p.g, stream ? channels.distance(at, soon) : channels.soon(), b);
     const Tile<T> tile = tile_of(at, second, {p.x, plan.once ? nullptr : p.g, p.residual, p.dx}, b);
     const Gradients<T> to = outputs(at, second, b);
     Stages<T>(second, tile, b.workspace).gradient(in.x, in.residual, in.g, to);
