@@ -254,7 +254,7 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
   const std::vector<A> act_weight = padded_copy(p.act_weight, C);
   const bool before = call.chain.before[0] != Stage::none, noisy = call.chain.before_has(Stage::drop);
   const bool keeps_noise = p.mask && plan.saves_at < 0;  // drawn in the first pass, read in the second
-  const bool stream = goes_past_caches(C * call.shape.rows() * sizeof(T), call.training);
+  const bool stream = stores_past_caches<T>(call);
   const auto draw = [&](Panel panel, const Matrix::Tile& t, DrawBuffer& buffer,
                         std::initializer_list<const T*> streams) {
     const Draws draws = matrix.draw(panel, t, buffer, plan.staged ? matrix.ahead(panel, t, streams) : Ahead());
@@ -279,10 +279,10 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
     matrix.for_tiles(panel.chunk, [&](const Matrix::Tile& t) {
       const auto merge = [&](auto values, const auto& into) {
         using E = std::remove_const_t<std::remove_pointer_t<decltype(values.p)>>;
-        kernels_for<E>().moments_columns(values.p, t.rows, columns, values.ld, count, into.mean, into.m2);
+        kernels_for<E>().moments_columns(values.p, t.rows, columns, values.ld, values.ahead, count, into.mean, into.m2);
       };
       const int64_t at = matrix.offset(block, t);
-      const View<const T> x{p.x + at, ld};
+      const View<const T> x{p.x + at, ld, matrix.ahead()};
       if (before) {
         tile.rows = t.rows;
         tile.draws = noisy ? draw(panel, t, drawn, {p.x, plan.once ? p.y : nullptr}) : Draws{};
@@ -359,7 +359,7 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
   const std::vector<A> act_weight = padded_copy(p.act_weight, C);
   std::vector<A> a(padded(C)), b(call.training ? padded(C) : 0), c_(padded(C));
   std::vector<double> weight_sums(p.grad_act_weight ? matrix.partials() : 0);
-  const bool stream = goes_past_caches(C * call.shape.rows() * sizeof(T), call.training);
+  const bool stream = stores_past_caches<T>(call);
 
   const auto view = [&](auto* base, int64_t at) {
     return View<std::remove_pointer_t<decltype(base)>>{base ? base + at : nullptr, ld, matrix.ahead()};

@@ -137,7 +137,8 @@ struct KernelsFor {
   // mean and sum of squared deviations of n values; `ahead` as in Apply
   void (*moments_run)(const T* x, int64_t n, int64_t ahead, double* mean, double* m2);
   // merges the moments of `rows` <= kMaxTileRows new rows into mean[cols], m2[cols], which hold those of `count` rows
-  void (*moments_columns)(const T* x, int64_t rows, int64_t cols, int64_t ldx, double count, double* mean, double* m2);
+  void (*moments_columns)(const T* x, int64_t rows, int64_t cols, int64_t ldx, int64_t ahead, double count,
+                          double* mean, double* m2);
 };
 
 template <class A>

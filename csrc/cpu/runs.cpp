@@ -19,7 +19,6 @@ namespace {
 
 constexpr int64_t kStretch = 26000;     // bytes: adjacent channels are taken together until they are this long
 constexpr int64_t kAhead = 1024;        // bytes to prefetch ahead where pieces are short
-constexpr int64_t kSoon = 2048;         // bytes ahead in a second pass whose results stay in the caches
 constexpr int64_t kResident = 1 << 20;  // bytes: or until the group holds this much
 
 struct Step {
@@ -38,6 +37,7 @@ class Channels {
     tiles_per_piece_ = (length_ + tile_ - 1) / tile_;
     tiles_ = pieces.count * tiles_per_piece_;
     in_place_ = length_ == shape_.S || whole();
+    stream_ = in_place_ && stores_past_caches<T>(call);
   }
 
   // The i-th of all tiles: piece by piece, of all channels.
@@ -48,11 +48,11 @@ class Channels {
   int64_t pieces() const { return tiles_ / tiles_per_piece_; }
   int64_t tiles_per_piece() const { return tiles_per_piece_; }
   int64_t tiles() const { return tiles_; }
-  bool in_place() const { return in_place_; }
+  bool stream() const { return stream_; }
   int64_t ld() const { return in_place_ ? length_ : 0; }                         // of pieces
   int64_t tile(Step at) const { return at.piece * tiles_per_piece_ + at.part; }  // of its channel
   int64_t rows(Step at) const { return std::min(tile_, length_ - at.part * tile_); }
-  // Channels that a thread takes together: as many groups for each, where that takes no more than half as many.
+  // Channels that a thread takes together; down to half as many, so that all threads have as many groups.
   int64_t group() const {
     const int64_t piece = shape_.S * static_cast<int64_t>(sizeof(T)), threads = at::get_num_threads();
     const int64_t most =
@@ -65,10 +65,10 @@ class Channels {
   // The tile in one piece: where it stands, or in buffer.
   const T* load(const T* base, Step at, T* buffer) const {
     if (in_place_) return base + place(at);
-    for_pieces(at, [&](int64_t at, int64_t memory, int64_t n) {
+    for_pieces(at, [&](int64_t to, int64_t memory, int64_t n) {
       // Short pieces far apart defeat the processor's prefetching; those of the next channels lie just behind.
       for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(base + memory + kAhead / sizeof(T) + i);
-      std::copy_n(base + memory, n, buffer + at);
+      std::copy_n(base + memory, n, buffer + to);
     });
     return buffer;
   }
@@ -76,7 +76,11 @@ class Channels {
   int64_t distance(Step at, Step soon) const {
     return in_place_ && soon.c < shape_.C && soon.piece < pieces() ? place(soon) - place(at) : 0;
   }
-  int64_t soon() const { return in_place_ ? kSoon / static_cast<int64_t>(sizeof(T)) : 0; }
+  // The same in a second pass. Where its results stay in the caches, the next channels would displace them.
+  int64_t second_distance(Step at, Step soon) const {
+    if (stream_) return distance(at, soon);
+    return in_place_ ? kBytesAhead / static_cast<int64_t>(sizeof(T)) : 0;
+  }
   // Where to write the tile; store() then brings it to its place.
   T* target(T* base, Step at, T* buffer) const { return in_place_ ? base + place(at) : buffer; }
   void store(T* base, Step at, const T* from) const {
@@ -120,7 +124,7 @@ class Channels {
   TileNoise noise_;
   int64_t length_;  // of a piece; a piece that is not contiguous in memory spans the channel
   int64_t tile_, tiles_per_piece_, tiles_;
-  bool in_place_;
+  bool in_place_, stream_;
 };
 
 // Two passes over every channel: gather(step, soon) makes the partial result of a tile, finish(c, partials) merges
@@ -185,12 +189,9 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
   ChannelVectors<A> vectors(call.shape.C);
   const bool before = call.chain.before[0] != Stage::none, noisy = call.chain.before_has(Stage::drop);
   const bool keeps_noise = p.mask && plan.saves_at < 0;  // drawn in the first pass, read in the second
-  const bool stream =
-      channels.in_place() && goes_past_caches(call.shape.C * call.shape.rows() * sizeof(T), call.training);
   const auto tile_of = [&](Step at, const Draws& draws) {
-    return Tile<T>{
-        kRun, 1,     channels.rows(at), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws, nullptr,
-        0,    stream};
+    return Tile<T>{kRun,    1, channels.rows(at), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws,
+                   nullptr, 0, channels.stream()};
   };
   const auto draw = [&](Step at, DrawBuffer& buffer, std::initializer_list<const T*> streams) {
     const Draws draws = channels.draw(at, buffer, plan.staged ? channels.ahead(at, streams) : Ahead());
@@ -245,7 +246,7 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
     const Tile<T> tile = tile_of(at, draws);
     T* y = channels.target(p.y, at, out);
     const T* residual = p.residual ? channels.load(p.residual, at, more) : nullptr;
-    const int64_t ahead = stream ? channels.distance(at, soon) : channels.soon();
+    const int64_t ahead = channels.second_distance(at, soon);
     Stages<T>(second, tile, workspace)
         .forward({channels.load(plan.once ? p.y : p.x, at, in), 0, ahead}, {residual, 0, ahead}, {y, channels.ld()},
                  mask, 0);
@@ -265,8 +266,6 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
   for (int64_t c = 0; c < call.shape.C; ++c) load_statistics(p, c, vectors);
   Coefficients<A> coefficients(call.shape.C);
   std::vector<double> weight_sums(p.grad_act_weight ? call.shape.C * tiles : 0);
-  const bool stream =
-      channels.in_place() && goes_past_caches(call.shape.C * call.shape.rows() * sizeof(T), call.training);
   struct Inputs {
     View<const T> x, residual, g;
   };
@@ -289,9 +288,8 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
     } else {
       ahead.fetch();
     }
-    return Tile<T>{
-        kRun, 1,     channels.rows(at), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws, mask,
-        0,    stream};
+    return Tile<T>{kRun, 1, channels.rows(at), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws,
+                   mask, 0, channels.stream()};
   };
   const auto outputs = [&](Step at, const Plan& pass, Buffers& b) {
     const auto target = [&](T* base, T* buffer) {
@@ -334,7 +332,7 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
   const auto emit = [&](Step at, Step soon) {
     if (!emits(p)) return;
     Buffers b;
-    const Inputs in = inputs(at, plan.once ? p.dx : p.g, stream ? channels.distance(at, soon) : channels.soon(), b);
+    const Inputs in = inputs(at, plan.once ? p.dx : p.g, channels.second_distance(at, soon), b);
     const Tile<T> tile = tile_of(at, second, {p.x, plan.once ? nullptr : p.g, p.residual, p.dx}, b);
     const Gradients<T> to = outputs(at, second, b);
     Stages<T>(second, tile, b.workspace).gradient(in.x, in.residual, in.g, to);

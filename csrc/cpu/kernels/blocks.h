@@ -119,7 +119,7 @@ class Results {
     }
     alignas(64) T out[kBlock];
     store(values, out, false);
-    for (int64_t i = done; i < piece.end; ++i) p_[i] = out[i - piece.column];
+    copy_out(out + (done - piece.column), p_ + done, piece.end - done);
   }
 
  private:

@@ -127,7 +127,8 @@ FN_INLINE void merge_lanes(double* mean, double* m2, double count, double rows, 
 
 // `width` columns at a time: two blocks read whole cache lines' worth of neighbours from each row.
 template <int width, class T>
-FN_INLINE void moments_of_columns(const T* x, int64_t rows, int64_t ld, double count, double* mean, double* m2) {
+FN_INLINE void moments_of_columns(const T* x, int64_t rows, int64_t ld, int64_t ahead, double count, double* mean,
+                                  double* m2) {
   using V = Vec<opmath_t<T>>;
   constexpr int n = width / V::width;
   V centre[n]{}, deviations[n]{}, squares[n]{};
@@ -137,7 +138,7 @@ FN_INLINE void moments_of_columns(const T* x, int64_t rows, int64_t ld, double c
   }
   FN_UNROLL for (int v = 0; v < n; ++v) centre[v] = centre[v] * V(1.0 / some);
   for (int64_t row = 0; row < rows; ++row) {
-    FN_UNROLL for (int i = 0; i < width; i += kBlock) fetch_block(x + (rows + row) * ld + i);
+    FN_UNROLL for (int i = 0; i < width; i += kBlock) fetch_block(x + ahead + row * ld + i);
     FN_UNROLL for (int v = 0; v < n; ++v) {
       const V d = V::load(x + row * ld + v * V::width) - centre[v];
       deviations[v] = deviations[v] + d;
@@ -151,18 +152,19 @@ FN_INLINE void moments_of_columns(const T* x, int64_t rows, int64_t ld, double c
 }
 
 template <class T>
-void moments_columns(const T* x, int64_t rows, int64_t cols, int64_t ldx, double count, double* mean, double* m2) {
+void moments_columns(const T* x, int64_t rows, int64_t cols, int64_t ldx, int64_t ahead, double count, double* mean,
+                     double* m2) {
   int64_t i = 0;
   for (; i + 2 * kBlock <= cols; i += 2 * kBlock) {
-    moments_of_columns<2 * kBlock>(x + i, rows, ldx, count, mean + i, m2 + i);
+    moments_of_columns<2 * kBlock>(x + i, rows, ldx, ahead, count, mean + i, m2 + i);
   }
   for (; i < cols; i += kBlock) {
     if (cols - i >= kBlock) {
-      moments_of_columns<kBlock>(x + i, rows, ldx, count, mean + i, m2 + i);
+      moments_of_columns<kBlock>(x + i, rows, ldx, ahead, count, mean + i, m2 + i);
     } else {
       alignas(64) T rest[kMaxTileRows * kBlock];
       for (int64_t row = 0; row < rows; ++row) copy_padded(x + i + row * ldx, rest + row * kBlock, cols - i);
-      moments_of_columns<kBlock>(rest, rows, kBlock, count, mean + i, m2 + i);
+      moments_of_columns<kBlock>(rest, rows, kBlock, 0, count, mean + i, m2 + i);
     }
   }
 }
