@@ -254,7 +254,7 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
   const std::vector<A> act_weight = padded_copy(p.act_weight, C);
   const bool before = call.chain.before[0] != Stage::none, noisy = call.chain.before_has(Stage::drop);
   const bool keeps_noise = p.mask && plan.saves_at < 0;  // drawn in the first pass, read in the second
-  const bool stream = stores_past_caches<T>(call);
+  const bool past = stores_past_caches<T>(call) && !plan.once;
   const auto draw = [&](Panel panel, const Matrix::Tile& t, DrawBuffer& buffer,
                         std::initializer_list<const T*> streams) {
     const Draws draws = matrix.draw(panel, t, buffer, plan.staged ? matrix.ahead(panel, t, streams) : Ahead());
@@ -328,7 +328,7 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
     Columns<A> repeat(matrix, block);
     DrawBuffer drawn;
     Workspace<A> workspace;
-    Tile<T> tile{kColumns, 0, matrix.columns(panel), repeat(vectors), repeat(act_weight), {}, nullptr, 0, stream};
+    Tile<T> tile{kColumns, 0, matrix.columns(panel), repeat(vectors), repeat(act_weight), {}, nullptr, 0};
     matrix.for_tiles(panel.chunk, [&](const Matrix::Tile& t) {
       const int64_t at = matrix.offset(block, t);
       uint32_t* mask = p.mask ? p.mask + matrix.mask_offset(block, t) : nullptr;
@@ -339,7 +339,7 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
       }
       Stages<T>(second, tile, workspace)
           .forward({(plan.once ? p.y : p.x) + at, ld, matrix.ahead()},
-                   {p.residual ? p.residual + at : nullptr, ld, matrix.ahead()}, {p.y + at, ld}, mask,
+                   {p.residual ? p.residual + at : nullptr, ld, matrix.ahead()}, {p.y + at, ld, 0, past}, mask,
                    matrix.mask_ld());
     });
   };
@@ -359,10 +359,10 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
   const std::vector<A> act_weight = padded_copy(p.act_weight, C);
   std::vector<A> a(padded(C)), b(call.training ? padded(C) : 0), c_(padded(C));
   std::vector<double> weight_sums(p.grad_act_weight ? matrix.partials() : 0);
-  const bool stream = stores_past_caches<T>(call);
+  const bool past = stores_past_caches<T>(call) && !plan.once;
 
   const auto view = [&](auto* base, int64_t at) {
-    return View<std::remove_pointer_t<decltype(base)>>{base ? base + at : nullptr, ld, matrix.ahead()};
+    return View<std::remove_pointer_t<decltype(base)>>{base ? base + at : nullptr, ld, matrix.ahead(), past};
   };
   // f(tile, offset in memory, results) for the tiles of a panel in a pass.
   const auto for_tiles = [&](Panel panel, const Plan& pass, std::initializer_list<const T*> streams, Folded& sums,
@@ -371,7 +371,7 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
     Columns<A> repeat(matrix, block);
     DrawBuffer drawn;
     Tile<T> tile{kColumns, 0,       matrix.columns(panel), repeat(vectors), repeat(act_weight),
-                 {},       nullptr, matrix.mask_ld(),      stream};
+                 {},       nullptr, matrix.mask_ld()};
     Gradients<T> to{};
     if (p.grad_act_weight) to.act_weight = sums.columns(weight_sums);
     to.a = repeat(a);
@@ -445,11 +445,12 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
 template <class T>
 void noise_columns(const Call& call, const T* x, T* y) {
   const Matrix matrix(call, true);
+  const bool past = stores_past_caches<T>(call);
   matrix.for_panels(false, [&](Panel panel) {
     DrawBuffer drawn;
     matrix.for_tiles(panel.chunk, [&](const Matrix::Tile& t) {
       const int64_t at = matrix.offset(panel.block, t);
-      multiply<T>({x ? x + at : nullptr, matrix.ld()}, {y + at, matrix.ld()}, call.chain.multiplier, t.rows,
+      multiply<T>({x ? x + at : nullptr, matrix.ld()}, {y + at, matrix.ld(), 0, past}, call.chain.multiplier, t.rows,
                   matrix.columns(panel), matrix.draw(panel, t, drawn, Ahead()));
     });
   });

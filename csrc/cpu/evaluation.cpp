@@ -21,7 +21,7 @@ void forward_in_order(const Call& call, const ForwardPointers<T>& p) {
   const int64_t rows = std::clamp<int64_t>(largest / padded(cols), 1, std::min<int64_t>(C, kMaxTileRows));
   const int64_t groups = (C + rows - 1) / rows;
   const int64_t ahead = kBytesAhead / static_cast<int64_t>(sizeof(T));
-  const bool stream = stores_past_caches<T>(call);
+  const bool past = stores_past_caches<T>(call);
   for_tasks(samples * groups * pieces, C * call.shape.rows() < kSerial, false, [&](int64_t i) {
     const int64_t column = i % pieces * cols, c = i / pieces % groups * rows;
     const int64_t at = (i / pieces / groups * C + c) * S + column;
@@ -32,11 +32,11 @@ void forward_in_order(const Call& call, const ForwardPointers<T>& p) {
                        p.act_weight ? p.act_weight + c : nullptr,
                        {},
                        nullptr,
-                       0,
-                       stream};
+                       0};
     Workspace<A> workspace;
     Stages<T>(plan, tile, workspace)
-        .forward({p.x + at, S, ahead}, {p.residual ? p.residual + at : nullptr, S, ahead}, {p.y + at, S}, nullptr, 0);
+        .forward({p.x + at, S, ahead}, {p.residual ? p.residual + at : nullptr, S, ahead}, {p.y + at, S, 0, past},
+                 nullptr, 0);
   });
 }
 

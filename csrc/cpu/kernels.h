@@ -53,7 +53,7 @@ struct Apply {
   int64_t ldkeep;
   uint32_t* save;  // [rows, ldsave] bits out: keep, and the activation's derivative where one bit holds it; or null
   int64_t ldsave;
-  bool stream;  // y past the caches, if that can be
+  bool past;  // y past the caches, if that can be
 };
 
 template <class T>
@@ -77,7 +77,7 @@ struct Backward {
   const A* a;  // per-channel: dx = a*dz + b*(x - mean) + c
   const A* b;  // null: 0, with running statistics, so that an infinite x has no say
   const A* c;
-  bool stream;  // dx, as in Apply
+  bool past;  // dx, as in Apply
 };
 
 // [add] [act] [drop] or [add] [drop] [act] in opmath type: the stages that Apply and Backward do not cover. A stage may
@@ -106,6 +106,7 @@ struct Elementwise {
   uint32_t* save;  // as in Apply
   int64_t ldsave;
   double* sum;  // of weight_sums: [1 or cols] += sum of g times the activation's derivative by its weight
+  bool past;    // y, as in Apply
 };
 
 // y = x * m, of storage type.
@@ -121,6 +122,7 @@ struct Scale {
   A multiplier;
   const uint32_t* keep;  // [rows, ldkeep] bits, or null: everything
   int64_t ldkeep;
+  bool past;  // y, as in Apply
 };
 
 enum Span { kRun, kColumns };
@@ -131,9 +133,9 @@ struct KernelsFor {
   void (*const* gradient_sums[2])(const Backward<T>&);   // [Span][activation]
   void (*const* input_gradient[2])(const Backward<T>&);  // [Span][activation]
   void (*scale)(const Scale<T>&);
-  // from storage to opmath type and back
-  void (*widen)(const T* x, int64_t ldx, opmath_t<T>* y, int64_t ldy, int64_t rows, int64_t cols);
-  void (*narrow)(const opmath_t<T>* x, int64_t ldx, T* y, int64_t ldy, int64_t rows, int64_t cols);
+  // from storage to opmath type and back; past: as in Apply
+  void (*widen)(const T* x, int64_t ldx, opmath_t<T>* y, int64_t ldy, int64_t rows, int64_t cols, bool past);
+  void (*narrow)(const opmath_t<T>* x, int64_t ldx, T* y, int64_t ldy, int64_t rows, int64_t cols, bool past);
   // mean and sum of squared deviations of n values; `ahead` as in Apply
   void (*moments_run)(const T* x, int64_t n, int64_t ahead, double* mean, double* m2);
   // merges the moments of `rows` <= kMaxTileRows new rows into mean[cols], m2[cols], which hold those of `count` rows

@@ -37,7 +37,7 @@ class Channels {
     tiles_per_piece_ = (length_ + tile_ - 1) / tile_;
     tiles_ = pieces.count * tiles_per_piece_;
     in_place_ = length_ == shape_.S || whole();
-    stream_ = in_place_ && stores_past_caches<T>(call);
+    past_ = in_place_ && stores_past_caches<T>(call);
   }
 
   // The i-th of all tiles: piece by piece, of all channels.
@@ -48,7 +48,7 @@ class Channels {
   int64_t pieces() const { return tiles_ / tiles_per_piece_; }
   int64_t tiles_per_piece() const { return tiles_per_piece_; }
   int64_t tiles() const { return tiles_; }
-  bool stream() const { return stream_; }
+  bool stores_past() const { return past_; }                                     // the caches
   int64_t ld() const { return in_place_ ? length_ : 0; }                         // of pieces
   int64_t tile(Step at) const { return at.piece * tiles_per_piece_ + at.part; }  // of its channel
   int64_t rows(Step at) const { return std::min(tile_, length_ - at.part * tile_); }
@@ -78,7 +78,7 @@ class Channels {
   }
   // The same in a second pass. Where its results stay in the caches, the next channels would displace them.
   int64_t second_distance(Step at, Step soon) const {
-    if (stream_) return distance(at, soon);
+    if (past_) return distance(at, soon);
     return in_place_ ? kBytesAhead / static_cast<int64_t>(sizeof(T)) : 0;
   }
   // Where to write the tile; store() then brings it to its place.
@@ -124,7 +124,7 @@ class Channels {
   TileNoise noise_;
   int64_t length_;  // of a piece; a piece that is not contiguous in memory spans the channel
   int64_t tile_, tiles_per_piece_, tiles_;
-  bool in_place_, stream_;
+  bool in_place_, past_;
 };
 
 // Two passes over every channel: gather(step, soon) makes the partial result of a tile, finish(c, partials) merges
@@ -191,7 +191,7 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
   const bool keeps_noise = p.mask && plan.saves_at < 0;  // drawn in the first pass, read in the second
   const auto tile_of = [&](Step at, const Draws& draws) {
     return Tile<T>{kRun,    1, channels.rows(at), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws,
-                   nullptr, 0, channels.stream()};
+                   nullptr, 0};
   };
   const auto draw = [&](Step at, DrawBuffer& buffer, std::initializer_list<const T*> streams) {
     const Draws draws = channels.draw(at, buffer, plan.staged ? channels.ahead(at, streams) : Ahead());
@@ -248,8 +248,8 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
     const T* residual = p.residual ? channels.load(p.residual, at, more) : nullptr;
     const int64_t ahead = channels.second_distance(at, soon);
     Stages<T>(second, tile, workspace)
-        .forward({channels.load(plan.once ? p.y : p.x, at, in), 0, ahead}, {residual, 0, ahead}, {y, channels.ld()},
-                 mask, 0);
+        .forward({channels.load(plan.once ? p.y : p.x, at, in), 0, ahead}, {residual, 0, ahead},
+                 {y, channels.ld(), 0, channels.stores_past() && !plan.once}, mask, 0);
     channels.store(p.y, at, y);
   };
   two_passes<Statistics>(call.shape, channels, call.training, gather, finish, emit);
@@ -289,11 +289,12 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
       ahead.fetch();
     }
     return Tile<T>{kRun, 1, channels.rows(at), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws,
-                   mask, 0, channels.stream()};
+                   mask, 0};
   };
   const auto outputs = [&](Step at, const Plan& pass, Buffers& b) {
     const auto target = [&](T* base, T* buffer) {
-      return View<T>{base ? channels.target(base, at, buffer) : nullptr, channels.ld()};
+      return View<T>{base ? channels.target(base, at, buffer) : nullptr, channels.ld(), 0,
+                     channels.stores_past() && !plan.once};
     };
     Gradients<T> to{};
     to.dx = target(p.dx, b.dx);
@@ -353,7 +354,7 @@ void noise_runs(const Call& call, const T* x, T* y) {
     DrawBuffer drawn;
     const T* from = x ? channels.load(x, at, in) : nullptr;
     T* to = channels.target(y, at, out);
-    multiply<T>({from, 0}, {to, 0}, call.chain.multiplier, 1, channels.rows(at),
+    multiply<T>({from, 0}, {to, channels.ld(), 0, channels.stores_past()}, call.chain.multiplier, 1, channels.rows(at),
                 channels.draw(at, drawn, channels.ahead(at, {x, y})));
     channels.store(y, at, to);
   });

@@ -18,6 +18,7 @@ struct View {  // rows ld apart
   E* p;
   int64_t ld;
   int64_t ahead = 0;  // elements from here to what is read soon after, in memory; or 0
+  bool past = false;  // written past the caches: to memory, and not read soon
   operator View<const E>() const { return {p, ld, ahead}; }
 };
 
@@ -36,6 +37,7 @@ void multiply(View<const E> x, View<E> y, double multiplier, int64_t rows, int64
   q.multiplier = static_cast<opmath_t<E>>(multiplier);
   q.keep = d.keep;
   q.ldkeep = d.ldkeep;
+  q.past = y.past;
   kernels_for<E>().scale(q);
 }
 
@@ -165,7 +167,6 @@ struct Tile {
   Draws draws;
   const uint32_t* mask;  // backward: the saved bits, or null
   int64_t ldmask;
-  bool stream;  // results past the caches
 };
 
 // Where backward leaves its results; null: not wanted.
@@ -231,7 +232,7 @@ class Stages {
       auto q = norm_gradient(u, dz);
       q.dx = dx.p;
       q.lddx = dx.ld;
-      q.stream = tile_.stream && !plan_.staged;
+      q.past = dx.past;
       q.a = to.a;
       q.b = to.b;
       q.c = to.c;
@@ -356,7 +357,7 @@ class Stages {
     q.ldy = y.ld;
     q.ahead = x.ahead;
     q.affine = tile_.affine;
-    q.stream = tile_.stream && !plan_.staged;
+    q.past = y.past;
     set_factor(q, s.drop);
     q.save = save;
     q.ldsave = ldsave;
@@ -379,6 +380,7 @@ class Stages {
     auto q = arguments<Elementwise<A>>(x);
     q.y = y.p;
     q.ldy = y.ld;
+    q.past = y.past;
     q.act_weight = tile_.act_weight;
     q.factor_first = s.drop_first && s.drop != Plan::none;
     set_factor(q, s.drop);
@@ -425,7 +427,7 @@ class Stages {
   In widened(View<const T> x, A* buffer) const {
     if constexpr (converts) {
       if (!x.p) return {};
-      kernels_for<T>().widen(x.p, x.ld, buffer, ld_, tile_.rows, tile_.cols);
+      kernels_for<T>().widen(x.p, x.ld, buffer, ld_, tile_.rows, tile_.cols, false);
       return {buffer, ld_};
     } else {
       return x;
@@ -439,18 +441,12 @@ class Stages {
     return {buffer, ld_};
   }
   void narrow(In x, View<T> y) const {
-    if constexpr (converts) kernels_for<T>().narrow(x.p, x.ld, y.p, y.ld, tile_.rows, tile_.cols);
+    if constexpr (converts) leave(x, y);
   }
   void copy(View<const T> x, View<T> y) const {
     for (int64_t row = 0; row < tile_.rows; ++row) std::copy_n(x.p + row * x.ld, tile_.cols, y.p + row * y.ld);
   }
-  void leave(In x, View<T> y) const {
-    if constexpr (converts) {
-      narrow(x, y);
-    } else {
-      copy(x, y);
-    }
-  }
+  void leave(In x, View<T> y) const { kernels_for<T>().narrow(x.p, x.ld, y.p, y.ld, tile_.rows, tile_.cols, y.past); }
 
   const Plan& plan_;
   const Chain& chain_;

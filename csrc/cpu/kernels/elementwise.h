@@ -51,16 +51,18 @@ template <class A, class Activation, Span span, FactorKind kind>
 FN_INLINE void stage_value_rows(const Elementwise<A>& q) {
   using V = Vec<A>;
   const bool first = q.factor_first;
+  Results<A> results(q.past, q.y, q.ldy, q.cols, kind == kOne && !q.save && q.x != q.y);
   for (int64_t row = 0; row < q.rows; ++row) {
     const StageParameters<A, Activation, span> parameters(q, row);
-    for (int64_t i = 0; i < q.cols; i += kBlock) {
-      const int64_t rest = q.cols - i;
+    results.to_row(q.y + row * q.ldy);
+    for (int64_t done = 0; done < q.cols;) {
+      const auto piece = results.piece(done);
+      const int64_t i = piece.column, rest = q.cols - i;
       Block<A> in, more;
-      alignas(64) A out[kBlock];
+      V values[kVectors<A>];
       const A* x = in.at(q.x + row * q.ldx + i, rest);
       const A* add = q.add ? more.at(q.add + row * q.ldadd + i, rest) : nullptr;
       if (add) fetch_block(add + q.aheadadd);
-      A* y = rest < kBlock ? out : q.y + row * q.ldy + i;
       Block<float> factors;
       const Factor<A, kind> factor(q, row, i, factors);
       uint32_t saved = 0;
@@ -69,15 +71,15 @@ FN_INLINE void stage_value_rows(const Elementwise<A>& q) {
         if (add) z = z + V::load(add + v * V::width);
         if (first) z = z * factor[v];
         const auto p = parameters[i + v * V::width];
-        V value = Activation::value(z, p);
-        if (!first) value = value * factor[v];
-        value.store(y + v * V::width);
+        values[v] = Activation::value(z, p);
+        if (!first) values[v] = values[v] * factor[v];
         if constexpr (Activation::one_bit) {
           saved |= to_bits(both(from_bits<A>(factor.keep, v), Activation::passes(z, p))) << (v * V::width);
         }
       });
+      results.store(values, done, piece);
       if (q.save) q.save[row * q.ldsave + i / kBlock] = Activation::one_bit ? saved : factor.keep;
-      if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
+      done = piece.end;
     }
   }
 }
@@ -91,23 +93,26 @@ template <class A, class Activation, Span span, FactorKind kind>
 FN_INLINE void stage_gradient_rows(const Elementwise<A>& q) {
   using V = Vec<A>;
   const bool first = q.factor_first;
+  Results<A> results(q.past, q.y, q.ldy, q.cols, kind == kOne && q.x != q.y && q.g != q.y);
   for (int64_t row = 0; row < q.rows; ++row) {
     const StageParameters<A, Activation, span> parameters(q, row);
-    for (int64_t i = 0; i < q.cols; i += kBlock) {
-      const int64_t rest = q.cols - i;
+    results.to_row(q.y + row * q.ldy);
+    for (int64_t done = 0; done < q.cols;) {
+      const auto piece = results.piece(done);
+      const int64_t i = piece.column, rest = q.cols - i;
       Block<A> in, gradient;
-      alignas(64) A out[kBlock];
+      V values[kVectors<A>];
       const A* x = in.at(q.x + row * q.ldx + i, rest);
       const A* g = gradient.at(q.g + row * q.ldg + i, rest);
-      A* y = rest < kBlock ? out : q.y + row * q.ldy + i;
       Block<float> factors;
       const Factor<A, kind> factor(q, row, i, factors);
       for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         const V z = V::load(x + v * V::width), m = factor[v], dy = V::load(g + v * V::width) * m;
         // The factor is linear: it does not matter on which side of the activation's gradient it comes.
-        Activation::gradient(first ? z * m : z, dy, parameters[i + v * V::width]).store(y + v * V::width);
+        values[v] = Activation::gradient(first ? z * m : z, dy, parameters[i + v * V::width]);
       });
-      if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
+      results.store(values, done, piece);
+      done = piece.end;
     }
   }
 }
@@ -142,19 +147,21 @@ template <class T, FactorKind kind>
 FN_INLINE void scale_rows(const Scale<T>& q) {
   using A = opmath_t<T>;
   using V = Vec<A>;
+  Results<T> results(q.past, q.y, q.ldy, q.cols, kind == kOne && q.x != q.y);
   for (int64_t row = 0; row < q.rows; ++row) {
-    for (int64_t i = 0; i < q.cols; i += kBlock) {
-      const int64_t rest = q.cols - i;
+    results.to_row(q.y + row * q.ldy);
+    for (int64_t done = 0; done < q.cols;) {
+      const auto piece = results.piece(done);
+      const int64_t i = piece.column;
       Block<T> in;
-      alignas(64) T out[kBlock];
-      const T* x = q.x ? in.at(q.x + row * q.ldx + i, rest) : nullptr;
-      T* y = rest < kBlock ? out : q.y + row * q.ldy + i;
+      V values[kVectors<A>];
+      const T* x = q.x ? in.at(q.x + row * q.ldx + i, q.cols - i) : nullptr;
       Block<float> factors;
       const Factor<A, kind> factor(q, row, i, factors);
-      for_vectors<true, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
-        ((x ? V::load(x + v * V::width) : V(1.0f)) * factor[v]).store(y + v * V::width);
-      });
-      if (rest < kBlock) copy_out(out, q.y + row * q.ldy + i, rest);
+      for_vectors<true, kVectors<A>>(
+          [&](auto v) FN_LAMBDA_INLINE { values[v] = (x ? V::load(x + v * V::width) : V(1.0f)) * factor[v]; });
+      results.store(values, done, piece);
+      done = piece.end;
     }
   }
 }
@@ -165,16 +172,20 @@ void scale(const Scale<T>& q) {
 }
 
 template <class From, class To>
-void convert(const From* x, int64_t ldx, To* y, int64_t ldy, int64_t rows, int64_t cols) {
-  using V = Vec<std::conditional_t<sizeof(From) == 8, double, float>>;
+void convert(const From* x, int64_t ldx, To* y, int64_t ldy, int64_t rows, int64_t cols, bool past) {
+  using A = opmath_t<To>;
+  using V = Vec<A>;
+  Results<To> results(past, y, ldy, cols, true);
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = 0; i < cols; i += kBlock) {
+    results.to_row(y + row * ldy);
+    for (int64_t done = 0; done < cols;) {
+      const auto piece = results.piece(done);
       Block<From> in;
-      alignas(64) To out[kBlock];
-      const From* from = in.at(x + row * ldx + i, cols - i);
-      To* to = cols - i < kBlock ? out : y + row * ldy + i;
-      FN_UNROLL for (int v = 0; v < kBlock / V::width; ++v) V::load(from + v * V::width).store(to + v * V::width);
-      if (cols - i < kBlock) copy_out(out, y + row * ldy + i, cols - i);
+      const From* from = in.at(x + row * ldx + piece.column, cols - piece.column);
+      V values[kVectors<A>];
+      FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) values[v] = V::load(from + v * V::width);
+      results.store(values, done, piece);
+      done = piece.end;
     }
   }
 }

@@ -18,7 +18,7 @@ FN_INLINE void apply_rows(const Apply<T>& q) {
   using V = Vec<A>;
   const math::Parameters<A> parameters{q.activation[0], q.activation[1]};
   const V multiplier(q.multiplier);
-  Results<T> results(q.stream, q.y, q.ldy, q.cols, !q.keep && !q.save && q.x != q.y);
+  Results<T> results(q.past, q.y, q.ldy, q.cols, !q.keep && !q.save && q.x != q.y);
   for (int64_t row = 0; row < q.rows; ++row) {
     const Channel<span, A> channel(q.affine, row);
     const uint32_t* bits = q.keep ? q.keep + row * q.ldkeep : nullptr;
@@ -176,7 +176,7 @@ FN_INLINE void input_gradient_rows(const Backward<T>& q) {
   const LocalGradient<T, Activation, span, kind> local(q);
   const bool depends_on_x = q.b != nullptr;
   const PerChannel<span, A> a(q.a, 0), b(depends_on_x ? q.b : q.a, 0), c(q.c, 0);
-  Results<T> results(q.stream, q.dx, q.lddx, q.cols, !q.keep && q.g != q.dx && q.x != q.dx);
+  Results<T> results(q.past, q.dx, q.lddx, q.cols, !q.keep && q.g != q.dx && q.x != q.dx);
   for (int64_t row = 0; row < q.rows; ++row) {
     const uint32_t* bits = q.keep ? q.keep + row * q.ldkeep : nullptr;
     results.to_row(q.dx + row * q.lddx);
