@@ -335,7 +335,7 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
       tile.rows = t.rows;
       tile.draws = {mask, matrix.mask_ld(), nullptr, 0};
       if (!(keeps_noise && call.training)) {
-        tile.draws = second.drops() ? draw(panel, t, drawn, {p.x, p.residual, p.y}) : Draws{};
+        tile.draws = second.drops() ? draw(panel, t, drawn, {p.x, p.residual, past ? nullptr : p.y}) : Draws{};
       }
       Stages<T>(second, tile, workspace)
           .forward({(plan.once ? p.y : p.x) + at, ld, matrix.ahead()},
@@ -380,14 +380,11 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
     matrix.for_tiles(panel.chunk, [&](const Matrix::Tile& t) {
       const int64_t at = matrix.offset(block, t);
       const uint32_t* mask = p.mask ? p.mask + matrix.mask_offset(block, t) : nullptr;
-      const Ahead ahead = plan.staged ? matrix.ahead(panel, t, streams) : Ahead();
       tile.rows = t.rows;
       tile.mask = mask;
       tile.draws = {plan.mask_is_noise() ? mask : nullptr, matrix.mask_ld(), nullptr, 0};
       if (pass.drops() && !plan.mask_is_noise()) {
-        tile.draws = matrix.draw(panel, t, drawn, ahead);
-      } else {
-        ahead.fetch();
+        tile.draws = matrix.draw(panel, t, drawn, plan.staged ? matrix.ahead(panel, t, streams) : Ahead());
       }
       to.dx = view(p.dx, at);
       to.residual = view(&pass == &plan || !plan.once ? p.grad_residual : nullptr, at);
@@ -424,7 +421,7 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
     if (!emits(p)) return;
     Workspace<A> workspace;
     Folded sums(matrix, panel);
-    for_tiles(panel, second, {p.x, plan.once ? nullptr : p.g, p.residual, p.dx}, sums,
+    for_tiles(panel, second, {p.x, plan.once ? nullptr : p.g, p.residual, past ? nullptr : p.dx}, sums,
               [&](const Tile<T>& tile, int64_t at, const Gradients<T>& to) {
                 Stages<T>(second, tile, workspace)
                     .gradient(view(p.x, at), view(p.residual, at),

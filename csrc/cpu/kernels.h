@@ -87,11 +87,13 @@ struct Elementwise {
   int64_t rows, cols;
   const A* x;  // [rows, ldx]
   int64_t ldx;
-  const A* add;  // [rows, ldadd] forward: added to x first; or null
+  int64_t ahead;  // as in Apply; aheadadd and aheadg, too
+  const A* add;   // [rows, ldadd] forward: added to x first; or null
   int64_t ldadd;
-  int64_t aheadadd;  // as in Apply
-  const A* g;        // [rows, ldg] backward: the gradient
+  int64_t aheadadd;
+  const A* g;  // [rows, ldg] backward: the gradient
   int64_t ldg;
+  int64_t aheadg;
   A* y;  // [rows, ldy] forward: activation(x + add) * factor or activation((x + add) * factor); backward: their
          // gradient
   int64_t ldy;
@@ -133,9 +135,11 @@ struct KernelsFor {
   void (*const* gradient_sums[2])(const Backward<T>&);   // [Span][activation]
   void (*const* input_gradient[2])(const Backward<T>&);  // [Span][activation]
   void (*scale)(const Scale<T>&);
-  // from storage to opmath type and back; past: as in Apply
-  void (*widen)(const T* x, int64_t ldx, opmath_t<T>* y, int64_t ldy, int64_t rows, int64_t cols, bool past);
-  void (*narrow)(const opmath_t<T>* x, int64_t ldx, T* y, int64_t ldy, int64_t rows, int64_t cols, bool past);
+  // from storage to opmath type and back; ahead, past: as in Apply
+  void (*widen)(const T* x, int64_t ldx, int64_t ahead, opmath_t<T>* y, int64_t ldy, int64_t rows, int64_t cols,
+                bool past);
+  void (*narrow)(const opmath_t<T>* x, int64_t ldx, int64_t ahead, T* y, int64_t ldy, int64_t rows, int64_t cols,
+                 bool past);
   // mean and sum of squared deviations of n values; `ahead` as in Apply
   void (*moments_run)(const T* x, int64_t n, int64_t ahead, double* mean, double* m2);
   // merges the moments of `rows` <= kMaxTileRows new rows into mean[cols], m2[cols], which hold those of `count` rows

@@ -185,6 +185,7 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
   using A = opmath_t<T>;
   const Plan plan(call.chain, false, p.mask != nullptr, call.training && std::is_same_v<T, A>), second = plan.second();
   const Channels<T> channels(call, plan.tile_elements(kTile));
+  const bool past = channels.stores_past() && !plan.once;
   const int64_t tiles = channels.tiles();
   ChannelVectors<A> vectors(call.shape.C);
   const bool before = call.chain.before[0] != Stage::none, noisy = call.chain.before_has(Stage::drop);
@@ -242,14 +243,15 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
     Workspace<A> workspace;
     uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at) : nullptr;
     Draws draws{mask, 0, nullptr, 0};
-    if (!(keeps_noise && call.training)) draws = second.drops() ? draw(at, drawn, {p.x, p.residual, p.y}) : Draws{};
+    if (!(keeps_noise && call.training))
+      draws = second.drops() ? draw(at, drawn, {p.x, p.residual, past ? nullptr : p.y}) : Draws{};
     const Tile<T> tile = tile_of(at, draws);
     T* y = channels.target(p.y, at, out);
     const T* residual = p.residual ? channels.load(p.residual, at, more) : nullptr;
     const int64_t ahead = channels.second_distance(at, soon);
     Stages<T>(second, tile, workspace)
         .forward({channels.load(plan.once ? p.y : p.x, at, in), 0, ahead}, {residual, 0, ahead},
-                 {y, channels.ld(), 0, channels.stores_past() && !plan.once}, mask, 0);
+                 {y, channels.ld(), 0, past}, mask, 0);
     channels.store(p.y, at, y);
   };
   two_passes<Statistics>(call.shape, channels, call.training, gather, finish, emit);
@@ -261,6 +263,7 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
   const bool gathers = p.grad_weight != nullptr;
   const Plan plan(call.chain, true, p.mask != nullptr, gathers && p.dx && std::is_same_v<T, A>), second = plan.second();
   const Channels<T> channels(call, plan.tile_elements(kTile));
+  const bool past = channels.stores_past() && !plan.once;
   const int64_t tiles = channels.tiles();
   ChannelVectors<A> vectors(call.shape.C);
   for (int64_t c = 0; c < call.shape.C; ++c) load_statistics(p, c, vectors);
@@ -281,20 +284,16 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
   };
   const auto tile_of = [&](Step at, const Plan& pass, std::initializer_list<const T*> streams, Buffers& b) {
     const uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at) : nullptr;
-    const Ahead ahead = plan.staged ? channels.ahead(at, streams) : Ahead();
     Draws draws{plan.mask_is_noise() ? mask : nullptr, 0, nullptr, 0};
     if (pass.drops() && !plan.mask_is_noise()) {
-      draws = channels.draw(at, b.drawn, ahead);
-    } else {
-      ahead.fetch();
+      draws = channels.draw(at, b.drawn, plan.staged ? channels.ahead(at, streams) : Ahead());
     }
     return Tile<T>{kRun, 1, channels.rows(at), vectors.at(at.c), p.act_weight ? p.act_weight + at.c : nullptr, draws,
                    mask, 0};
   };
   const auto outputs = [&](Step at, const Plan& pass, Buffers& b) {
     const auto target = [&](T* base, T* buffer) {
-      return View<T>{base ? channels.target(base, at, buffer) : nullptr, channels.ld(), 0,
-                     channels.stores_past() && !plan.once};
+      return View<T>{base ? channels.target(base, at, buffer) : nullptr, channels.ld(), 0, past};
     };
     Gradients<T> to{};
     to.dx = target(p.dx, b.dx);
@@ -334,7 +333,7 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
     if (!emits(p)) return;
     Buffers b;
     const Inputs in = inputs(at, plan.once ? p.dx : p.g, channels.second_distance(at, soon), b);
-    const Tile<T> tile = tile_of(at, second, {p.x, plan.once ? nullptr : p.g, p.residual, p.dx}, b);
+    const Tile<T> tile = tile_of(at, second, {p.x, plan.once ? nullptr : p.g, p.residual, past ? nullptr : p.dx}, b);
     const Gradients<T> to = outputs(at, second, b);
     Stages<T>(second, tile, b.workspace).gradient(in.x, in.residual, in.g, to);
     store(at, to);
@@ -355,7 +354,7 @@ void noise_runs(const Call& call, const T* x, T* y) {
     const T* from = x ? channels.load(x, at, in) : nullptr;
     T* to = channels.target(y, at, out);
     multiply<T>({from, 0}, {to, channels.ld(), 0, channels.stores_past()}, call.chain.multiplier, 1, channels.rows(at),
-                channels.draw(at, drawn, channels.ahead(at, {x, y})));
+                channels.draw(at, drawn, channels.ahead(at, {x, channels.stores_past() ? nullptr : y})));
     channels.store(y, at, to);
   });
 }

@@ -380,6 +380,7 @@ class Stages {
     auto q = arguments<Elementwise<A>>(x);
     q.y = y.p;
     q.ldy = y.ld;
+    q.ahead = x.ahead;
     q.past = y.past;
     q.act_weight = tile_.act_weight;
     q.factor_first = s.drop_first && s.drop != Plan::none;
@@ -406,6 +407,7 @@ class Stages {
     Elementwise<A> q = elementwise(x, y, s);
     q.g = g.p;
     q.ldg = g.ld;
+    q.aheadg = g.ahead;
     elementwise_for<A>().gradient[tile_.span][activation(s.act)](q);
   }
   void weight_sums(In x, In g, double* sum) {
@@ -427,7 +429,7 @@ class Stages {
   In widened(View<const T> x, A* buffer) const {
     if constexpr (converts) {
       if (!x.p) return {};
-      kernels_for<T>().widen(x.p, x.ld, buffer, ld_, tile_.rows, tile_.cols, false);
+      kernels_for<T>().widen(x.p, x.ld, x.ahead, buffer, ld_, tile_.rows, tile_.cols, false);
       return {buffer, ld_};
     } else {
       return x;
@@ -446,7 +448,9 @@ class Stages {
   void copy(View<const T> x, View<T> y) const {
     for (int64_t row = 0; row < tile_.rows; ++row) std::copy_n(x.p + row * x.ld, tile_.cols, y.p + row * y.ld);
   }
-  void leave(In x, View<T> y) const { kernels_for<T>().narrow(x.p, x.ld, y.p, y.ld, tile_.rows, tile_.cols, y.past); }
+  void leave(In x, View<T> y) const {
+    kernels_for<T>().narrow(x.p, x.ld, x.ahead, y.p, y.ld, tile_.rows, tile_.cols, y.past);
+  }
 
   const Plan& plan_;
   const Chain& chain_;

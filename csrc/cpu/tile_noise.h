@@ -40,8 +40,8 @@ struct DrawBuffer {
 };
 
 // The streams that a tile goes through. They are fetched while its noise is drawn, which takes time and no memory;
-// where nothing is drawn per element, before the tile's first stage. For tiles that go through stages, and for noise
-// alone channels-first; elsewhere the processor's own prefetching does as well, or better.
+// where it is drawn per channel or sample, before the tile's first stage. For tiles that go through stages, and for
+// noise alone channels-first; elsewhere kernels fetch what is read soon, or the processor does.
 class Ahead {
  public:
   Ahead() = default;

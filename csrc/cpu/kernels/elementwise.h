@@ -62,7 +62,8 @@ FN_INLINE void stage_value_rows(const Elementwise<A>& q) {
       V values[kVectors<A>];
       const A* x = in.at(q.x + row * q.ldx + i, rest);
       const A* add = q.add ? more.at(q.add + row * q.ldadd + i, rest) : nullptr;
-      if (add) fetch_block(add + q.aheadadd);
+      if (q.ahead) fetch_block(x + q.ahead);
+      if (q.aheadadd) fetch_block(add + q.aheadadd);
       Block<float> factors;
       const Factor<A, kind> factor(q, row, i, factors);
       uint32_t saved = 0;
@@ -106,6 +107,8 @@ FN_INLINE void stage_gradient_rows(const Elementwise<A>& q) {
       const A* g = gradient.at(q.g + row * q.ldg + i, rest);
       Block<float> factors;
       const Factor<A, kind> factor(q, row, i, factors);
+      if (q.ahead) fetch_block(x + q.ahead);
+      if (q.aheadg) fetch_block(g + q.aheadg);
       for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         const V z = V::load(x + v * V::width), m = factor[v], dy = V::load(g + v * V::width) * m;
         // The factor is linear: it does not matter on which side of the activation's gradient it comes.
@@ -172,7 +175,7 @@ void scale(const Scale<T>& q) {
 }
 
 template <class From, class To>
-void convert(const From* x, int64_t ldx, To* y, int64_t ldy, int64_t rows, int64_t cols, bool past) {
+void convert(const From* x, int64_t ldx, int64_t ahead, To* y, int64_t ldy, int64_t rows, int64_t cols, bool past) {
   using A = opmath_t<To>;
   using V = Vec<A>;
   Results<To> results(past, y, ldy, cols, true);
@@ -182,6 +185,7 @@ void convert(const From* x, int64_t ldx, To* y, int64_t ldy, int64_t rows, int64
       const auto piece = results.piece(done);
       Block<From> in;
       const From* from = in.at(x + row * ldx + piece.column, cols - piece.column);
+      if (ahead) fetch_block(from + ahead);
       V values[kVectors<A>];
       FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) values[v] = V::load(from + v * V::width);
       results.store(values, done, piece);
