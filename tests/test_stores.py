@@ -65,7 +65,7 @@ def test_past_the_caches(rows, layout, dtype, options):
     if layout == "last" and len(rows) == 1:
         pytest.skip("the same as first")
     samples = samples_of(rows, dtype, options.get("training", True))
-    Problem((samples, *rows), dtype=dtype, layout=layout, **{"act": "relu"} | options).check()
+    Problem((samples, *rows), dtype=dtype, layout=layout, act="relu", **options).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

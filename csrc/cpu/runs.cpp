@@ -243,8 +243,9 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
     Workspace<A> workspace;
     uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at) : nullptr;
     Draws draws{mask, 0, nullptr, 0};
-    if (!(keeps_noise && call.training))
+    if (!(keeps_noise && call.training)) {
       draws = second.drops() ? draw(at, drawn, {p.x, p.residual, past ? nullptr : p.y}) : Draws{};
+    }
     const Tile<T> tile = tile_of(at, draws);
     T* y = channels.target(p.y, at, out);
     const T* residual = p.residual ? channels.load(p.residual, at, more) : nullptr;
@@ -347,14 +348,15 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
 template <class T>
 void noise_runs(const Call& call, const T* x, T* y) {
   const Channels<T> channels(call, kStageElements);
+  const bool past = channels.stores_past();
   for_tasks(call.shape.C * channels.tiles(), call.shape.C * call.shape.rows() < kSerial, false, [&](int64_t i) {
     const Step at = channels.in_memory_order(i);
     alignas(64) T in[kTile], out[kTile];
     DrawBuffer drawn;
     const T* from = x ? channels.load(x, at, in) : nullptr;
     T* to = channels.target(y, at, out);
-    multiply<T>({from, 0}, {to, channels.ld(), 0, channels.stores_past()}, call.chain.multiplier, 1, channels.rows(at),
-                channels.draw(at, drawn, channels.ahead(at, {x, channels.stores_past() ? nullptr : y})));
+    multiply<T>({from, 0}, {to, channels.ld(), 0, past}, call.chain.multiplier, 1, channels.rows(at),
+                channels.draw(at, drawn, channels.ahead(at, {x, past ? nullptr : y})));
     channels.store(y, at, to);
   });
 }
