@@ -31,13 +31,14 @@ class Matrix {
     int64_t row, rows;
   };
 
-  Matrix(const Call& call, bool staged)
+  Matrix(const Call& call, bool staged, bool outgrows)  // the caches
       : noise_(call.chain, call.seed, call.shape.S, call.first_row),
         channels_(call.shape.C),
         repeat_(call.shape.channels_last ? 1 : call.shape.S),
         cycle_(few_channels(call) ? std::min(kShortRow / channels_, call.shape.rows()) : 1),
         rows_(call.shape.rows() / repeat_ / cycle_),
-        rest_(call.shape.rows() % cycle_) {
+        rest_(call.shape.rows() % cycle_),
+        outgrows_(outgrows) {
     const int64_t elements = !staged ? kFusedElements : repeat_ > 1 ? kStageElements : kStageMatrix;
     if (repeat_ > 1) {
       block_ = channels_of_block(call.shape);
@@ -82,7 +83,8 @@ class Matrix {
   }
 
   int64_t ld() const { return channels_ * repeat_ * cycle_; }
-  int64_t ahead() const { return tile_rows_ * ld(); }  // to the next tile
+  bool outgrows() const { return outgrows_; }
+  int64_t ahead() const { return outgrows_ ? tile_rows_ * ld() : 0; }  // to the next tile, if that is to be fetched
   int64_t offset(int64_t block, const Tile& t) const { return t.row * ld() + block * block_ * repeat_; }
 
   // Where partial results of a panel stand: vectors that kernels may read and write 8 at a time.
@@ -111,12 +113,12 @@ class Matrix {
     return t.row * mask_ld() + block * words_of(block_ * repeat_);
   }
 
-  // gather(panel), finish(block) and emit(panel) for all of them. With short rows a thread takes a block through both
-  // passes, its data still in cache, where there are blocks enough for all threads.
+  // gather(panel), finish(block) and emit(panel) for all of them. With short rows, or one pass, a thread takes a block
+  // through all of it, its data still in cache, where there are blocks enough for all threads.
   template <class Gather, class Finish, class Emit>
   void two_passes(bool gathers, const Gather& gather, const Finish& finish, const Emit& emit) const {
     const int64_t threads = at::get_num_threads();
-    if (repeat_ > 1 && (serial() || blocks_ % threads == 0 || blocks_ >= 4 * threads)) {
+    if ((repeat_ > 1 || !gathers) && (serial() || blocks_ % threads == 0 || blocks_ >= 4 * threads)) {
       for_tasks(blocks_, serial(), false, [&](int64_t block) {
         for (int64_t chunk = 0; gathers && chunk < chunks_; ++chunk) gather(Panel{block, chunk});
         finish(block);
@@ -143,6 +145,7 @@ class Matrix {
 
   TileNoise noise_;
   int64_t channels_, repeat_, cycle_, rows_, rest_, blocks_, block_, tile_rows_, chunk_, chunks_;
+  bool outgrows_;
 };
 
 // Per-channel vectors as the columns of a block have them: where they stand, or repeated.
@@ -247,14 +250,14 @@ template <class T>
 void forward_columns(const Call& call, const ForwardPointers<T>& p) {
   using A = opmath_t<T>;
   const Plan plan(call.chain, false, p.mask != nullptr, call.training && std::is_same_v<T, A>), second = plan.second();
-  const Matrix matrix(call, plan.staged);
+  const Matrix matrix(call, plan.staged, outgrows_caches<T>(call));
   const int64_t C = call.shape.C, ld = matrix.ld();
   Partials partials(call.training, matrix), clean(p.clean_mean, matrix);
   ChannelVectors<A> vectors(C);
   const std::vector<A> act_weight = padded_copy(p.act_weight, C);
   const bool before = call.chain.before[0] != Stage::none, noisy = call.chain.before_has(Stage::drop);
   const bool keeps_noise = p.mask && plan.saves_at < 0;  // drawn in the first pass, read in the second
-  const bool past = stores_past_caches<T>(call) && !plan.once;
+  const bool past = matrix.outgrows() && !plan.once;
   const auto draw = [&](Panel panel, const Matrix::Tile& t, DrawBuffer& buffer,
                         std::initializer_list<const T*> streams) {
     const Draws draws = matrix.draw(panel, t, buffer, plan.staged ? matrix.ahead(panel, t, streams) : Ahead());
@@ -351,7 +354,7 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
   using A = opmath_t<T>;
   const bool gathers = p.grad_weight != nullptr;
   const Plan plan(call.chain, true, p.mask != nullptr, gathers && p.dx && std::is_same_v<T, A>), second = plan.second();
-  const Matrix matrix(call, plan.staged);
+  const Matrix matrix(call, plan.staged, outgrows_caches<T>(call));
   const int64_t C = call.shape.C, ld = matrix.ld();
   Partials partials(gathers, matrix);
   ChannelVectors<A> vectors(C);
@@ -359,7 +362,7 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
   const std::vector<A> act_weight = padded_copy(p.act_weight, C);
   std::vector<A> a(padded(C)), b(call.training ? padded(C) : 0), c_(padded(C));
   std::vector<double> weight_sums(p.grad_act_weight ? matrix.partials() : 0);
-  const bool past = stores_past_caches<T>(call) && !plan.once;
+  const bool past = matrix.outgrows() && !plan.once;
 
   const auto view = [&](auto* base, int64_t at) {
     return View<std::remove_pointer_t<decltype(base)>>{base ? base + at : nullptr, ld, matrix.ahead(), past};
@@ -441,8 +444,8 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
 
 template <class T>
 void noise_columns(const Call& call, const T* x, T* y) {
-  const Matrix matrix(call, true);
-  const bool past = stores_past_caches<T>(call);
+  const Matrix matrix(call, true, outgrows_caches<T>(call));
+  const bool past = matrix.outgrows();
   matrix.for_panels(false, [&](Panel panel) {
     DrawBuffer drawn;
     matrix.for_tiles(panel.chunk, [&](const Matrix::Tile& t) {

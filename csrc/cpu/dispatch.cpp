@@ -35,7 +35,7 @@ int64_t cache_bytes() {
 
 }  // namespace
 
-bool goes_past_caches(int64_t bytes, bool training) {
+bool outgrows_caches(int64_t bytes, bool training) {
   static const int64_t cache = cache_bytes();
   return training ? bytes >= cache / 8 : 2 * bytes > cache;
 }

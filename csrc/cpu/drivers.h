@@ -76,13 +76,11 @@ inline bool in_order(const Call& call, bool masked) {
          (call.shape.S >= 32 || call.shape.C == 1);
 }
 
-// Whether results of the size of x are stored past the caches.
 template <class T>
-bool stores_past_caches(const Call& call) {
-  return goes_past_caches(call.shape.C * call.shape.rows() * sizeof(T), call.training);
+bool outgrows_caches(const Call& call) {
+  return outgrows_caches(call.shape.C * call.shape.rows() * sizeof(T), call.training);
 }
 
-constexpr int64_t kBytesAhead = 2048;  // are fetched where a pass follows memory
 constexpr int64_t kTile = 4096;        // values of a run, at most: they stay in the first-level cache
 
 // Below this many elements a second thread costs more than it brings.

@@ -198,9 +198,11 @@ extern const Kernels kernels_avx512;
 // The table for this processor, as torch's own choice (ATEN_CPU_CAPABILITY is honoured) allows.
 const Kernels& kernels();
 
-// Whether a result of so many bytes goes past the caches: a line that is written whole need not be read first, and does
-// not evict what is needed sooner. In training that is x, which backward reads; measured with a next layer that reads
-// the result, it pays from an eighth of the last-level cache on. In evaluation, from where it and x exceed that cache.
-bool goes_past_caches(int64_t bytes, bool training);
+// Whether a pass over a tensor of so many bytes is one over memory. Then results go past the caches: a line that is
+// written whole need not be read first, and does not evict what is needed sooner, in training x, which backward reads.
+// And what is read soon is fetched ahead; in the caches that would take as long as it spares. Measured with a next
+// layer that reads the result, both pay from an eighth of the last-level cache on; in evaluation, from where the result
+// and x exceed that cache.
+bool outgrows_caches(int64_t bytes, bool training);
 
 }  // namespace fusednorm::cpu

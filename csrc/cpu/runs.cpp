@@ -37,7 +37,7 @@ class Channels {
     tiles_per_piece_ = (length_ + tile_ - 1) / tile_;
     tiles_ = pieces.count * tiles_per_piece_;
     in_place_ = length_ == shape_.S || whole();
-    past_ = in_place_ && stores_past_caches<T>(call);
+    outgrows_ = in_place_ && outgrows_caches<T>(call);
   }
 
   // The i-th of all tiles: piece by piece, of all channels.
@@ -48,7 +48,7 @@ class Channels {
   int64_t pieces() const { return tiles_ / tiles_per_piece_; }
   int64_t tiles_per_piece() const { return tiles_per_piece_; }
   int64_t tiles() const { return tiles_; }
-  bool stores_past() const { return past_; }                                     // the caches
+  bool outgrows() const { return outgrows_; }                                    // the caches, in one piece
   int64_t ld() const { return in_place_ ? length_ : 0; }                         // of pieces
   int64_t tile(Step at) const { return at.piece * tiles_per_piece_ + at.part; }  // of its channel
   int64_t rows(Step at) const { return std::min(tile_, length_ - at.part * tile_); }
@@ -72,14 +72,9 @@ class Channels {
     });
     return buffer;
   }
-  // From a tile to what is fetched meanwhile; 0 where that is none, or not in one piece.
+  // From a tile to what is fetched meanwhile; 0: nothing.
   int64_t distance(Step at, Step soon) const {
-    return in_place_ && soon.c < shape_.C && soon.piece < pieces() ? place(soon) - place(at) : 0;
-  }
-  // The same in a second pass. Where its results stay in the caches, the next channels would displace them.
-  int64_t second_distance(Step at, Step soon) const {
-    if (past_) return distance(at, soon);
-    return in_place_ ? kBytesAhead / static_cast<int64_t>(sizeof(T)) : 0;
+    return outgrows_ && soon.c < shape_.C && soon.piece < pieces() ? place(soon) - place(at) : 0;
   }
   // Where to write the tile; store() then brings it to its place.
   T* target(T* base, Step at, T* buffer) const { return in_place_ ? base + place(at) : buffer; }
@@ -124,7 +119,7 @@ class Channels {
   TileNoise noise_;
   int64_t length_;  // of a piece; a piece that is not contiguous in memory spans the channel
   int64_t tile_, tiles_per_piece_, tiles_;
-  bool in_place_, past_;
+  bool in_place_, outgrows_;
 };
 
 // Two passes over every channel: gather(step, soon) makes the partial result of a tile, finish(c, partials) merges
@@ -185,7 +180,7 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
   using A = opmath_t<T>;
   const Plan plan(call.chain, false, p.mask != nullptr, call.training && std::is_same_v<T, A>), second = plan.second();
   const Channels<T> channels(call, plan.tile_elements(kTile));
-  const bool past = channels.stores_past() && !plan.once;
+  const bool past = channels.outgrows() && !plan.once;
   const int64_t tiles = channels.tiles();
   ChannelVectors<A> vectors(call.shape.C);
   const bool before = call.chain.before[0] != Stage::none, noisy = call.chain.before_has(Stage::drop);
@@ -249,7 +244,7 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
     const Tile<T> tile = tile_of(at, draws);
     T* y = channels.target(p.y, at, out);
     const T* residual = p.residual ? channels.load(p.residual, at, more) : nullptr;
-    const int64_t ahead = channels.second_distance(at, soon);
+    const int64_t ahead = channels.distance(at, soon);
     Stages<T>(second, tile, workspace)
         .forward({channels.load(plan.once ? p.y : p.x, at, in), 0, ahead}, {residual, 0, ahead},
                  {y, channels.ld(), 0, past}, mask, 0);
@@ -264,7 +259,7 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
   const bool gathers = p.grad_weight != nullptr;
   const Plan plan(call.chain, true, p.mask != nullptr, gathers && p.dx && std::is_same_v<T, A>), second = plan.second();
   const Channels<T> channels(call, plan.tile_elements(kTile));
-  const bool past = channels.stores_past() && !plan.once;
+  const bool past = channels.outgrows() && !plan.once;
   const int64_t tiles = channels.tiles();
   ChannelVectors<A> vectors(call.shape.C);
   for (int64_t c = 0; c < call.shape.C; ++c) load_statistics(p, c, vectors);
@@ -333,7 +328,7 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
   const auto emit = [&](Step at, Step soon) {
     if (!emits(p)) return;
     Buffers b;
-    const Inputs in = inputs(at, plan.once ? p.dx : p.g, channels.second_distance(at, soon), b);
+    const Inputs in = inputs(at, plan.once ? p.dx : p.g, channels.distance(at, soon), b);
     const Tile<T> tile = tile_of(at, second, {p.x, plan.once ? nullptr : p.g, p.residual, past ? nullptr : p.dx}, b);
     const Gradients<T> to = outputs(at, second, b);
     Stages<T>(second, tile, b.workspace).gradient(in.x, in.residual, in.g, to);
@@ -348,7 +343,7 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
 template <class T>
 void noise_runs(const Call& call, const T* x, T* y) {
   const Channels<T> channels(call, kStageElements);
-  const bool past = channels.stores_past();
+  const bool past = channels.outgrows();
   for_tasks(call.shape.C * channels.tiles(), call.shape.C * call.shape.rows() < kSerial, false, [&](int64_t i) {
     const Step at = channels.in_memory_order(i);
     alignas(64) T in[kTile], out[kTile];

@@ -33,6 +33,21 @@ FN_INLINE ExpParts<V> exp_parts(V x) {
   return {power_of_two(t - V(1.0f)), fma(r * r, s, r)};
 }
 
+// 2^x / 2 for |x| <= 125.
+template <class V>
+FN_INLINE V half_exp2(V x) {
+  const V t = x + V(12582912.0f);  // as in exp_parts
+  const V r = x - (t - V(12582912.0f));
+  V p(0x1.444p-13f);  // (2^r - 1) / r on |r| <= 1/2, fit error 4e-9
+  p = fma(p, r, V(0x1.5f48cp-10f));
+  p = fma(p, r, V(0x1.3b2a1cp-7f));
+  p = fma(p, r, V(0x1.c6aeccp-5f));
+  p = fma(p, r, V(0x1.ebfbe0p-3f));
+  p = fma(p, r, V(0x1.62e430p-1f));
+  const V h = power_of_two(t - V(1.0f));
+  return fma(h, p * r, h);
+}
+
 // Saturates where exp_parts has no exponent left, and lets NaN through.
 template <class V>
 FN_INLINE V clamp_exp(V x, V y, float lowest, float at_lowest) {
@@ -137,35 +152,31 @@ FN_INLINE V sigmoid(V x) {
   return V(1.0f) / (V(1.0f) + exp(V(0.0f) - x));
 }
 
-// P(Z <= z) for a standard normal Z. With t = |z|/sqrt(2): below 1 from erf(t) = t * P(t^2), above from
-// erfc(t) = exp(-W(t)), which keeps the left tail's relative accuracy.
+// P(Z <= z) for a standard normal Z: on the left 2^(W(|z|) - 1), which keeps the tail's relative accuracy, and on the
+// right 1 less that.
 template <class V>
 FN_INLINE V normal_cdf(V z) {
   if constexpr (is_double<V>) {
     return map(z, [](double a) { return 0.5 * ::erfc(-0.70710678118654752440 * a); });
   } else {
-    const V x = z * V(0.707106781186547524f);
-    const V a = abs(x);
-    const V s = x * x;
-    V p(0x1.40be52p-14f);  // erf(t)/t on t <= 1, fit error 6e-10
-    p = fma(p, s, V(-0x1.a06882p-11f));
-    p = fma(p, s, V(0x1.5375c8p-8f));
-    p = fma(p, s, V(-0x1.b7e328p-6f));
-    p = fma(p, s, V(0x1.ce2b58p-4f));
-    p = fma(p, s, V(-0x1.812730p-2f));
-    p = fma(p, s, V(0x1.20dd74p+0f));
-    const V t = select(less(V(6.0f), a), V(6.0f), a);
-    V w(0x1.24ddecp-16f);  // -log(erfc(t)) on 1 <= t <= 6, fit error 5e-9
-    w = fma(w, t, V(-0x1.93bcd6p-12f));
-    w = fma(w, t, V(0x1.fe1860p-9f));
-    w = fma(w, t, V(-0x1.8d99b8p-6f));
-    w = fma(w, t, V(0x1.b54fd6p-4f));
-    w = fma(w, t, V(0x1.4513fap-1f));
-    w = fma(w, t, V(0x1.20ee20p+0f));
-    w = fma(w, t, V(0x1.0acc14p-15f));
-    const V tail = select(less(V(6.0f), a), V(0.0f), V(0.5f) * exp(V(0.0f) - w));  // erfc(6) = 2e-17
-    const V outer = select(less(x, V(0.0f)), tail, V(1.0f) - tail);
-    return select(less(a, V(1.0f)), fma(V(0.5f) * x, p, V(0.5f)), outer);
+    const V a = abs(z);
+    const mask_t<V> beyond = less(V(8.5f), a);  // what is left there is 1e-17
+    const V t = select(beyond, V(8.5f), a);
+    const V s = t * t;
+    V odd(0x1.778bdcp-28f);  // W(t) = log2(2 P(Z <= -t)) on 0 <= t <= 8.5, fit error 6e-8 * max(|W|, 1/3)
+    odd = fma(odd, s, V(0x1.df9de2p-20f));
+    odd = fma(odd, s, V(0x1.7fbb5cp-14f));
+    odd = fma(odd, s, V(0x1.8b3268p-16f));
+    odd = fma(odd, s, V(-0x1.ada73cp-5f));
+    odd = fma(odd, s, V(-0x1.26aeccp+0f));
+    V even(-0x1.c27054p-34f);
+    even = fma(even, s, V(-0x1.15d074p-23f));
+    even = fma(even, s, V(-0x1.09a950p-16f));
+    even = fma(even, s, V(-0x1.411e5cp-12f));
+    even = fma(even, s, V(0x1.c6f666p-8f));
+    even = fma(even, s, V(-0x1.d63cfap-2f));
+    const V tail = select(beyond, V(0.0f), half_exp2(fma(even, s, odd * t)));
+    return select(less(z, V(0.0f)), tail, V(1.0f) - tail);
   }
 }
 

@@ -67,7 +67,9 @@ struct Block {
 
 // The processor's own prefetching stops at pages and at the end of a tile, and few loads are in flight meanwhile.
 template <class T>
-FN_INLINE void fetch_block(const T* p) {
+FN_INLINE void fetch_block(const T* p, int64_t ahead) {  // 0: nothing
+  if (!ahead) return;
+  p += ahead;
   FN_UNROLL for (int i = 0; i < kBlock; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
 }
 

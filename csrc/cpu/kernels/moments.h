@@ -10,17 +10,15 @@ FN_INLINE double widen_one(double x) { return x; }
 FN_INLINE float widen_one(float x) { return x; }
 
 // f(v, values, present lanes or null for all) for every vector of n values. Two blocks are in flight: a sum waits some
-// cycles for the one before. What stands `ahead`, if not 0, is fetched on the way.
+// cycles for the one before. What stands `ahead` is fetched on the way.
 template <class T, class F>
 FN_INLINE void for_run(const T* x, int64_t n, int64_t ahead, F f) {
   using V = Vec<opmath_t<T>>;
   constexpr int vectors = kVectors<opmath_t<T>>;
   int64_t i = 0;
   for (; i + 2 * kBlock <= n; i += 2 * kBlock) {
-    if (ahead) {
-      fetch_block(x + ahead + i);
-      fetch_block(x + ahead + i + kBlock);
-    }
+    fetch_block(x + i, ahead);
+    fetch_block(x + i + kBlock, ahead);
     FN_UNROLL for (int v = 0; v < 2 * vectors; ++v) f(v, V::load(x + i + v * V::width), nullptr);
   }
   for (; i < n; i += kBlock) {
@@ -138,7 +136,7 @@ FN_INLINE void moments_of_columns(const T* x, int64_t rows, int64_t ld, int64_t 
   }
   FN_UNROLL for (int v = 0; v < n; ++v) centre[v] = centre[v] * V(1.0 / some);
   for (int64_t row = 0; row < rows; ++row) {
-    FN_UNROLL for (int i = 0; i < width; i += kBlock) fetch_block(x + ahead + row * ld + i);
+    FN_UNROLL for (int i = 0; i < width; i += kBlock) fetch_block(x + row * ld + i, ahead);
     FN_UNROLL for (int v = 0; v < n; ++v) {
       const V d = V::load(x + row * ld + v * V::width) - centre[v];
       deviations[v] = deviations[v] + d;
