@@ -19,7 +19,7 @@ from benchmarks import cold, machine, rivals
 from benchmarks.case import Case
 from benchmarks.workloads import COLD
 
-SHORTEST_TURN = 1e-3  # seconds
+SHORTEST_TURN = 5e-3  # seconds: a hot layer is one that has come out of the cold
 ROUNDS = 5, 100
 COPIES = ("copy_", "clamp_min")
 
@@ -176,7 +176,7 @@ def _calibrate(turns: list[Turn], budget: float) -> int:
         if turn.cold:
             continue
         shortest = duration if isinstance(turn, CopyTurn) else fastest
-        turn.inner = min(100, max(1, math.ceil(SHORTEST_TURN / shortest)))
+        turn.inner = min(1000, max(1, math.ceil(SHORTEST_TURN / shortest)))
         round_seconds += (turn.inner - 1) * duration
     least, most = ROUNDS
     if round_seconds > budget:
