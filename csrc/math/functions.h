@@ -48,21 +48,13 @@ FN_INLINE V half_exp2(V x) {
   return fma(h, p * r, h);
 }
 
-// Saturates where exp_parts has no exponent left, and lets NaN through.
-template <class V>
-FN_INLINE V clamp_exp(V x, V y, float lowest, float at_lowest) {
-  y = select(less(x, V(lowest)), V(at_lowest), y);
-  y = select(less(V(88.7228394f), x), V(INFINITY), y);
-  return select(less_equal(x, x), y, x);
-}
-
 template <class V>
 FN_INLINE V exp(V x) {
   if constexpr (is_double<V>) {
     return map(x, [](double a) { return ::exp(a); });
   } else {
-    const ExpParts<V> e = exp_parts(x);
-    return clamp_exp(x, V(2.0f) * fma(e.h, e.q, e.h), -87.0f, 0.0f);  // denormal results are flushed
+    const ExpParts<V> e = exp_parts(select(less(V(89.0f), x), V(89.0f), x));  // infinite from 88.73 on
+    return select(less(x, V(-87.0f)), V(0.0f), V(2.0f) * fma(e.h, e.q, e.h));  // denormal results are flushed
   }
 }
 
@@ -71,8 +63,8 @@ FN_INLINE V expm1(V x) {
   if constexpr (is_double<V>) {
     return map(x, [](double a) { return ::expm1(a); });
   } else {
-    const ExpParts<V> e = exp_parts(x);
-    return clamp_exp(x, V(2.0f) * fma(e.h, e.q, e.h - V(0.5f)), -18.0f, -1.0f);
+    const ExpParts<V> e = exp_parts(select(less(V(89.0f), x), V(89.0f), x));
+    return select(less(x, V(-18.0f)), V(-1.0f), V(2.0f) * fma(e.h, e.q, e.h - V(0.5f)));
   }
 }
 
@@ -182,7 +174,12 @@ FN_INLINE V normal_cdf(V z) {
 
 template <class V>
 FN_INLINE V normal_pdf(V z) {
-  return V(0.3989422804014326779) * exp(V(-0.5) * z * z);
+  if constexpr (is_double<V>) {
+    return V(0.3989422804014326779) * exp(V(-0.5) * z * z);
+  } else {
+    const V x = V(-0.721347520444481703f) * z * z;  // log2(e) / 2
+    return select(less(x, V(-125.0f)), V(0.0f), V(0.797884560802865356f) * half_exp2(x));
+  }
 }
 
 }  // namespace
