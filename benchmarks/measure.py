@@ -2,7 +2,8 @@
 
 Each round is one turn of every contestant (two plain copies of the tensor, then the providers), so that whatever else
 the machine does falls on all of them alike, and ratios taken within a round cancel it. A turn is several steps where a
-step is too short for the clock, as many for each layer; a cold one is a single step, with other data in the caches. The timer is a parameter:
+step is short, as many for each layer, so that the first of them, in caches that another contestant left, is one of
+many; a cold turn is a single step, with other data in the caches. The timer is a parameter:
 pytest-benchmark in the benchmarks, a stopwatch in the demo.
 """
 

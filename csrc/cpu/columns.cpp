@@ -84,7 +84,13 @@ class Matrix {
 
   int64_t ld() const { return channels_ * repeat_ * cycle_; }
   bool outgrows() const { return outgrows_; }
-  int64_t ahead() const { return outgrows_ ? tile_rows_ * ld() : 0; }  // to the next tile, if that is to be fetched
+  // From a tile to what is fetched meanwhile; 0: nothing. The second pass over a block finds it in the caches, and
+  // leaves memory to the next block.
+  int64_t ahead(const Tile& t, bool second) const {
+    if (!outgrows_) return 0;
+    if (second && by_block()) return block_ * repeat_;
+    return t.row + tile_rows_ < rows_ ? tile_rows_ * ld() : 0;
+  }
   int64_t offset(int64_t block, const Tile& t) const { return t.row * ld() + block * block_ * repeat_; }
 
   // Where partial results of a panel stand: vectors that kernels may read and write 8 at a time.
@@ -117,8 +123,7 @@ class Matrix {
   // through all of it, its data still in cache, where there are blocks enough for all threads.
   template <class Gather, class Finish, class Emit>
   void two_passes(bool gathers, const Gather& gather, const Finish& finish, const Emit& emit) const {
-    const int64_t threads = at::get_num_threads();
-    if ((repeat_ > 1 || !gathers) && (serial() || blocks_ % threads == 0 || blocks_ >= 4 * threads)) {
+    if (by_block() || (!gathers && shares_blocks())) {
       for_tasks(blocks_, serial(), false, [&](int64_t block) {
         for (int64_t chunk = 0; gathers && chunk < chunks_; ++chunk) gather(Panel{block, chunk});
         finish(block);
@@ -142,6 +147,11 @@ class Matrix {
     return s.channels_last && s.C % 32 != 0 && s.C <= kShortRow / 4 && !call.chain.draws();
   }
   bool serial() const { return ld() * rows_ < kSerial; }
+  bool shares_blocks() const {
+    const int64_t threads = at::get_num_threads();
+    return serial() || blocks_ % threads == 0 || blocks_ >= 4 * threads;
+  }
+  bool by_block() const { return repeat_ > 1 && shares_blocks(); }
 
   TileNoise noise_;
   int64_t channels_, repeat_, cycle_, rows_, rest_, blocks_, block_, tile_rows_, chunk_, chunks_;
@@ -285,7 +295,7 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
         kernels_for<E>().moments_columns(values.p, t.rows, columns, values.ld, values.ahead, count, into.mean, into.m2);
       };
       const int64_t at = matrix.offset(block, t);
-      const View<const T> x{p.x + at, ld, matrix.ahead()};
+      const View<const T> x{p.x + at, ld, matrix.ahead(t, false)};
       if (before) {
         tile.rows = t.rows;
         tile.draws = noisy ? draw(panel, t, drawn, {p.x, plan.once ? p.y : nullptr}) : Draws{};
@@ -340,10 +350,10 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
       if (!(keeps_noise && call.training)) {
         tile.draws = second.drops() ? draw(panel, t, drawn, {p.x, p.residual, past ? nullptr : p.y}) : Draws{};
       }
+      const int64_t ahead = matrix.ahead(t, call.training);
       Stages<T>(second, tile, workspace)
-          .forward({(plan.once ? p.y : p.x) + at, ld, matrix.ahead()},
-                   {p.residual ? p.residual + at : nullptr, ld, matrix.ahead()}, {p.y + at, ld, 0, past}, mask,
-                   matrix.mask_ld());
+          .forward({(plan.once ? p.y : p.x) + at, ld, ahead}, {p.residual ? p.residual + at : nullptr, ld, ahead},
+                   {p.y + at, ld, 0, past}, mask, matrix.mask_ld());
     });
   };
   matrix.two_passes(call.training, gather, finish, emit);
@@ -364,10 +374,13 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
   std::vector<double> weight_sums(p.grad_act_weight ? matrix.partials() : 0);
   const bool past = matrix.outgrows() && !plan.once;
 
-  const auto view = [&](auto* base, int64_t at) {
-    return View<std::remove_pointer_t<decltype(base)>>{base ? base + at : nullptr, ld, matrix.ahead(), past};
+  struct Place {  // in memory
+    int64_t at, ahead;
   };
-  // f(tile, offset in memory, results) for the tiles of a panel in a pass.
+  const auto view = [&](auto* base, Place place) {
+    return View<std::remove_pointer_t<decltype(base)>>{base ? base + place.at : nullptr, ld, place.ahead, past};
+  };
+  // f(tile, place, results) for the tiles of a panel in a pass.
   const auto for_tiles = [&](Panel panel, const Plan& pass, std::initializer_list<const T*> streams, Folded& sums,
                              const auto& f) {
     const int64_t block = panel.block;
@@ -381,7 +394,7 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
     to.b = repeat(b);
     to.c = repeat(c_);
     matrix.for_tiles(panel.chunk, [&](const Matrix::Tile& t) {
-      const int64_t at = matrix.offset(block, t);
+      const Place place{matrix.offset(block, t), matrix.ahead(t, gathers && &pass == &second)};
       const uint32_t* mask = p.mask ? p.mask + matrix.mask_offset(block, t) : nullptr;
       tile.rows = t.rows;
       tile.mask = mask;
@@ -389,9 +402,9 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
       if (pass.drops() && !plan.mask_is_noise()) {
         tile.draws = matrix.draw(panel, t, drawn, plan.staged ? matrix.ahead(panel, t, streams) : Ahead());
       }
-      to.dx = view(p.dx, at);
-      to.residual = view(&pass == &plan || !plan.once ? p.grad_residual : nullptr, at);
-      f(tile, at, to);
+      to.dx = view(p.dx, place);
+      to.residual = view(&pass == &plan || !plan.once ? p.grad_residual : nullptr, place);
+      f(tile, place, to);
     });
     sums.fold_sums();
   };
@@ -399,7 +412,7 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
     Workspace<A> workspace;
     Folded sums(matrix, panel);
     double *const dz = sums.columns(partials.first), *const dz_xmu = sums.columns(partials.second);
-    for_tiles(panel, plan, {p.x, p.g, p.residual}, sums, [&](const Tile<T>& tile, int64_t at, const Gradients<T>& to) {
+    for_tiles(panel, plan, {p.x, p.g, p.residual}, sums, [&](const Tile<T>& tile, Place at, const Gradients<T>& to) {
       Stages<T>(plan, tile, workspace)
           .gradient_sums(view(p.x, at), view(p.residual, at), view(p.g, at), dz, dz_xmu,
                          plan.once ? to : Gradients<T>{});
@@ -425,7 +438,7 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
     Workspace<A> workspace;
     Folded sums(matrix, panel);
     for_tiles(panel, second, {p.x, plan.once ? nullptr : p.g, p.residual, past ? nullptr : p.dx}, sums,
-              [&](const Tile<T>& tile, int64_t at, const Gradients<T>& to) {
+              [&](const Tile<T>& tile, Place at, const Gradients<T>& to) {
                 Stages<T>(second, tile, workspace)
                     .gradient(view(p.x, at), view(p.residual, at),
                               view(plan.once ? static_cast<const T*>(p.dx) : p.g, at), to);

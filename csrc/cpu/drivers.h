@@ -81,7 +81,7 @@ bool outgrows_caches(const Call& call) {
   return outgrows_caches(call.shape.C * call.shape.rows() * sizeof(T), call.training);
 }
 
-constexpr int64_t kTile = 4096;        // values of a run, at most: they stay in the first-level cache
+constexpr int64_t kTile = 4096;  // values of a run, at most: they stay in the first-level cache
 
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t kSerial = 32768;

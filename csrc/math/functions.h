@@ -53,7 +53,7 @@ FN_INLINE V exp(V x) {
   if constexpr (is_double<V>) {
     return map(x, [](double a) { return ::exp(a); });
   } else {
-    const ExpParts<V> e = exp_parts(select(less(V(89.0f), x), V(89.0f), x));  // infinite from 88.73 on
+    const ExpParts<V> e = exp_parts(select(less(V(89.0f), x), V(89.0f), x));   // infinite from 88.73 on
     return select(less(x, V(-87.0f)), V(0.0f), V(2.0f) * fma(e.h, e.q, e.h));  // denormal results are flushed
   }
 }
