@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from common import FLOATS, activate, double, dtype_id, generator, lay_out, leaf, noise, slope
+from common import ACTIVATIONS, FLOATS, act_id, activate, double, dtype_id, generator, lay_out, leaf, noise, slope
 
 from fusednorm import functional, reference
 
@@ -130,3 +130,35 @@ def test_sixteen_bit_sums_do_not_overflow(dtype, layout):
     assert torch.isfinite(y).all()
     torch.testing.assert_close(mean, x.double().mean((0, 2, 3)).float(), rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(var, x.double().var((0, 2, 3)).float(), rtol=1e-4, atol=0)
+
+
+# Where the formulas of csrc/math/functions.h change over or clamp, and past that.
+CORNERS = (0.0, 1e-30, 1e-4, 8.5, 8.500001, 9.1, 13.2, 18.0, 87.0, 88.722, 88.73, 89.0, 90.0, 1e3, 1e20, 5e37)
+
+
+def along_the_axis():
+    corners = torch.tensor(CORNERS)
+    return torch.cat([torch.linspace(-20, 20, 100_001), corners, -corners])
+
+
+@pytest.mark.parametrize("act", [act for act in ACTIVATIONS if act not in (None, "prelu")], ids=act_id)
+def test_activations_along_the_axis(act):
+    """Of z itself, in units in the last place of the larger of the result and 1. A derivative may have a factor z."""
+    z = leaf(along_the_axis().view(-1, 1))
+    y = functional.batch_norm_act_drop(z, torch.zeros(1), torch.ones(1), eps=1e-30, act=act)
+    (dz,) = torch.autograd.grad(y.sum(), z)
+    exact = z.detach().double()
+    for got, answer, units in ((y.detach(), activate(act, exact), 4), (dz, slope(act, exact), 24)):
+        error = (got.double() - answer).abs() / answer.abs().clamp(min=1)
+        worst = error.argmax()
+        assert error[worst] <= units * 2**-23, f"{error[worst].item():.3g} at {exact[worst].item()}"
+
+
+def test_gelu_keeps_its_left_tail():
+    """As far as the rounding of an exponent of that size lets it; what torch computes from erf is 0 from -6 on."""
+    z = torch.linspace(-6, -1, 20_001).view(-1, 1)
+    y = functional.batch_norm_act_drop(z, torch.zeros(1), torch.ones(1), eps=1e-30, act="gelu").double()
+    answer = 0.5 * z.double() * torch.special.erfc(-z.double() / 2**0.5)
+    allowed = 2**-24 * (8 + 6 * z.double().square())
+    worst = ((y / answer - 1).abs() / allowed).max()
+    assert worst <= 1, worst
