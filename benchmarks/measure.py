@@ -20,7 +20,7 @@ from benchmarks import cold, machine, rivals
 from benchmarks.case import Case
 from benchmarks.workloads import COLD
 
-SHORTEST_TURN = 5e-3  # seconds: a hot layer is one that has come out of the cold
+MOST_STEPS = 1000
 ROUNDS = 5, 100
 COPIES = ("copy_", "clamp_min")
 
@@ -32,6 +32,7 @@ class Turn:
     """One contestant's part in a round: `prepare` untimed, `run` timed, `forget` untimed before the next one."""
 
     inner = 1  # steps per turn
+    shortest = 5e-3  # seconds
 
     def __init__(self, name: str, mode: str = ""):
         self.name, self.cold = name, mode == COLD
@@ -70,6 +71,8 @@ class LayerTurn(Turn):
         self.inputs = case.inputs_of(name)
         self.leaves = [*self.inputs, *self.module.parameters()]
         self.outputs = []
+        if mode == "backward":  # the forwards of all its steps are alive at once, and soon not in the caches
+            self.shortest = 1e-3
 
     def prepare(self) -> None:
         self.module.train(self.mode != "eval")
@@ -163,22 +166,27 @@ def _call(run: Step) -> None:
     run()
 
 
+def _set_steps(turns: list[Turn], durations: list[float]) -> None:
+    """All layers take as many as the fastest one: the first finds what another contestant left in the caches."""
+    fastest = min(duration for turn, duration in zip(turns, durations, strict=True) if not isinstance(turn, CopyTurn))
+    for turn, duration in zip(turns, durations, strict=True):
+        step = duration if isinstance(turn, CopyTurn) else fastest
+        turn.inner = 1 if turn.cold else min(MOST_STEPS, max(1, math.ceil(turn.shortest / step)))
+
+
 def _calibrate(turns: list[Turn], budget: float) -> int:
     """Set the steps per turn and return the rounds that fit the budget (seconds, set-up included)."""
     rotation = Rotation(turns)
-    for _ in range(2):  # the first round meets cold caches, compilers and fresh memory
+    durations = [0.0] * len(turns)
+    for _ in range(3):  # the first round meets compilers and fresh memory, the second cold caches
         start = time.perf_counter()
-        durations = stopwatch(_call, rotation.deal, len(turns), 0)
-    round_seconds = time.perf_counter() - start
+        durations = [
+            duration / turn.inner
+            for turn, duration in zip(turns, stopwatch(_call, rotation.deal, len(turns), 0), strict=True)
+        ]
+        round_seconds = time.perf_counter() - start
+        _set_steps(turns, durations)
     turns[-1].forget()
-    # All layers take as many steps as the fastest one: the first step finds what another contestant left in the caches.
-    fastest = min(duration for turn, duration in zip(turns, durations, strict=True) if not isinstance(turn, CopyTurn))
-    for turn, duration in zip(turns, durations, strict=True):
-        if turn.cold:
-            continue
-        shortest = duration if isinstance(turn, CopyTurn) else fastest
-        turn.inner = min(1000, max(1, math.ceil(SHORTEST_TURN / shortest)))
-        round_seconds += (turn.inner - 1) * duration
     least, most = ROUNDS
     if round_seconds > budget:
         least = 3  # the largest tensors take seconds per round and repeat well

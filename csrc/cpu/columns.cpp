@@ -31,14 +31,14 @@ class Matrix {
     int64_t row, rows;
   };
 
-  Matrix(const Call& call, bool staged, bool outgrows)  // the caches
+  Matrix(const Call& call, bool staged, int64_t element_bytes)
       : noise_(call.chain, call.seed, call.shape.S, call.first_row),
         channels_(call.shape.C),
         repeat_(call.shape.channels_last ? 1 : call.shape.S),
         cycle_(few_channels(call) ? std::min(kShortRow / channels_, call.shape.rows()) : 1),
         rows_(call.shape.rows() / repeat_ / cycle_),
         rest_(call.shape.rows() % cycle_),
-        outgrows_(outgrows) {
+        outgrows_(outgrows_caches(call.elements * element_bytes, call.training)) {
     const int64_t elements = !staged ? kFusedElements : repeat_ > 1 ? kStageElements : kStageMatrix;
     if (repeat_ > 1) {
       block_ = channels_of_block(call.shape);
@@ -57,6 +57,9 @@ class Matrix {
         std::clamp(ld() * rows_ / kPanels, kLeastPanelElements, repeats() ? kShortPanelElements : kPanelElements);
     chunk_ = std::max<int64_t>(panel / (block_ * repeat_ * cycle_) / kMaxTileRows * kMaxTileRows, kMaxTileRows);
     chunks_ = (rows_ + chunk_ - 1) / chunk_ + (rest_ > 0);
+    const int64_t threads = at::get_num_threads();
+    shares_blocks_ = serial() || blocks_ % threads == 0 || blocks_ >= 4 * threads;
+    by_block_ = repeat_ > 1 && shares_blocks_ && !outgrows_caches(rows_ * block_ * repeat_ * element_bytes, true);
   }
 
   int64_t blocks() const { return blocks_; }
@@ -84,11 +87,11 @@ class Matrix {
 
   int64_t ld() const { return channels_ * repeat_ * cycle_; }
   bool outgrows() const { return outgrows_; }
-  // From a tile to what is fetched meanwhile; 0: nothing. The second pass over a block finds it in the caches, and
-  // leaves memory to the next block.
-  int64_t ahead(const Tile& t, bool second) const {
+  // From a tile to what is fetched meanwhile; 0: nothing. Where a thread takes a block through both passes, the second
+  // one finds it in the caches, and leaves memory to the next block.
+  int64_t ahead(int64_t block, const Tile& t, bool second) const {
     if (!outgrows_) return 0;
-    if (second && by_block()) return block_ * repeat_;
+    if (second && by_block_) return block + 1 < blocks_ ? block_ * repeat_ : 0;
     return t.row + tile_rows_ < rows_ ? tile_rows_ * ld() : 0;
   }
   int64_t offset(int64_t block, const Tile& t) const { return t.row * ld() + block * block_ * repeat_; }
@@ -119,11 +122,11 @@ class Matrix {
     return t.row * mask_ld() + block * words_of(block_ * repeat_);
   }
 
-  // gather(panel), finish(block) and emit(panel) for all of them. With short rows, or one pass, a thread takes a block
-  // through all of it, its data still in cache, where there are blocks enough for all threads.
+  // gather(panel), finish(block) and emit(panel) for all of them. Where there are blocks enough for all threads, a
+  // thread takes a block through one pass; through both with short rows, if the block stays in the caches.
   template <class Gather, class Finish, class Emit>
   void two_passes(bool gathers, const Gather& gather, const Finish& finish, const Emit& emit) const {
-    if (by_block() || (!gathers && shares_blocks())) {
+    if (gathers ? by_block_ : shares_blocks_) {
       for_tasks(blocks_, serial(), false, [&](int64_t block) {
         for (int64_t chunk = 0; gathers && chunk < chunks_; ++chunk) gather(Panel{block, chunk});
         finish(block);
@@ -147,15 +150,10 @@ class Matrix {
     return s.channels_last && s.C % 32 != 0 && s.C <= kShortRow / 4 && !call.chain.draws();
   }
   bool serial() const { return ld() * rows_ < kSerial; }
-  bool shares_blocks() const {
-    const int64_t threads = at::get_num_threads();
-    return serial() || blocks_ % threads == 0 || blocks_ >= 4 * threads;
-  }
-  bool by_block() const { return repeat_ > 1 && shares_blocks(); }
 
   TileNoise noise_;
   int64_t channels_, repeat_, cycle_, rows_, rest_, blocks_, block_, tile_rows_, chunk_, chunks_;
-  bool outgrows_;
+  bool outgrows_, shares_blocks_, by_block_;
 };
 
 // Per-channel vectors as the columns of a block have them: where they stand, or repeated.
@@ -260,7 +258,7 @@ template <class T>
 void forward_columns(const Call& call, const ForwardPointers<T>& p) {
   using A = opmath_t<T>;
   const Plan plan(call.chain, false, p.mask != nullptr, call.training && std::is_same_v<T, A>), second = plan.second();
-  const Matrix matrix(call, plan.staged, outgrows_caches<T>(call));
+  const Matrix matrix(call, plan.staged, sizeof(T));
   const int64_t C = call.shape.C, ld = matrix.ld();
   Partials partials(call.training, matrix), clean(p.clean_mean, matrix);
   ChannelVectors<A> vectors(C);
@@ -295,7 +293,7 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
         kernels_for<E>().moments_columns(values.p, t.rows, columns, values.ld, values.ahead, count, into.mean, into.m2);
       };
       const int64_t at = matrix.offset(block, t);
-      const View<const T> x{p.x + at, ld, matrix.ahead(t, false)};
+      const View<const T> x{p.x + at, ld, matrix.ahead(block, t, false)};
       if (before) {
         tile.rows = t.rows;
         tile.draws = noisy ? draw(panel, t, drawn, {p.x, plan.once ? p.y : nullptr}) : Draws{};
@@ -350,7 +348,7 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
       if (!(keeps_noise && call.training)) {
         tile.draws = second.drops() ? draw(panel, t, drawn, {p.x, p.residual, past ? nullptr : p.y}) : Draws{};
       }
-      const int64_t ahead = matrix.ahead(t, call.training);
+      const int64_t ahead = matrix.ahead(block, t, call.training);
       Stages<T>(second, tile, workspace)
           .forward({(plan.once ? p.y : p.x) + at, ld, ahead}, {p.residual ? p.residual + at : nullptr, ld, ahead},
                    {p.y + at, ld, 0, past}, mask, matrix.mask_ld());
@@ -364,7 +362,7 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
   using A = opmath_t<T>;
   const bool gathers = p.grad_weight != nullptr;
   const Plan plan(call.chain, true, p.mask != nullptr, gathers && p.dx && std::is_same_v<T, A>), second = plan.second();
-  const Matrix matrix(call, plan.staged, outgrows_caches<T>(call));
+  const Matrix matrix(call, plan.staged, sizeof(T));
   const int64_t C = call.shape.C, ld = matrix.ld();
   Partials partials(gathers, matrix);
   ChannelVectors<A> vectors(C);
@@ -394,7 +392,7 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
     to.b = repeat(b);
     to.c = repeat(c_);
     matrix.for_tiles(panel.chunk, [&](const Matrix::Tile& t) {
-      const Place place{matrix.offset(block, t), matrix.ahead(t, gathers && &pass == &second)};
+      const Place place{matrix.offset(block, t), matrix.ahead(block, t, gathers && &pass == &second)};
       const uint32_t* mask = p.mask ? p.mask + matrix.mask_offset(block, t) : nullptr;
       tile.rows = t.rows;
       tile.mask = mask;
@@ -457,7 +455,7 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
 
 template <class T>
 void noise_columns(const Call& call, const T* x, T* y) {
-  const Matrix matrix(call, true, outgrows_caches<T>(call));
+  const Matrix matrix(call, true, sizeof(T));
   const bool past = matrix.outgrows();
   matrix.for_panels(false, [&](Panel panel) {
     DrawBuffer drawn;

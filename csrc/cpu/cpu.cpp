@@ -64,7 +64,7 @@ void for_groups(const Q& q, double eps, const F& f) {
     const int64_t first = group * q.ghost;
     Shape shape = q.shape;
     shape.N = std::min(q.ghost, shape.N - first);
-    f(group, Call{shape, q.chain, seed, first * shape.S, q.training, eps}, first * sample);
+    f(group, Call{shape, q.chain, seed, first * shape.S, q.training, eps, q.shape.N * sample}, first * sample);
   });
 }
 
@@ -139,7 +139,7 @@ void run_backward(const fusednorm::Backward& q) {
 }
 
 void run_noise(const NoiseRequest& q, const Tensor& seed) {
-  const Call call{q.shape, q.chain, read_seed(seed), 0, true, 0};
+  const Call call{q.shape, q.chain, read_seed(seed), 0, true, 0, q.shape.C * q.shape.rows()};
   for_dtype(q.y.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     in_columns(q.shape, q.chain) ? noise_columns<T>(call, data<T>(q.x), data<T>(q.y))

@@ -48,6 +48,7 @@ struct Call {  // what both directions need beside the pointers: of one group of
   int64_t first_row;  // of the group, for the noise
   bool training;
   double eps;
+  int64_t elements;  // of all groups
 };
 
 template <class T>
@@ -78,7 +79,7 @@ inline bool in_order(const Call& call, bool masked) {
 
 template <class T>
 bool outgrows_caches(const Call& call) {
-  return outgrows_caches(call.shape.C * call.shape.rows() * sizeof(T), call.training);
+  return outgrows_caches(call.elements * sizeof(T), call.training);
 }
 
 constexpr int64_t kTile = 4096;  // values of a run, at most: they stay in the first-level cache

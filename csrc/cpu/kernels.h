@@ -200,7 +200,7 @@ const Kernels& kernels();
 
 // Whether a pass over a tensor of so many bytes is one over memory. Then results go past the caches: a line that is
 // written whole need not be read first, and does not evict what is needed sooner, in training x, which backward reads.
-// And what is read soon is fetched ahead; in the caches that would take as long as it spares. Measured with a next
+// And kernels fetch ahead what is read soon; in the caches that would take as long as it spares. Measured with a next
 // layer that reads the result, both pay from an eighth of the last-level cache on; in evaluation, from where the result
 // and x exceed that cache.
 bool outgrows_caches(int64_t bytes, bool training);

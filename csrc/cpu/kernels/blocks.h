@@ -54,17 +54,6 @@ FN_INLINE void copy_out(const T* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
-// A block's pointers, or padded copies of what is there.
-template <class T>
-struct Block {
-  alignas(64) T padded[kBlock];
-  FN_INLINE const T* at(const T* p, int64_t rest) {
-    if (rest >= kBlock) return p;
-    copy_padded(p, padded, rest);
-    return padded;
-  }
-};
-
 // The processor's own prefetching stops at pages and at the end of a tile, and few loads are in flight meanwhile.
 template <class T>
 FN_INLINE void fetch_block(const T* p, int64_t ahead) {  // 0: nothing
@@ -72,6 +61,18 @@ FN_INLINE void fetch_block(const T* p, int64_t ahead) {  // 0: nothing
   p += ahead;
   FN_UNROLL for (int i = 0; i < kBlock; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
 }
+
+// A block's pointers, or padded copies of what is there; what stands ahead of it is fetched meanwhile.
+template <class T>
+struct Block {
+  alignas(64) T padded[kBlock];
+  FN_INLINE const T* at(const T* p, int64_t rest, int64_t ahead = 0) {
+    fetch_block(p, ahead);
+    if (rest >= kBlock) return p;
+    copy_padded(p, padded, rest);
+    return padded;
+  }
+};
 
 // How a kernel leaves a row of results, in pieces: a block from `column` on, of which those up to `end` are not yet
 // written. Cache lines may go past the caches. A part of a line would cost more than that spares, and so would a line

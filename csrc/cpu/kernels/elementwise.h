@@ -60,10 +60,8 @@ FN_INLINE void stage_value_rows(const Elementwise<A>& q) {
       const int64_t i = piece.column, rest = q.cols - i;
       Block<A> in, more;
       V values[kVectors<A>];
-      const A* x = in.at(q.x + row * q.ldx + i, rest);
-      const A* add = q.add ? more.at(q.add + row * q.ldadd + i, rest) : nullptr;
-      fetch_block(x, q.ahead);
-      fetch_block(add, q.aheadadd);
+      const A* x = in.at(q.x + row * q.ldx + i, rest, q.ahead);
+      const A* add = q.add ? more.at(q.add + row * q.ldadd + i, rest, q.aheadadd) : nullptr;
       Block<float> factors;
       const Factor<A, kind> factor(q, row, i, factors);
       uint32_t saved = 0;
@@ -103,12 +101,10 @@ FN_INLINE void stage_gradient_rows(const Elementwise<A>& q) {
       const int64_t i = piece.column, rest = q.cols - i;
       Block<A> in, gradient;
       V values[kVectors<A>];
-      const A* x = in.at(q.x + row * q.ldx + i, rest);
-      const A* g = gradient.at(q.g + row * q.ldg + i, rest);
+      const A* x = in.at(q.x + row * q.ldx + i, rest, q.ahead);
+      const A* g = gradient.at(q.g + row * q.ldg + i, rest, q.aheadg);
       Block<float> factors;
       const Factor<A, kind> factor(q, row, i, factors);
-      fetch_block(x, q.ahead);
-      fetch_block(g, q.aheadg);
       for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         const V z = V::load(x + v * V::width), m = factor[v], dy = V::load(g + v * V::width) * m;
         // The factor is linear: it does not matter on which side of the activation's gradient it comes.
@@ -184,8 +180,7 @@ void convert(const From* x, int64_t ldx, int64_t ahead, To* y, int64_t ldy, int6
     for (int64_t done = 0; done < cols;) {
       const auto piece = results.piece(done);
       Block<From> in;
-      const From* from = in.at(x + row * ldx + piece.column, cols - piece.column);
-      fetch_block(from, ahead);
+      const From* from = in.at(x + row * ldx + piece.column, cols - piece.column, ahead);
       V values[kVectors<A>];
       FN_UNROLL for (int v = 0; v < kVectors<A>; ++v) values[v] = V::load(from + v * V::width);
       results.store(values, done, piece);

@@ -28,11 +28,10 @@ FN_INLINE void apply_rows(const Apply<T>& q) {
       const auto piece = results.piece(done);
       const int64_t i = piece.column;
       Block<T> in;
-      const T* x = in.at(q.x + row * q.ldx + i, q.cols - i);
+      const T* x = in.at(q.x + row * q.ldx + i, q.cols - i, q.ahead);
       const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
       uint32_t saved = 0;
       V values[kVectors<A>];
-      fetch_block(x, q.ahead);
       for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         const V z = channel.normalize(V::load(x + v * V::width), i + v * V::width);
         values[v] = Activation::value(z, parameters);
@@ -131,9 +130,7 @@ FN_INLINE void sums_run(const Backward<T>& q) {
       const int64_t rest = q.cols - i;
       Block<T> in, gradient;
       const uint32_t keep = (q.keep ? q.keep[i / kBlock] : ~0u) & first_bits(rest);
-      fetch_block(q.x + i, q.aheadx);
-      fetch_block(q.g + i, q.aheadg);
-      sums_block(local, 0, in.at(q.x + i, rest), gradient.at(q.g + i, rest), keep, sums);
+      sums_block(local, 0, in.at(q.x + i, rest, q.aheadx), gradient.at(q.g + i, rest, q.aheadg), keep, sums);
     }
     dz.add(sums.dz);
     dz_xmu.add(sums.dz_xmu);
@@ -152,9 +149,9 @@ FN_INLINE void sums_columns(const Backward<T>& q) {
       for (int64_t row = first; row < q.rows && row < first + kShortSum; ++row) {
         Block<T> in, gradient;
         const uint32_t keep = (q.keep ? q.keep[row * q.ldkeep + i / kBlock] : ~0u) & first_bits(rest);
-        fetch_block(q.x + row * q.ldx + i, q.aheadx);
-        fetch_block(q.g + row * q.ldg + i, q.aheadg);
-        sums_block(local, i, in.at(q.x + row * q.ldx + i, rest), gradient.at(q.g + row * q.ldg + i, rest), keep, sums);
+        const T* x = in.at(q.x + row * q.ldx + i, rest, q.aheadx);
+        const T* g = gradient.at(q.g + row * q.ldg + i, rest, q.aheadg);
+        sums_block(local, i, x, g, keep, sums);
       }
       add_sums(sums, q.sum_dz + i, q.sum_dz_xmu + i);  // padded to 32, like every per-channel vector
     }
@@ -184,12 +181,10 @@ FN_INLINE void input_gradient_rows(const Backward<T>& q) {
       const auto piece = results.piece(done);
       const int64_t i = piece.column, rest = q.cols - i;
       Block<T> in, gradient;
-      const T* x = in.at(q.x + row * q.ldx + i, rest);
-      const T* g = gradient.at(q.g + row * q.ldg + i, rest);
+      const T* x = in.at(q.x + row * q.ldx + i, rest, q.aheadx);
+      const T* g = gradient.at(q.g + row * q.ldg + i, rest, q.aheadg);
       const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
       V values[kVectors<A>];
-      fetch_block(x, q.aheadx);
-      fetch_block(g, q.aheadg);
       for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         const int64_t j = i + v * V::width;
         const V xv = V::load(x + v * V::width);
