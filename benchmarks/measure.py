@@ -2,8 +2,8 @@
 
 Each round is one turn of every contestant (two plain copies of the tensor, then the providers), so that whatever else
 the machine does falls on all of them alike, and ratios taken within a round cancel it. A turn is several steps where a
-step is short, as many for each layer, so that the first of them, in caches that another contestant left, is one of
-many; a cold turn is a single step, with other data in the caches. The timer is a parameter:
+step is too short for the clock, and begins with an untimed one, so that nobody works in caches that another contestant
+has left. A cold turn is a single step, with other data in the caches. The timer is a parameter:
 pytest-benchmark in the benchmarks, a stopwatch in the demo.
 """
 
@@ -20,7 +20,7 @@ from benchmarks import cold, machine, rivals
 from benchmarks.case import Case
 from benchmarks.workloads import COLD
 
-MOST_STEPS = 1000
+SHORTEST_TURN = 1e-3  # seconds
 ROUNDS = 5, 100
 COPIES = ("copy_", "clamp_min")
 
@@ -32,15 +32,17 @@ class Turn:
     """One contestant's part in a round: `prepare` untimed, `run` timed, `forget` untimed before the next one."""
 
     inner = 1  # steps per turn
-    shortest = 5e-3  # seconds
 
     def __init__(self, name: str, mode: str = ""):
         self.name, self.cold = name, mode == COLD
 
     def prepare(self) -> None:
-        """The last thing before the clock starts."""
+        """The last thing before the clock starts: a step that is not timed, or a walk through other data."""
         if self.cold:
-            cold.walk()
+            return cold.walk()
+        steps, self.inner = self.inner, 1
+        self.run()
+        self.inner = steps
 
     def run(self) -> None: ...
 
@@ -71,15 +73,16 @@ class LayerTurn(Turn):
         self.inputs = case.inputs_of(name)
         self.leaves = [*self.inputs, *self.module.parameters()]
         self.outputs = []
-        if mode == "backward":  # the forwards of all its steps are alive at once, and soon not in the caches
-            self.shortest = 1e-3
 
     def prepare(self) -> None:
         self.module.train(self.mode != "eval")
         self.case.clear()
-        if self.mode == "backward":
-            self.outputs = [self.module(*self.inputs) for _ in range(self.inner)]
+        self._go_forward(1)
         super().prepare()
+        self._go_forward(self.inner)
+
+    def _go_forward(self, steps: int) -> None:
+        self.outputs = [self.module(*self.inputs) for _ in range(steps)] if self.mode == "backward" else []
 
     # Gradients are handed on, as in the midst of a network. Accumulated in .grad, one that another tensor holds, too
     # (the residual's, where the addition comes last), would be copied.
@@ -115,6 +118,7 @@ class RivalTurn(Turn):
         self.layer, self.mode, self.elements = case.rivals[name], mode, case.workload.numel
 
     def prepare(self) -> None:
+        super().prepare()
         if self.mode == "backward":  # as for the others: what a forward leaves in the caches is there
             self.layer.forward()
 
@@ -166,27 +170,19 @@ def _call(run: Step) -> None:
     run()
 
 
-def _set_steps(turns: list[Turn], durations: list[float]) -> None:
-    """All layers take as many as the fastest one: the first finds what another contestant left in the caches."""
-    fastest = min(duration for turn, duration in zip(turns, durations, strict=True) if not isinstance(turn, CopyTurn))
-    for turn, duration in zip(turns, durations, strict=True):
-        step = duration if isinstance(turn, CopyTurn) else fastest
-        turn.inner = 1 if turn.cold else min(MOST_STEPS, max(1, math.ceil(turn.shortest / step)))
-
-
 def _calibrate(turns: list[Turn], budget: float) -> int:
     """Set the steps per turn and return the rounds that fit the budget (seconds, set-up included)."""
     rotation = Rotation(turns)
-    durations = [0.0] * len(turns)
-    for _ in range(3):  # the first round meets compilers and fresh memory, the second cold caches
+    for _ in range(2):  # the first round meets cold caches, compilers and fresh memory
         start = time.perf_counter()
-        durations = [
-            duration / turn.inner
-            for turn, duration in zip(turns, stopwatch(_call, rotation.deal, len(turns), 0), strict=True)
-        ]
-        round_seconds = time.perf_counter() - start
-        _set_steps(turns, durations)
+        durations = stopwatch(_call, rotation.deal, len(turns), 0)
+    round_seconds = time.perf_counter() - start
     turns[-1].forget()
+    for turn, duration in zip(turns, durations, strict=True):
+        if turn.cold:
+            continue
+        turn.inner = min(100, max(1, math.ceil(SHORTEST_TURN / duration)))
+        round_seconds += (turn.inner - 1) * duration
     least, most = ROUNDS
     if round_seconds > budget:
         least = 3  # the largest tensors take seconds per round and repeat well
