@@ -34,10 +34,10 @@ class VariantTurn(LayerTurn):
         super().__init__("fused", case, mode)
         self.name, self.variant = variant.name, variant
 
-    def prepare(self) -> None:
+    def prepare(self, steps: int = 1) -> None:
         self.chosen = contextlib.ExitStack()
         self.chosen.enter_context(gpu_variants.use(self.variant))
-        super().prepare()
+        super().prepare(steps)
 
     def forget(self) -> None:
         super().forget()

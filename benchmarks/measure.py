@@ -32,17 +32,16 @@ class Turn:
     """One contestant's part in a round: `prepare` untimed, `run` timed, `forget` untimed before the next one."""
 
     inner = 1  # steps per turn
+    steps = 1  # of the run that is prepared
 
     def __init__(self, name: str, mode: str = ""):
         self.name, self.cold = name, mode == COLD
 
-    def prepare(self) -> None:
-        """The last thing before the clock starts: a step that is not timed, or a walk through other data."""
+    def prepare(self, steps: int = 1) -> None:
+        """The last thing before the clock starts."""
+        self.steps = steps
         if self.cold:
-            return cold.walk()
-        steps, self.inner = self.inner, 1
-        self.run()
-        self.inner = steps
+            cold.walk()
 
     def run(self) -> None: ...
 
@@ -62,7 +61,7 @@ class CopyTurn(Turn):
 
     def run(self) -> None:
         x, out = self.x, self.out
-        for _ in range(self.inner):
+        for _ in range(self.steps):
             out.copy_(x) if self.name == "copy_" else torch.clamp_min(x, 0, out=out)
 
 
@@ -74,15 +73,11 @@ class LayerTurn(Turn):
         self.leaves = [*self.inputs, *self.module.parameters()]
         self.outputs = []
 
-    def prepare(self) -> None:
+    def prepare(self, steps: int = 1) -> None:
         self.module.train(self.mode != "eval")
         self.case.clear()
-        self._go_forward(1)
-        super().prepare()
-        self._go_forward(self.inner)
-
-    def _go_forward(self, steps: int) -> None:
         self.outputs = [self.module(*self.inputs) for _ in range(steps)] if self.mode == "backward" else []
+        super().prepare(steps)
 
     # Gradients are handed on, as in the midst of a network. Accumulated in .grad, one that another tensor holds, too
     # (the residual's, where the addition comes last), would be copied.
@@ -90,16 +85,16 @@ class LayerTurn(Turn):
         module, inputs, grad, leaves, outputs = self.module, self.inputs, self.grad, self.leaves, self.outputs
         if self.mode == "eval":
             with torch.no_grad():
-                for _ in range(self.inner):
+                for _ in range(self.steps):
                     outputs[:] = (module(*inputs),)
         elif self.mode == "forward":
-            for _ in range(self.inner):
+            for _ in range(self.steps):
                 outputs[:] = (module(*inputs),)
         elif self.mode == "backward":
             for y in outputs:
                 torch.autograd.grad(y, leaves, grad)
         else:
-            for _ in range(self.inner):
+            for _ in range(self.steps):
                 torch.autograd.grad(module(*inputs), leaves, grad)
 
     def facts(self) -> dict:
@@ -117,14 +112,14 @@ class RivalTurn(Turn):
         super().__init__(name)
         self.layer, self.mode, self.elements = case.rivals[name], mode, case.workload.numel
 
-    def prepare(self) -> None:
-        super().prepare()
+    def prepare(self, steps: int = 1) -> None:
+        super().prepare(steps)
         if self.mode == "backward":  # as for the others: what a forward leaves in the caches is there
             self.layer.forward()
 
     def run(self) -> None:
         forward, backward = self.layer.forward, self.layer.backward
-        for _ in range(self.inner):
+        for _ in range(self.steps):
             if self.mode != "backward":
                 forward()
             if self.mode != "forward":
@@ -162,7 +157,10 @@ class Rotation:
         self.turns[self.dealt - 1].forget()
         turn = self.turns[self.dealt % len(self.turns)]
         self.dealt = (self.dealt + 1) % len(self.turns)
-        turn.prepare()
+        if not turn.cold:  # the untimed step
+            turn.prepare()
+            turn.run()
+        turn.prepare(turn.inner)
         return (turn.run,), {}
 
 

@@ -38,7 +38,7 @@ class Matrix {
         cycle_(few_channels(call) ? std::min(kShortRow / channels_, call.shape.rows()) : 1),
         rows_(call.shape.rows() / repeat_ / cycle_),
         rest_(call.shape.rows() % cycle_),
-        outgrows_(outgrows_caches(call.elements * element_bytes, call.training)) {
+        outgrows_(outgrows_caches(call, element_bytes)) {
     const int64_t elements = !staged ? kFusedElements : repeat_ > 1 ? kStageElements : kStageMatrix;
     if (repeat_ > 1) {
       block_ = channels_of_block(call.shape);

@@ -77,9 +77,8 @@ inline bool in_order(const Call& call, bool masked) {
          (call.shape.S >= 32 || call.shape.C == 1);
 }
 
-template <class T>
-bool outgrows_caches(const Call& call) {
-  return outgrows_caches(call.elements * sizeof(T), call.training);
+inline bool outgrows_caches(const Call& call, int64_t element_bytes) {
+  return outgrows_caches(call.elements * element_bytes, call.training);
 }
 
 constexpr int64_t kTile = 4096;  // values of a run, at most: they stay in the first-level cache

@@ -22,7 +22,7 @@ void forward_in_order(const Call& call, const ForwardPointers<T>& p) {
   const int64_t cols = pieces > 1 ? padded((S + pieces - 1) / pieces) : S;
   const int64_t rows = std::clamp<int64_t>(largest / padded(cols), 1, std::min<int64_t>(C, kMaxTileRows));
   const int64_t groups = (C + rows - 1) / rows;
-  const bool past = outgrows_caches<T>(call);
+  const bool past = outgrows_caches(call, sizeof(T));
   const int64_t ahead = past ? kBytesAhead / static_cast<int64_t>(sizeof(T)) : 0;
   for_tasks(samples * groups * pieces, C * call.shape.rows() < kSerial, false, [&](int64_t i) {
     const int64_t column = i % pieces * cols, c = i / pieces % groups * rows;

@@ -37,7 +37,7 @@ class Channels {
     tiles_per_piece_ = (length_ + tile_ - 1) / tile_;
     tiles_ = pieces.count * tiles_per_piece_;
     in_place_ = length_ == shape_.S || whole();
-    outgrows_ = in_place_ && outgrows_caches<T>(call);
+    outgrows_ = in_place_ && outgrows_caches(call, sizeof(T));
   }
 
   // The i-th of all tiles: piece by piece, of all channels.

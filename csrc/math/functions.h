@@ -10,6 +10,8 @@
 namespace fusednorm::math {
 namespace {
 
+constexpr float kRounds = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, and leaves that in the low bits
+
 // exp(x) = 2 * (h + h*q), with h = 2^(k-1), k = round(x / ln 2), q = expm1(x - k ln 2).
 // h carries half of the power of two, so that results up to the largest float do not overflow on the way.
 template <class V>
@@ -19,7 +21,7 @@ struct ExpParts {
 
 template <class V>
 FN_INLINE ExpParts<V> exp_parts(V x) {
-  const V magic(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer and leaves that integer in the low bits
+  const V magic(kRounds);
   const V t = fma(x, V(1.44269504088896341f), magic);
   const V k = t - magic;
   V r = fma(k, V(-0.693145751953125f), x);  // ln 2 in two pieces: k * the first is exact
@@ -36,8 +38,8 @@ FN_INLINE ExpParts<V> exp_parts(V x) {
 // 2^x / 2 for |x| <= 125.
 template <class V>
 FN_INLINE V half_exp2(V x) {
-  const V t = x + V(12582912.0f);  // as in exp_parts
-  const V r = x - (t - V(12582912.0f));
+  const V t = x + V(kRounds);
+  const V r = x - (t - V(kRounds));
   V p(0x1.444p-13f);  // (2^r - 1) / r on |r| <= 1/2, fit error 4e-9
   p = fma(p, r, V(0x1.5f48cp-10f));
   p = fma(p, r, V(0x1.3b2a1cp-7f));
