@@ -7,8 +7,7 @@ template <int v>
 using Constant = std::integral_constant<int, v>;
 
 // ---- bfloat16 and float16: one vector of floats from and to memory
-// ----------------------------------------------------- Own storage types: no torch header may be compiled with a
-// level's flags.
+// Own storage types: no torch header may be compiled with a level's flags.
 FN_INLINE float widen_one(BFloat16 h) {
   const uint32_t bits = static_cast<uint32_t>(h.bits) << 16;
   float f;
@@ -271,7 +270,6 @@ FN_INLINE Mask<A> from_bits(uint32_t word, Constant<i>) {  // one broadcast of t
 #endif
 
 // ---- arithmetic
-// ------------------------------------------------------------------------------------------------------
 #if FN_VECTOR_BYTES == 64
 FN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return Vec<float>(_mm512_fmadd_ps(a.raw, b.raw, c.raw));
@@ -293,6 +291,27 @@ FN_INLINE Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {
 }
 #endif
 
+#if FN_VECTOR_BYTES == 64
+FN_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_min_ps(a.raw, b.raw)); }
+FN_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return Vec<double>(_mm512_min_pd(a.raw, b.raw)); }
+FN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_max_ps(a.raw, b.raw)); }
+FN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return Vec<double>(_mm512_max_pd(a.raw, b.raw)); }
+#elif FN_VECTOR_BYTES == 32
+FN_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_min_ps(a.raw, b.raw)); }
+FN_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return Vec<double>(_mm256_min_pd(a.raw, b.raw)); }
+FN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_max_ps(a.raw, b.raw)); }
+FN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return Vec<double>(_mm256_max_pd(a.raw, b.raw)); }
+#else
+template <class A>
+FN_INLINE Vec<A> min(Vec<A> a, Vec<A> b) {
+  return select(less(a, b), a, b);
+}
+template <class A>
+FN_INLINE Vec<A> max(Vec<A> a, Vec<A> b) {
+  return select(less(b, a), a, b);
+}
+#endif
+
 template <class A>
 FN_INLINE Vec<A> abs(Vec<A> a) {
   const typename Vec<A>::Ints sign = (typename Vec<A>::Ints)Vec<A>(-0.0f).raw;
@@ -304,9 +323,7 @@ FN_INLINE Vec<A> copy_sign(Vec<A> magnitude, Vec<A> sign_of) {
   return Vec<A>((typename Vec<A>::Raw)(((typename Vec<A>::Ints)magnitude.raw & ~sign) |
                                        ((typename Vec<A>::Ints)sign_of.raw & sign)));
 }
-FN_INLINE Vec<float> power_of_two(Vec<float> t) {
-  return Vec<float>((Vec<float>::Raw)(((Vec<float>::Ints)t.raw << 23) + 0x3f800000));
-}
+FN_INLINE Vec<float> power_of_two(Vec<float> t) { return Vec<float>((Vec<float>::Raw)((Vec<float>::Ints)t.raw << 23)); }
 FN_INLINE Vec<float> split_exponent(Vec<float> x, Vec<float>& e) {
   const Vec<float>::Ints bits = (Vec<float>::Ints)x.raw;
   e = Vec<float>(__builtin_convertvector((bits >> 23) - 127, Vec<float>::Raw));
@@ -373,7 +390,6 @@ FN_INLINE Vec<A> load_floats(const float* p) {
 }
 
 // ---- 32-bit words for Philox, one per 64-bit lane; what stands above the low 32 bits is garbage
-// ------------------------
 #if defined(__SSE2__)
 struct Word {
   static constexpr int width = FN_VECTOR_BYTES / 8;

@@ -36,14 +36,14 @@ struct Identity {
   }
 };
 
-// NaN is passed on by the value and by the gradient, as torch does: hence "not (z <= 0)" and never "z > 0".
+// NaN is passed on by the value and by the gradient, as torch does: hence max's order, and "z <= 0", never "z > 0".
 struct Relu {
   static constexpr const char* name = "relu";
   static constexpr int parameters = 0;
   static constexpr bool one_bit = true;
   template <class V>
   static FN_INLINE V value(V z, parameters_t<V>) {
-    return select(less_equal(z, V(0.0f)), V(0.0f), z);
+    return max(V(0.0f), z);
   }
   template <class V>
   static FN_INLINE V gradient(V z, V g, parameters_t<V>) {
@@ -125,7 +125,7 @@ struct GeluTanh {
   }
   template <class V>
   static FN_INLINE V gradient(V z, V g, parameters_t<V>) {
-    z = select(less(V(16.0f), z), V(16.0f), select(less(z, V(-16.0f)), V(-16.0f), z));  // constant beyond; no overflow
+    z = min(V(16.0f), max(V(-16.0f), z));  // constant beyond; no overflow
     const V s = gate(z);
     const V inner = V(kTwoBeta) * fma(V(3.0 * kKappa) * z, z, V(1.0f));
     return g * s * fma(z * inner, V(1.0f) - s, V(1.0f));
@@ -138,7 +138,7 @@ struct Silu {
   static constexpr bool one_bit = false;
   template <class V>
   static FN_INLINE V value(V z, parameters_t<V>) {
-    return z * sigmoid(z);
+    return z / (V(1.0f) + exp(V(0.0f) - z));
   }
   template <class V>
   static FN_INLINE V gradient(V z, V g, parameters_t<V>) {
@@ -183,8 +183,7 @@ struct Hardtanh {  // a: min_val, b: max_val
   static constexpr bool one_bit = true;
   template <class V>
   static FN_INLINE V value(V z, parameters_t<V> p) {
-    z = select(less(z, V(p.a)), V(p.a), z);
-    return select(less(V(p.b), z), V(p.b), z);
+    return min(V(p.b), max(V(p.a), z));
   }
   template <class V>
   static FN_INLINE V gradient(V z, V g, parameters_t<V> p) {
@@ -237,13 +236,13 @@ struct Mish {
   static constexpr bool one_bit = false;
   template <class V>
   static FN_INLINE V value(V z, parameters_t<V>) {
-    const V w = exp(select(less(V(20.0f), z), V(20.0f), z));
+    const V w = exp(min(V(20.0f), z));
     const V n = w * (w + V(2.0f));
     return z * (n / (n + V(2.0f)));
   }
   template <class V>
   static FN_INLINE V gradient(V z, V g, parameters_t<V>) {
-    const V small = select(less(V(20.0f), z), V(20.0f), z);  // beyond it is 1
+    const V small = min(V(20.0f), z);  // beyond it is 1
     const V w = exp(small);
     const V n = w * (w + V(2.0f));
     const V d = V(1.0f) / (n + V(2.0f));
@@ -259,7 +258,7 @@ struct Softplus {  // a: beta, b: threshold
   template <class V>
   static FN_INLINE V value(V z, parameters_t<V> p) {
     const V x = V(p.a) * z;
-    const V positive = select(less(x, V(0.0f)), V(0.0f), x);
+    const V positive = max(V(0.0f), x);
     const V y = (positive + log1p_unit(exp(V(0.0f) - abs(x)))) / V(p.a);
     return select(less(V(p.b), x), z, y);
   }

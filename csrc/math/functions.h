@@ -10,8 +10,6 @@
 namespace fusednorm::math {
 namespace {
 
-constexpr float kRounds = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, and leaves that in the low bits
-
 // exp(x) = 2 * (h + h*q), with h = 2^(k-1), k = round(x / ln 2), q = expm1(x - k ln 2).
 // h carries half of the power of two, so that results up to the largest float do not overflow on the way.
 template <class V>
@@ -21,9 +19,8 @@ struct ExpParts {
 
 template <class V>
 FN_INLINE ExpParts<V> exp_parts(V x) {
-  const V magic(kRounds);
-  const V t = fma(x, V(1.44269504088896341f), magic);
-  const V k = t - magic;
+  const V t = fma(x, V(1.44269504088896341f), V(kPowers - 1));
+  const V k = t - V(kPowers - 1);
   V r = fma(k, V(-0.693145751953125f), x);  // ln 2 in two pieces: k * the first is exact
   r = fma(k, V(-1.42860682030941723e-6f), r);
   V s(0x1.a1c044p-13f);  // (expm1(r) - r) / r^2 on |r| <= ln(2)/2, fit error 5e-11
@@ -32,21 +29,21 @@ FN_INLINE ExpParts<V> exp_parts(V x) {
   s = fma(s, r, V(0x1.555478p-5f));
   s = fma(s, r, V(0x1.555556p-3f));
   s = fma(s, r, V(0.5f));
-  return {power_of_two(t - V(1.0f)), fma(r * r, s, r)};
+  return {power_of_two(t), fma(r * r, s, r)};
 }
 
 // 2^x / 2 for |x| <= 125.
 template <class V>
 FN_INLINE V half_exp2(V x) {
-  const V t = x + V(kRounds);
-  const V r = x - (t - V(kRounds));
+  const V t = x + V(kPowers - 1);
+  const V r = x - (t - V(kPowers - 1));
   V p(0x1.444p-13f);  // (2^r - 1) / r on |r| <= 1/2, fit error 4e-9
   p = fma(p, r, V(0x1.5f48cp-10f));
   p = fma(p, r, V(0x1.3b2a1cp-7f));
   p = fma(p, r, V(0x1.c6aeccp-5f));
   p = fma(p, r, V(0x1.ebfbe0p-3f));
   p = fma(p, r, V(0x1.62e430p-1f));
-  const V h = power_of_two(t - V(1.0f));
+  const V h = power_of_two(t);
   return fma(h, p * r, h);
 }
 
@@ -55,7 +52,7 @@ FN_INLINE V exp(V x) {
   if constexpr (is_double<V>) {
     return map(x, [](double a) { return ::exp(a); });
   } else {
-    const ExpParts<V> e = exp_parts(select(less(V(89.0f), x), V(89.0f), x));   // infinite from 88.73 on
+    const ExpParts<V> e = exp_parts(min(V(89.0f), x));                         // infinite from 88.73 on
     return select(less(x, V(-86.9f)), V(0.0f), V(2.0f) * fma(e.h, e.q, e.h));  // 2e-38: h would be denormal
   }
 }
@@ -65,7 +62,7 @@ FN_INLINE V expm1(V x) {
   if constexpr (is_double<V>) {
     return map(x, [](double a) { return ::expm1(a); });
   } else {
-    const ExpParts<V> e = exp_parts(select(less(V(89.0f), x), V(89.0f), x));
+    const ExpParts<V> e = exp_parts(min(V(89.0f), x));
     return select(less(x, V(-18.0f)), V(-1.0f), V(2.0f) * fma(e.h, e.q, e.h - V(0.5f)));
   }
 }
@@ -135,7 +132,7 @@ FN_INLINE V tanh(V x) {
     return map(x, [](double a) { return ::tanh(a); });
   } else {
     const V a = abs(x);
-    const ExpParts<V> e = exp_parts(V(2.0f) * select(less(V(9.1f), a), V(9.1f), a));
+    const ExpParts<V> e = exp_parts(V(2.0f) * min(V(9.1f), a));
     const V m = V(2.0f) * fma(e.h, e.q, e.h - V(0.5f));
     return copy_sign(m / (m + V(2.0f)), x);
   }
@@ -146,16 +143,18 @@ FN_INLINE V sigmoid(V x) {
   return V(1.0f) / (V(1.0f) + exp(V(0.0f) - x));
 }
 
-// P(Z <= z) for a standard normal Z: on the left 2^(W(|z|) - 1), which keeps most of the tail's relative accuracy
-// (1e-5 at -6, 2e-4 at -8.5), and on the right 1 less that.
+// A standard normal Z never gets beyond this: what is left there is 1e-17.
+constexpr float kBeyond = 8.5f;
+
+// P(Z <= z): on the left 2^(W(|z|) - 1), which keeps most of the tail's relative accuracy (1e-5 at -6, 2e-4 at -8.5),
+// and on the right 1 less that.
 template <class V>
 FN_INLINE V normal_cdf(V z) {
   if constexpr (is_double<V>) {
     return map(z, [](double a) { return 0.5 * ::erfc(-0.70710678118654752440 * a); });
   } else {
     const V a = abs(z);
-    const mask_t<V> beyond = less(V(8.5f), a);  // what is left there is 1e-17
-    const V t = select(beyond, V(8.5f), a);
+    const V t = min(V(kBeyond), a);
     const V s = t * t;
     // W(t) = log2(2 P(Z <= -t)) on 0 <= t <= 8.5, fit error 6e-8 * max(|W|, 1/3) up to 6, and 2e-5 at the end.
     V odd(0x1.778bdcp-28f);
@@ -170,7 +169,7 @@ FN_INLINE V normal_cdf(V z) {
     even = fma(even, s, V(-0x1.411e5cp-12f));
     even = fma(even, s, V(0x1.c6f666p-8f));
     even = fma(even, s, V(-0x1.d63cfap-2f));
-    const V tail = select(beyond, V(0.0f), half_exp2(fma(even, s, odd * t)));
+    const V tail = select(less(V(kBeyond), a), V(0.0f), half_exp2(fma(even, s, odd * t)));
     return select(less(z, V(0.0f)), tail, V(1.0f) - tail);
   }
 }
@@ -180,8 +179,10 @@ FN_INLINE V normal_pdf(V z) {
   if constexpr (is_double<V>) {
     return V(0.3989422804014326779) * exp(V(-0.5) * z * z);
   } else {
-    const V x = V(-0.721347520444481703f) * z * z;  // log2(e) / 2
-    return select(less(x, V(-125.0f)), V(0.0f), V(0.797884560802865356f) * half_exp2(x));
+    const V a = abs(z);
+    const V t = min(V(kBeyond), a);
+    const V x = V(-0.721347520444481703f) * (t * t);  // log2(e) / 2
+    return select(less(V(kBeyond), a), V(0.0f), V(0.797884560802865356f) * half_exp2(x));
   }
 }
 

@@ -49,6 +49,12 @@ FN_INLINE bool less(double a, double b) { return a < b; }
 FN_INLINE bool less_equal(float a, float b) { return a <= b; }
 FN_INLINE bool less_equal(double a, double b) { return a <= b; }
 
+// The second where one is NaN, or both are 0: what x86's instructions do.
+FN_INLINE float min(float a, float b) { return a < b ? a : b; }
+FN_INLINE double min(double a, double b) { return a < b ? a : b; }
+FN_INLINE float max(float a, float b) { return a > b ? a : b; }
+FN_INLINE double max(double a, double b) { return a > b ? a : b; }
+
 FN_INLINE float abs(float a) { return ::fabsf(a); }
 FN_INLINE double abs(double a) { return ::fabs(a); }
 FN_INLINE float sqrt(float a) { return ::sqrtf(a); }
@@ -56,11 +62,12 @@ FN_INLINE double sqrt(double a) { return ::sqrt(a); }
 FN_INLINE float copy_sign(float magnitude, float sign) { return ::copysignf(magnitude, sign); }
 FN_INLINE double copy_sign(double magnitude, double sign) { return ::copysign(magnitude, sign); }
 
-// t = 1.5 * 2^23 + k for an integer k in [-126, 127]: returns 2^k from the low bits of t.
+// t = kPowers + k for an integer k in [-126, 127]: 2^k. The sum's low bits are that float's exponent.
+constexpr float kPowers = 12582912.0f + 127;  // 1.5 * 2^23, which rounds what is added to an integer, and the bias
 FN_INLINE float power_of_two(float t) {
   uint32_t bits;
   memcpy(&bits, &t, 4);
-  bits = (bits << 23) + 0x3f800000u;
+  bits <<= 23;
   float result;
   memcpy(&result, &bits, 4);
   return result;

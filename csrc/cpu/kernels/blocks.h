@@ -8,8 +8,11 @@ constexpr int kVectors = kBlock / Vec<A>::width;  // of a block
 
 #define FN_UNROLL _Pragma("GCC unroll 16")
 
-// Runs f(v) for every vector of a block: unrolled, v a constant, where the body is a few instructions; a loop where it
-// is an exponential, whose code would only grow.
+// Runs f(v) for every vector of a block: unrolled, v a constant, or a loop where that would be much code, which is an
+// exponential for each of many vectors. Unrolled, the compiler can work at several vectors at once: a processor does
+// not look far enough ahead to find the next one behind a polynomial.
+template <class A, class Activation>
+constexpr bool kUnrolled = Activation::one_bit || kVectors<A> <= 4;
 template <class F, int... v>
 FN_INLINE void for_each_of(std::integer_sequence<int, v...>, F f) {
   (f(Constant<v>{}), ...);

@@ -65,7 +65,7 @@ FN_INLINE void stage_value_rows(const Elementwise<A>& q) {
       Block<float> factors;
       const Factor<A, kind> factor(q, row, i, factors);
       uint32_t saved = 0;
-      for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+      for_vectors<kUnrolled<A, Activation>, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         V z = V::load(x + v * V::width);
         if (add) z = z + V::load(add + v * V::width);
         if (first) z = z * factor[v];
@@ -105,7 +105,7 @@ FN_INLINE void stage_gradient_rows(const Elementwise<A>& q) {
       const A* g = gradient.at(q.g + row * q.ldg + i, rest, q.aheadg);
       Block<float> factors;
       const Factor<A, kind> factor(q, row, i, factors);
-      for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+      for_vectors<kUnrolled<A, Activation>, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         const V z = V::load(x + v * V::width), m = factor[v], dy = V::load(g + v * V::width) * m;
         // The factor is linear: it does not matter on which side of the activation's gradient it comes.
         values[v] = Activation::gradient(first ? z * m : z, dy, parameters[i + v * V::width]);

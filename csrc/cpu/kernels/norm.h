@@ -18,6 +18,7 @@ FN_INLINE void apply_rows(const Apply<T>& q) {
   using V = Vec<A>;
   const math::Parameters<A> parameters{q.activation[0], q.activation[1]};
   const V multiplier(q.multiplier);
+  const bool noise = kind != Bits::none && (Activation::one_bit || !keeps_everything(q));
   Results<T> results(q.past, q.y, q.ldy, q.cols, !q.keep && !q.save && q.x != q.y);
   for (int64_t row = 0; row < q.rows; ++row) {
     const Channel<span, A> channel(q.affine, row);
@@ -32,10 +33,10 @@ FN_INLINE void apply_rows(const Apply<T>& q) {
       const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
       uint32_t saved = 0;
       V values[kVectors<A>];
-      for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+      for_vectors<kUnrolled<A, Activation>, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         const V z = channel.normalize(V::load(x + v * V::width), i + v * V::width);
         values[v] = Activation::value(z, parameters);
-        if constexpr (kind != Bits::none) {
+        if (noise) {
           const Mask<A> kept = from_bits<A>(keep, v);
           // A multiplication, not a selection: a dropped infinity is NaN, as in the unfused composition.
           values[v] = values[v] * select(kept, multiplier, V(0.0f));
@@ -101,7 +102,7 @@ FN_INLINE void sums_block(const LocalGradient<T, Activation, span, kind>& local,
                           uint32_t keep, Sums<opmath_t<T>>& sums) {
   using A = opmath_t<T>;
   using V = Vec<A>;
-  for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+  for_vectors<kUnrolled<A, Activation>, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
     const int64_t i = column + v * V::width;
     const V xv = V::load(x + v * V::width);
     const V dz = local(i, xv, V::load(g + v * V::width), keep, v);
@@ -185,7 +186,7 @@ FN_INLINE void input_gradient_rows(const Backward<T>& q) {
       const T* g = gradient.at(q.g + row * q.ldg + i, rest, q.aheadg);
       const uint32_t keep = bits ? bits[i / kBlock] : ~0u;
       V values[kVectors<A>];
-      for_vectors<Activation::one_bit, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
+      for_vectors<kUnrolled<A, Activation>, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
         const int64_t j = i + v * V::width;
         const V xv = V::load(x + v * V::width);
         const V dz = local(j, xv, V::load(g + v * V::width), keep, v);
