@@ -1,4 +1,5 @@
 import hashlib
+import importlib
 import importlib.util
 import os
 import sys
@@ -53,3 +54,10 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The benchmarks' modules by name, found in the source tree."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")

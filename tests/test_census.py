@@ -1,7 +1,6 @@
 """The census: its file, how chains are read off a model, how rows are chosen, what becomes of them in a benchmark."""
 
 import copy
-import importlib
 import math
 from pathlib import Path
 
@@ -19,13 +18,6 @@ pytestmark = [
     pytest.mark.cpu,
     pytest.mark.skipif(not (ROOT / "benchmarks" / "census.json").is_file(), reason="needs the source tree"),
 ]
-
-
-@pytest.fixture
-def benchmarks(monkeypatch):
-    """The benchmarks' modules by name, found in the source tree."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 class TestFile:

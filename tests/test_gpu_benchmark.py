@@ -16,13 +16,6 @@ DRIVER = ROOT / "benchmarks" / "gpu.py"
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not DRIVER.is_file(), reason="needs the source tree")]
 
 
-@pytest.fixture
-def benchmarks(monkeypatch):
-    """The benchmarks' modules by name, found in the source tree."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    return lambda name: importlib.import_module(f"benchmarks.{name}")
-
-
 def drive(out, *arguments, timeout=300, **environment):
     return subprocess.run(
         [sys.executable, str(DRIVER), "--out", str(out), *arguments],

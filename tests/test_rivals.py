@@ -1,6 +1,5 @@
 """The benchmarks' rivals: what they give, on which threads, and what a run says where they are absent."""
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -23,13 +22,6 @@ SHAPES = {
     "volumes last": ((2, 24, 3, 4, 5), True),
     "rows": ((50, 48), False),
 }
-
-
-@pytest.fixture
-def benchmarks(monkeypatch):
-    """The benchmarks' modules by name, found in the source tree."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 @pytest.fixture(scope="module")
