@@ -42,7 +42,7 @@ def resolve_activation(act: Activation) -> tuple[str, tuple[float | Tensor, ...]
     is a tensor of one element or C.
 
     Raises:
-        ValueError: unknown name, too many parameters, or one that is not a number.
+        ValueError: unknown name, too many parameters, one that is not a number, or limits in the wrong order.
     """
     if act is None:
         return "identity", ()
@@ -63,7 +63,10 @@ def resolve_activation(act: Activation) -> tuple[str, tuple[float | Tensor, ...]
     given = [g.item() if isinstance(g, torch.Tensor) and g.numel() == 1 else g for g in given]
     if len(given) > len(defaults) or not all(isinstance(g, numbers.Real) for g in given):
         raise ValueError(f"act: expected at most {len(defaults)} numbers as parameters of {name!r}, but got {given}")
-    return name, tuple(float(g) for g in given) + defaults[len(given) :]
+    parameters = tuple(float(g) for g in given) + defaults[len(given) :]
+    if name == "hardtanh" and parameters[0] > parameters[1]:
+        raise ValueError(f"act: expected min_val of 'hardtanh' to be at most max_val, but got {given}")
+    return name, parameters
 
 
 def activation(name: str, z: Tensor, *parameters: str | float | Tensor) -> Tensor:

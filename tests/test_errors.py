@@ -209,6 +209,7 @@ def test_backward_options(bad):
         ({"act": ("gelu", "nope")}, "tanh"),
         ({"act": ("relu", 1.0)}, "relu"),
         ({"act": ("elu", 1.0, 2.0)}, "elu"),
+        ({"act": ("hardtanh", 2.0, 1.0)}, "min_val"),
         ({"order": "norm-norm"}, "order: expected 'norm'"),
         ({"order": "act-drop"}, "order: expected 'norm'"),
         ({"order": "add-norm", "residual": torch.zeros(N, C)}, "order: expected 'norm'"),

@@ -108,7 +108,8 @@ struct Gelu {
   }
 };
 
-// approximate="tanh": (1 + tanh(u)) / 2 is sigmoid(2u), which does not cancel on the left.
+// approximate="tanh": (1 + tanh(u)) / 2 is sigmoid(2u), which does not cancel on the left, nor does 1 less it on the
+// right.
 struct GeluTanh {
   static constexpr const char* name = "gelu_tanh";
   static constexpr int parameters = 0;
@@ -116,19 +117,20 @@ struct GeluTanh {
   static constexpr double kTwoBeta = 1.59576912160573071176;  // 2 sqrt(2/pi)
   static constexpr double kKappa = 0.044715;
   template <class V>
-  static FN_INLINE V gate(V z) {
-    return sigmoid(V(kTwoBeta) * fma(V(kKappa) * z * z, z, z));
+  static FN_INLINE V complement(V z) {  // e, with sigmoid(2u) = 1 / (1 + e)
+    return exp(V(0.0f) - V(kTwoBeta) * fma(V(kKappa) * z * z, z, z));
   }
   template <class V>
   static FN_INLINE V value(V z, parameters_t<V>) {
-    return z * gate(z);
+    return z / (V(1.0f) + complement(z));
   }
   template <class V>
   static FN_INLINE V gradient(V z, V g, parameters_t<V>) {
-    z = min(V(16.0f), max(V(-16.0f), z));  // constant beyond; no overflow
-    const V s = gate(z);
+    z = min(V(10.0f), max(V(-10.0f), z));  // constant beyond; e stays finite
+    const V e = complement(z);
+    const V s = V(1.0f) / (V(1.0f) + e);
     const V inner = V(kTwoBeta) * fma(V(3.0 * kKappa) * z, z, V(1.0f));
-    return g * s * fma(z * inner, V(1.0f) - s, V(1.0f));
+    return g * s * fma(z * inner, e * s, V(1.0f));  // e * s is 1 - s, and does not cancel
   }
 };
 

@@ -34,6 +34,12 @@ struct Factor {
     if constexpr (kind == kBits) return select(from_bits<A>(keep, v), multiplier, Vec<A>(0.0f));
     return multiplier;
   }
+  // A gradient that is not finite gives 0 where its element was dropped.
+  template <class Index>
+  FN_INLINE Vec<A> gradient(Vec<A> g, Index v) const {
+    if constexpr (kind == kBits) return select(from_bits<A>(keep, v), g * multiplier, Vec<A>(0.0f));
+    return g * (*this)[v];
+  }
 };
 // f(kind) for the kind of factor in the arguments.
 template <class Arguments, class F>
@@ -106,9 +112,9 @@ FN_INLINE void stage_gradient_rows(const Elementwise<A>& q) {
       Block<float> factors;
       const Factor<A, kind> factor(q, row, i, factors);
       for_vectors<kUnrolled<A, Activation>, kVectors<A>>([&](auto v) FN_LAMBDA_INLINE {
-        const V z = V::load(x + v * V::width), m = factor[v], dy = V::load(g + v * V::width) * m;
+        const V z = V::load(x + v * V::width), dy = factor.gradient(V::load(g + v * V::width), v);
         // The factor is linear: it does not matter on which side of the activation's gradient it comes.
-        values[v] = Activation::gradient(first ? z * m : z, dy, parameters[i + v * V::width]);
+        values[v] = Activation::gradient(first ? z * factor[v] : z, dy, parameters[i + v * V::width]);
       });
       results.store(values, done, piece);
       done = piece.end;
