@@ -104,8 +104,10 @@ def census(rows: list[dict], facts: dict, path: Path) -> Path:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_locator(NullLocator())
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+    )
     axes[0][0].set_ylabel("eager time / fusednorm time")
     figure.suptitle(f"Layers of public models\n{_machine(facts)}", fontsize=10)
     return _save(figure, path)
