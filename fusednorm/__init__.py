@@ -12,6 +12,7 @@ except ImportError:
 else:
     from . import analysis, functional, recalibration, reference
     from .checkpoints import keep_act_keys
+    from .convert import fold, fuse, unfuse
     from .functional import noise
     from .modules import (
         FusedBatchNorm1d,
@@ -38,11 +39,14 @@ else:
         "UniformDropout",
         "analysis",
         "at_alpha",
+        "fold",
         "functional",
+        "fuse",
         "keep_act_keys",
         "noise",
         "recalibrate",
         "recalibration",
         "reference",
         "restore_running_var",
+        "unfuse",
     ]

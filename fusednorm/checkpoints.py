@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 def keep_act_keys(parent: nn.Module, layer: str, slot: str) -> None:
@@ -37,12 +38,20 @@ def keep_act_keys(parent: nn.Module, layer: str, slot: str) -> None:
             )
     if not isinstance(getattr(children[layer], "act", None), nn.Module):
         raise ValueError(f"layer: expected a fused layer with an activation, but {layer!r} has none")
-    new, old = f"{layer}.act.", f"{slot}."
-    parent.register_state_dict_post_hook(partial(_rename, begin=new, to=old))
-    parent.register_load_state_dict_pre_hook(partial(_rename, begin=old, to=new))
+    rename_keys(parent, f"{layer}.act.", f"{slot}.")
+
+
+def rename_keys(parent: nn.Module, new: str, old: str) -> list[RemovableHandle]:
+    """Keys that begin with `new` are called `old` in state dicts; the handles end that."""
+    return [
+        parent.register_state_dict_post_hook(partial(_rename, begin=new, to=old)),
+        parent.register_load_state_dict_pre_hook(partial(_rename, begin=old, to=new)),
+    ]
 
 
 def _rename(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any, begin: str, to: str) -> None:
     begin, to = prefix + begin, prefix + to
-    for key in [key for key in state if key.startswith(begin)]:
-        state[to + key.removeprefix(begin)] = state.pop(key)
+    if any(key.startswith(begin) for key in state):
+        for key in list(state):  # all of them, so that their order stays
+            value = state.pop(key)
+            state[to + key.removeprefix(begin) if key.startswith(begin) else key] = value

@@ -19,13 +19,16 @@ from fusednorm import (
     UniformDropout,
     analysis,
     at_alpha,
+    fold,
     functional,
+    fuse,
     keep_act_keys,
     noise,
     recalibrate,
     recalibration,
     reference,
     restore_running_var,
+    unfuse,
 )
 from fusednorm.analysis import VarianceShift, alpha_of, measure_variance_shift, variance_shift
 
@@ -138,3 +141,9 @@ assert_type(restore_running_var(norm, dropout), Tensor)
 assert_type(restore_running_var(layers[0]), Tensor)
 assert_type(restore_running_var(norm, ("uniform", 0.1), nn.Linear(8, 8), mean=mean, var=1.0), Tensor)
 assert_type(recalibration.restore_running_var(norm, shift=0.9), Tensor)
+
+fused = fuse(model, x2, include="*", exclude=["7", "8"])
+assert_type(fused, nn.Module)
+assert_type(fuse(fused, (x2,), include=lambda name, bn: "head" not in name), nn.Module)
+assert_type(fuse(fused, {"input": x2}, inplace=True), nn.Module)
+assert_type(fold(unfuse(fused).eval(), x2), nn.Module)

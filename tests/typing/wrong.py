@@ -3,7 +3,18 @@
 from torch import Tensor, nn
 
 from fusednorm import FusedBatchNorm2d as Fused2d
-from fusednorm import ICLayer, UniformDropout, at_alpha, keep_act_keys, noise, recalibrate, restore_running_var
+from fusednorm import (
+    ICLayer,
+    UniformDropout,
+    at_alpha,
+    fold,
+    fuse,
+    keep_act_keys,
+    noise,
+    recalibrate,
+    restore_running_var,
+    unfuse,
+)
 from fusednorm import LazyFusedBatchNorm2d as Lazy2d
 from fusednorm.analysis import alpha_of, measure_variance_shift, variance_shift
 from fusednorm.functional import batch_norm_act_drop, dropout
@@ -105,3 +116,12 @@ def shifts(x: Tensor, model: nn.Module, norm: nn.BatchNorm2d) -> None:
     restore_running_var(nn.ReLU())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     restore_running_var(norm, 0.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     restore_running_var(norm, shift="0.5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def whole_models(x: Tensor, model: nn.Module) -> None:
+    fuse(x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fuse(model, include=3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fuse(model, exclude=lambda name: True)  # type: ignore[arg-type,misc]  # pyright: ignore[reportArgumentType]
+    fuse(model, inputs=x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    unfuse([model])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fold(model, inplace="no")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

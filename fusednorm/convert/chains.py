@@ -1,0 +1,152 @@
+"""Chains around a BatchNorm: the modules before and behind it that a fused layer can take along, or why it cannot.
+
+A chain goes on from a tensor to the next call only where that call is the tensor's one use.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .. import _children, reference
+from ..modules import _FusedBatchNorm
+from .record import Call, Place, Record
+
+NORMS: dict[type[nn.Module], str] = {nn.BatchNorm1d: "1d", nn.BatchNorm2d: "2d", nn.BatchNorm3d: "3d"}
+
+
+def kind(module: Any) -> str | None:
+    """ "norm", "act", "drop", "fused" or "nothing" for a leaf, None for any other thing that is called."""
+    exact = type(module)
+    if exact is nn.Identity:
+        return "nothing"
+    if exact in NORMS:
+        return "norm"
+    if exact in _children._ACTIVATIONS:
+        return "act"
+    if exact in _children._DROPS:
+        return "drop"
+    return "fused" if isinstance(module, _FusedBatchNorm) else None
+
+
+def is_leaf(module: nn.Module) -> bool:
+    return kind(module) is not None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An activation or a dropout, and where it stood."""
+
+    kind: str
+    module: nn.Module
+    place: Place
+
+
+@dataclass
+class Chain:
+    """A BatchNorm with the stages around it, and why there are no more."""
+
+    norm: nn.Module
+    before: list[Stage] = field(default_factory=list)
+    after: list[Stage] = field(default_factory=list)
+    reason: str | None = None
+
+    @property
+    def stages(self) -> list[Stage]:
+        return self.before + self.after
+
+    @property
+    def order(self) -> str:
+        return "-".join([*(s.kind for s in self.before), "norm", *(s.kind for s in self.after)])
+
+
+# Functions that a chain could have in it, if its forward were rewritten.
+_FUNCTIONS = {*reference.ACTIVATIONS, "prelu", "dropout", "dropout1d", "dropout2d", "dropout3d", "add", "iadd", "radd"}
+
+
+def _stage(call: Call) -> Stage | str | None:
+    """The stage that a call is, or why it is none, or None for something of another kind."""
+    found = kind(call.what)
+    if call.what == "hooks":
+        return "a hook looks at what comes out"
+    if found is None and getattr(call.what, "__name__", "").strip("_") in _FUNCTIONS:
+        return f"{call.what.__name__.strip('_')} in the model's own code comes next"
+    if found not in ("act", "drop"):
+        return None
+    if call.place is None:
+        return f"{type(call.what).__name__} stands in several places, and which of them is called cannot be told"
+    if not _children._is_plain(call.what):
+        return f"{type(call.what).__name__} has hooks or a forward of its own"
+    return Stage(found, call.what, call.place)
+
+
+def _walk(record: Record, call: Call, forward: bool, taken: set[str]) -> tuple[list[Stage], str | None]:
+    """The stages behind a call, or before it, nearest first; and why there are no more, if something else is there."""
+    stages: list[Stage] = []
+    kinds = set(taken)
+    while True:
+        values = call.gives if forward else call.takes
+        if len(values) != 1:
+            return stages, None
+        value = values[0]
+        maker = record.makers.get(value)
+        if not forward and maker is None:
+            return stages, None
+        takers = record.takers[value]
+        uses = len(takers) + (value in record.results)
+        if uses != 1 or not takers:
+            return stages, f"what it gives is used {uses} times" if forward and uses > 1 and not stages else None
+        call = takers[0] if forward else maker  # type: ignore[assignment]  # there is one, as of above
+        if kind(call.what) == "nothing":
+            continue
+        stage = _stage(call)
+        if not isinstance(stage, Stage):
+            return stages, stage if forward else None
+        if stage.kind in kinds:
+            return stages, None
+        kinds.add(stage.kind)
+        stages.append(stage)
+
+
+def find(record: Record, norms: list[nn.Module]) -> list[Chain]:
+    """The chain of each of `norms`. No stage is in two of them, and none is called anywhere else."""
+    calls: dict[int, list[Call]] = defaultdict(list)
+    at_place: dict[tuple[int, str], int] = defaultdict(int)
+    for call in record.calls:
+        if isinstance(call.what, nn.Module):
+            calls[id(call.what)].append(call)
+            if call.place is not None:
+                at_place[id(call.place[0]), call.place[1]] += 1
+    chains = [Chain(norm) for norm in norms]
+    claimed: set[tuple[int, str]] = set()
+
+    def claim(chain: Chain, forward: bool) -> None:
+        own = calls[id(chain.norm)]
+        if not own:
+            return
+        taken = {stage.kind for stage in chain.stages}
+        walks = [_walk(record, call, forward, taken) for call in own]
+        stages, reason = walks[0]
+        if any(other != stages for other, _ in walks[1:]):
+            stages, reason = [], "what comes next differs from call to call"
+        good: list[Stage] = []
+        for stage in stages:
+            key = id(stage.place[0]), stage.place[1]
+            if key in claimed:
+                break
+            if at_place[key] != len(own):
+                reason = f"{type(stage.module).__name__} is called elsewhere in the same forward, too"
+                break
+            claimed.add(key)
+            good.append(stage)
+        if forward:
+            chain.after, chain.reason = good, reason
+        else:
+            chain.before = good[::-1]
+
+    for chain in chains:
+        claim(chain, True)
+    for chain in chains:
+        claim(chain, False)
+    return chains

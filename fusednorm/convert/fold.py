@@ -1,0 +1,226 @@
+"""`fold`: BatchNorms of an evaluated model in the weights of the convolution or linear layer beside them.
+
+With s = weight / sqrt(running_var + eps) and t = bias - running_mean * s, a norm behind a layer makes W * s_o of its
+weight and b * s_o + t_o of its bias; one ahead makes W * s_i, and b + sum W t_i. There zero padding is an obstacle:
+the norm never shifts the zeros, and what its t gives is less at the border. A map of what it gives is added then.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import modules
+from .chains import NORMS, kind
+from .fuse import check, in_rows
+from .record import Call, Record, observe
+from .report import Report, Row
+from .rewire import replace
+
+_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+_TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+_LINEAR = *_CONVOLUTIONS, *_TRANSPOSED, nn.Linear
+
+
+_FUNCTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+class ShiftedConv(nn.Module):
+    """A convolution with zero padding, and what each tap gives of its own where it does not fall on the padding.
+
+    Args:
+        conv: the convolution.
+        taps: (C_out, 1, *kernel_size).
+
+    Shape: that of `conv`.
+    """
+
+    taps: Tensor
+
+    def __init__(self, conv: nn.Module, taps: Tensor) -> None:
+        super().__init__()
+        self.conv = conv
+        self.register_buffer("taps", taps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        conv: Any = self.conv
+        ones = self.taps.new_ones(1, 1, *input.shape[2:])
+        border = _FUNCTIONS[type(conv)](ones, self.taps, None, conv.stride, conv.padding, conv.dilation)
+        return conv(input) + border  # type: ignore[no-any-return]
+
+
+def fold(model: nn.Module, example: Any = None, *, inplace: bool = False) -> nn.Module:
+    """An evaluated model with its BatchNorms folded into convolutions and linear layers, for deployment.
+
+    A norm goes into the layer that it follows, or else into the one that follows it, where what stands between them
+    has no other use; an activation between them ends it. Of a fused layer the activation stays, as a stock module.
+    Outputs are those of `model.eval()` up to rounding.
+
+    Args:
+        model: in evaluation: a norm that is training is left as it is.
+        example: as in :func:`fuse`; without one, only what follows one another in an nn.Sequential is found.
+        inplace: change `model` itself. Its weights are changed then.
+
+    Returns:
+        The model; its `fusednorm_report` says of each BatchNorm where it went, or why it stayed.
+
+    Raises:
+        TypeError: `model` is no module, is scripted or compiled.
+        What the model raises with `example`; it is unchanged then.
+    """
+    check(model)
+    if not inplace:
+        model = copy.deepcopy(model)
+    names: dict[int, str] = {}
+    for name, module in model.named_modules():
+        names.setdefault(id(module), name)
+    record = in_rows(model, _is_leaf) if example is None else observe(model, example, _is_leaf)
+    calls: dict[int, list[Call]] = {}
+    for call in record.calls:
+        calls.setdefault(id(call.what), []).append(call)
+    weights = [weight for module in model.modules() for weight in module._parameters.values() if weight is not None]
+    norms = [m for m in model.modules() if type(m) in NORMS or isinstance(m, modules._FusedBatchNorm)]
+    found = {id(norm): _into(record, calls, weights, norm) for norm in norms}
+    # Those behind a layer first: they scale what a map of the border adds, too.
+    for norm in sorted(norms, key=lambda norm: isinstance(into := found[id(norm)], tuple) and not into[1]):
+        into = found[id(norm)]
+        if not isinstance(into, str):
+            layer, behind = into
+            if behind:
+                _fold_behind(layer, norm)
+            else:
+                model = _fold_ahead(model, layer, norm)
+            model = replace(model, norm, _left_of(norm))
+    rows = []
+    for norm in norms:
+        into = found[id(norm)]
+        name = names[id(norm)]
+        rows.append(Row(name, None, (), into) if isinstance(into, str) else Row(name, "folded", (names[id(into[0])],)))
+    model.fusednorm_report = Report(rows)  # type: ignore[assignment]
+    return model
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return kind(module) is not None or type(module) in _LINEAR
+
+
+def _into(record: Record, calls: dict[int, list[Call]], weights: Sequence[Tensor], norm: Any) -> tuple[Any, bool] | str:
+    """The layer that takes the norm in, and whether the norm is behind it; or why there is none."""
+    own = calls.get(id(norm), [])
+    if len(own) != 1:
+        return "it is not called with this example" if not own else "it is called several times"
+    if norm.running_mean is None:
+        return "it has no running statistics"
+    if norm.training:
+        return "it normalises by the batch: call eval() first"
+    ours = isinstance(norm, modules._FusedBatchNorm)
+    if norm._forward_hooks or norm._forward_pre_hooks:
+        return "it has hooks"
+    if ours and norm.drop is not None and norm.drop.training:
+        return "its dropout is live"
+    order = norm.order.split("-") if ours else ["norm"]
+    if "add" in order:
+        return "it adds"
+    stages = [stage for stage in order if stage == "norm" or getattr(norm, stage) is not None]
+    reason = "no convolution or linear layer beside it"
+    (call,) = own
+    if stages[0] == "norm" and len(call.takes) == 1:
+        maker = record.makers.get(call.takes[0])
+        if maker is not None and type(maker.what) in _LINEAR:
+            if len(record.takers[call.takes[0]]) > 1 or call.takes[0] in record.results:
+                reason = "what the layer ahead of it gives has other uses"
+            elif (problem := _shared(calls, weights, maker.what)) is not None:
+                reason = problem
+            else:
+                return maker.what, True
+    if stages[-1] == "norm" and len(call.gives) == 1 and not (ours and len(stages) > 1):
+        takers = record.takers[call.gives[0]]
+        layer = takers[0].what if len(takers) == 1 else None
+        if type(layer) in (*_CONVOLUTIONS, nn.Linear) and call.gives[0] not in record.results:
+            return _shared(calls, weights, layer) or _does_not_pay(layer, norm, takers[0]) or (layer, False)
+    return reason
+
+
+def _shared(calls: dict[int, list[Call]], weights: Sequence[Tensor], layer: Any) -> str | None:
+    if len(calls[id(layer)]) > 1:
+        return f"the {type(layer).__name__} beside it is called several times"
+    if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "parametrizations"):
+        return f"the {type(layer).__name__} beside it has hooks or parametrisations"
+    if sum(w is layer.weight for w in weights) > 1:
+        return f"the {type(layer).__name__} beside it has a weight that is not its alone"
+    return None
+
+
+def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(norm.running_mean.dtype, torch.float64)
+    mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
+    scale = (var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().to(dtype)
+    shift = -mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach().to(dtype)
+
+
+def _pads_with_zeros(layer: Any) -> bool:
+    if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros":
+        return False
+    return layer.padding == "same" or (layer.padding != "valid" and any(layer.padding))
+
+
+def _does_not_pay(layer: Any, norm: Any, call: Call) -> str | None:
+    """Why a norm ahead of a convolution with zero padding stays: the map is a pass over the output."""
+    if not _pads_with_zeros(layer) or not _scale_and_shift(norm)[1].any():
+        return None
+    if call.sizes is None:
+        return "the convolution behind it pads with zeros, and without an example it cannot be told whether that pays"
+    if call.sizes[1] >= call.sizes[0]:
+        return "the convolution behind it pads with zeros; to correct the border would cost as much as the norm"
+    return None
+
+
+def _fold_behind(layer: Any, norm: Any) -> None:
+    scale, shift = _scale_and_shift(norm)
+    weight = layer.weight.detach().double()
+    if isinstance(layer, _TRANSPOSED):  # (inputs, outputs of a group, taps)
+        taps = [1] * (weight.dim() - 2)
+        groups = weight.view(layer.groups, -1, *weight.shape[1:])
+        scaled = (groups * scale.view(layer.groups, 1, -1, *taps)).view_as(weight)
+    else:
+        scaled = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    _set(layer, scaled, shift if layer.bias is None else layer.bias.detach().double() * scale + shift)
+
+
+def _fold_ahead(model: nn.Module, layer: Any, norm: Any) -> nn.Module:
+    scale, shift = _scale_and_shift(norm)
+    weight = layer.weight.detach().double()
+    if isinstance(layer, nn.Linear):
+        given = weight @ shift
+        scaled = weight * scale
+    else:
+        groups, (out, inside, *kernel) = layer.groups, weight.shape
+        by_input = [groups, 1, inside, *[1] * len(kernel)]  # (groups, outputs, inputs, taps) has a channel's factor
+        grouped = weight.view(groups, out // groups, inside, *kernel)
+        scaled = (grouped * scale.view(by_input)).view_as(weight)
+        taps = (grouped * shift.view(by_input)).sum(2).view(out, 1, *kernel)
+        given = taps.flatten(1).sum(1)
+    old = None if layer.bias is None else layer.bias.detach().double()
+    if _pads_with_zeros(layer) and shift.any():
+        _set(layer, scaled, old)
+        return replace(model, layer, ShiftedConv(layer, taps.to(layer.weight)))
+    _set(layer, scaled, given if old is None else old + given)
+    return model
+
+
+def _set(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
+    like = layer.weight
+    layer.weight = nn.Parameter(weight.to(like), like.requires_grad)
+    layer.bias = None if bias is None else nn.Parameter(bias.to(like), like.requires_grad)
+
+
+def _left_of(norm: Any) -> nn.Module:
+    """What stays where a norm was: the activation of a fused layer."""
+    act = getattr(norm, "act", None) if isinstance(norm, modules._FusedBatchNorm) else None
+    return (act if act is not None else nn.Identity()).train(norm.training)

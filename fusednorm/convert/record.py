@@ -1,0 +1,194 @@
+"""One forward of a model, watched: which modules and functions took which tensor, and from where.
+
+Modules that mean something to a conversion are leaves: what happens inside them is their own. Of everything else the
+functions are recorded. Every tensor has a number, and nothing ever gives a tensor that it took: where it would (an
+activation in place, nn.Identity, a dropout in evaluation) it is made to give another one of the same memory. So to use
+a tensor from before such a call is not to use what the call gave.
+"""
+
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+# Asking these of a tensor is no use of its values.
+_FACTS = {
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "nelement", "stride", "ndimension", "__len__")),
+    *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "is_contiguous")),
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_meta", "grad_fn")
+    ),
+}
+
+Place = tuple[nn.Module, str]  # a parent, and the name in it
+
+
+@dataclass(frozen=True)
+class Call:
+    """Of a leaf, of a function, or of the hooks of some other module."""
+
+    what: Any
+    place: Place | None  # where the leaf was called from, if that is one place
+    takes: tuple[int, ...]
+    gives: tuple[int, ...]
+    sizes: tuple[int, int] | None = None  # values of the first tensor taken and of the first given
+
+
+class Record:
+    """The calls of a forward, in their order, and who took what each gave."""
+
+    def __init__(self, calls: list[Call], results: set[int]) -> None:
+        self.calls = calls
+        self.results = results  # what the model itself gives
+        self.takers: dict[int, list[Call]] = defaultdict(list)
+        self.makers: dict[int, Call] = {}
+        for call in calls:
+            for value in call.takes:
+                self.takers[value].append(call)
+            for value in call.gives:
+                self.makers[value] = call
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.is_leaf = is_leaf
+        self.calls: list[Call] = []
+        self._stack: list[nn.Module] = []
+        self._inside = 0  # how many leaves are being called, one in another
+        self._numbers: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # so that no two have the same id
+        self._places: dict[int, list[Place]] = defaultdict(list)
+        # Whose hooks see what goes in, and what comes out: but for the watch's own.
+        self._seen_in = {id(m) for m in model.modules() if m._forward_pre_hooks}
+        self._seen_out = {
+            id(m) for m in model.modules() if m._forward_hooks or m._backward_hooks or m._backward_pre_hooks
+        }
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                self._places[id(child)].append((parent, name))
+
+    def number(self, tensor: Tensor) -> int:
+        if id(tensor) not in self._numbers:
+            self._numbers[id(tensor)] = len(self._alive)
+            self._alive.append(tensor)
+        return self._numbers[id(tensor)]
+
+    def numbers(self, tree: Any) -> tuple[int, ...]:
+        return tuple(self.number(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+    def record(self, what: Any, place: Place | None, taken: Any, given: Any) -> Any:
+        """Notes the call; returns `given`, of tensors that are not among those taken."""
+        takes = self.numbers(taken)
+        known = set(takes)
+
+        def apart(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and self.number(leaf) in known:
+                with torch._C.DisableTorchFunction():
+                    return leaf.view_as(leaf)
+            return leaf
+
+        given = tree_map(apart, given)
+        gives = self.numbers(given)
+        sizes = (self._alive[takes[0]].numel(), self._alive[gives[0]].numel()) if takes and gives else None
+        self.calls.append(Call(what, place, takes, gives, sizes))
+        return given
+
+    # ---- functions
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = function(*args, **kwargs)
+        if self._inside or function in _FACTS:
+            return given
+        return self.record(function, None, (args, kwargs), given)
+
+    # ---- modules
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if id(module) in self._seen_in and not self._inside:
+            self.calls.append(Call("hooks", None, self.numbers((args, kwargs)), ()))
+        self._stack.append(module)
+        self._inside += self.is_leaf(module)
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, given: Any) -> Any:
+        self._stack.pop()
+        self._inside -= self.is_leaf(module)
+        if self._inside:
+            return None
+        if self.is_leaf(module):
+            return self.record(module, self._place(module), (args, kwargs), given)
+        if id(module) in self._seen_out:
+            self.calls.append(Call("hooks", None, self.numbers(given), ()))
+        return None
+
+    def _place(self, module: nn.Module) -> Place | None:
+        """Where a module stands that is being called: in the caller, if there, or else in the one place that it has."""
+        places = self._places[id(module)]
+        near = [place for place in places if self._stack and place[0] is self._stack[-1]]
+        found = near or places
+        return found[0] if len(found) == 1 else None
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Buffers, modes and generators come back as they were."""
+    buffers = {id(b): (b, b.detach().clone()) for b in model.buffers()}
+    owners = [(module, dict(module._buffers), module.training) for module in model.modules()]
+    numpy = sys.modules.get("numpy")
+    state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type not in ("cpu", "meta")}
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            for kind in {device.type for device in devices}:
+                of_kind = [device for device in devices if device.type == kind]
+                stack.enter_context(torch.random.fork_rng(devices=of_kind, device_type=kind))
+            yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+        for module, held, training in owners:
+            module._buffers.clear()
+            module._buffers.update(held)
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers.values():
+                buffer.copy_(value)
+
+
+def call_with(model: nn.Module, example: Any) -> Any:
+    """model(example): a tuple or list are its arguments, a dict its keywords."""
+    if isinstance(example, dict):
+        return model(**example)
+    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+
+
+def observe(model: nn.Module, example: Any, is_leaf: Callable[[nn.Module], bool]) -> Record:
+    """What happens in `model(example)`, after which buffers, modes and random generators are as they were.
+
+    Raises:
+        What the model raises.
+    """
+    watch = _Watch(model, is_leaf)
+    with ExitStack() as stack:
+        stack.enter_context(_unchanged(model))
+        stack.enter_context(torch.no_grad())
+        for module in model.modules():
+            # Not torch's hooks for all modules: these leave a trace when they are removed.
+            for handle in (
+                module.register_forward_pre_hook(watch.enter, with_kwargs=True, prepend=True),
+                module.register_forward_hook(watch.leave, with_kwargs=True, prepend=True),
+            ):
+                stack.callback(handle.remove)
+        stack.enter_context(watch)
+        results = call_with(model, example)
+    return Record(watch.calls, set(watch.numbers(results)))

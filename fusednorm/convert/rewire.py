@@ -1,0 +1,161 @@
+"""Fused layers into the places of BatchNorms, and back.
+
+Where an activation or a dropout stood, an nn.Identity stays, so that keys, names, order and lengths are the stock
+model's; it remembers whose stage it stands for.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import checkpoints, modules
+from .chains import NORMS, Chain
+
+_MARK = "_fusednorm_stage"  # of a slot: the layer, and "act" or "drop"
+
+
+def places(model: nn.Module, child: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every parent that has the child, and its name there."""
+    return [(parent, name) for parent in model.modules() for name, c in parent._modules.items() if c is child]
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Puts `new` wherever `old` stands; the model, which is `new` if it was `old`."""
+    for parent, name in places(model, old):
+        setattr(parent, name, new)
+    return new if model is old else model
+
+
+def fuse_chain(model: nn.Module, chain: Chain) -> tuple[nn.Module, nn.Module, Callable[[], None]]:
+    """The chain as one layer in the model: the model, the layer, and a function that takes it back.
+
+    Raises:
+        ValueError, TypeError: the layer's own, for a norm that it cannot be made of; nothing has changed then.
+    """
+    layer_class = getattr(modules, f"FusedBatchNorm{NORMS[type(chain.norm)]}")
+    children = {stage.kind: stage.module for stage in chain.stages}
+    layer = layer_class.from_torch(chain.norm, **children, order=chain.order)
+    keys, order = list(model.state_dict()), list(map(id, model.parameters()))
+    homes = places(model, chain.norm)
+    renamed: list[Any] = []
+
+    def undo() -> None:
+        for handle in renamed:
+            handle.remove()
+        for parent, name in homes:
+            setattr(parent, name, chain.norm)
+        for stage in chain.stages:
+            setattr(stage.place[0], stage.place[1], stage.module)
+
+    changed = replace(model, chain.norm, layer)
+    for stage in chain.stages:
+        slot = nn.Identity().train(stage.module.training)
+        setattr(slot, _MARK, (layer, stage.kind))
+        setattr(stage.place[0], stage.place[1], slot)
+        if next(stage.module.parameters(), None) is not None:
+            near = [name for parent, name in homes if parent is stage.place[0]]
+            if len(homes) != 1 or not near:
+                undo()
+                raise ValueError(f"{type(stage.module).__name__} has a weight, and stands in another module")
+            renamed += checkpoints.rename_keys(stage.place[0], f"{near[0]}.{stage.kind}.", f"{stage.place[1]}.")
+    if list(changed.state_dict()) != keys or list(map(id, changed.parameters())) != order:
+        undo()
+        raise ValueError("the order of the model's parameters would change, by which optimizers go")
+    return changed, layer, undo
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """The stock modules back in their places, of layers that :func:`fuse` made and of those built by hand.
+
+    Parameters and buffers stay the same objects. A checkpoint of the fused model loads into what comes out, strictly,
+    and for layers that `fuse` made, or that stand in an nn.Sequential with an nn.Identity for each stage, its own keys
+    are the stock model's. Any other layer with an activation or a dropout becomes a module that holds its stages.
+
+    Args:
+        model: is changed, and is what is returned, unless it is a fused layer itself.
+
+    Raises:
+        ValueError: a layer that has no stock counterpart yet, as of its `to_torch`; nothing has changed then.
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, modules._FusedBatchNorm)]
+    for layer in layers:
+        layer.to_torch()  # raises before anything has changed
+    slots = {
+        (id(slot.__dict__[_MARK][0]), slot.__dict__[_MARK][1]): (parent, name)
+        for parent in model.modules()
+        for name, slot in parent._modules.items()
+        if slot is not None and _MARK in slot.__dict__
+    }
+    for layer in layers:
+        free = _free_slots(model, layer)
+        for kind in ("act", "drop"):
+            stage = getattr(layer, kind)
+            place = slots.get((id(layer), kind)) or free.get(kind)
+            if stage is not None and place is not None:
+                _forget_keys(place[0], place[1])
+                setattr(layer, kind, None)
+                setattr(place[0], place[1], stage)
+        model = replace(model, layer, _stock(layer))
+    return model
+
+
+def _free_slots(model: nn.Module, layer: Any) -> dict[str, tuple[nn.Module, str]]:
+    """For the stages of a layer that somebody put into an nn.Sequential: the nn.Identity left of each."""
+    homes = places(model, layer)
+    if len(homes) != 1 or type(homes[0][0]) is not nn.Sequential:
+        return {}
+    parent, name = homes[0]
+    names = list(parent._modules)
+    at, stages = names.index(name), layer.order.split("-")
+    norm = stages.index("norm")
+    found = {}
+    for step, way in ((-1, stages[:norm][::-1]), (1, stages[norm + 1 :])):
+        i = at + step
+        for kind in way:
+            if getattr(layer, kind, None) is None:
+                continue
+            slot = parent._modules[names[i]] if 0 <= i < len(names) else None
+            if type(slot) is not nn.Identity or _MARK in slot.__dict__:
+                break
+            found[kind] = parent, names[i]
+            i += step
+    return found
+
+
+def _forget_keys(parent: nn.Module, slot: str) -> None:
+    """Ends what `keep_act_keys` began for this slot."""
+    for hooks in (parent._state_dict_hooks, parent._load_state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            inner: Any = getattr(hook, "hook", hook)
+            ours = isinstance(inner, partial) and inner.func is checkpoints._rename
+            if ours and f"{slot}." in inner.keywords.values():
+                del hooks[key]
+
+
+def _stock(layer: Any) -> nn.Module:
+    stock: nn.Module = layer.to_torch()
+    if isinstance(stock, nn.Sequential) and len(stock) == 1:
+        return stock[0]
+    moved = {"": "norm"}  # the layer's own keys, and those of its children, to the names that these have now
+    moved |= {kind: kind for kind in ("act", "drop")}
+    if isinstance(stock, nn.Sequential):
+        by_kind = {"act": layer.act, "drop": layer.drop}
+        at = {id(child): name for name, child in stock.named_children()}
+        norms = [name for name, child in stock.named_children() if isinstance(child, _BatchNorm)]
+        moved = {"": norms[0]} | {kind: at[id(c)] for kind, c in by_kind.items() if c is not None and id(c) in at}
+    stock.register_load_state_dict_pre_hook(partial(_load_fused, moved=moved))
+    return stock
+
+
+def _load_fused(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, moved: dict[str, str]) -> None:
+    """A fused layer's keys, where a state dict has them, under the names of its stages."""
+    own = [key for key in state if key.startswith(prefix)]
+    if any(key.startswith(f"{prefix}{moved['']}.") for key in own):
+        return  # a state dict of this very module
+    for key in own:
+        kind, dot, rest = key.removeprefix(prefix).partition(".")
+        new = f"{moved[kind]}.{rest}" if dot and kind in moved else f"{moved['']}.{kind}{dot}{rest}"
+        state[prefix + new] = state.pop(key)
