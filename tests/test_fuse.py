@@ -107,6 +107,38 @@ class Features(nn.Module):
         return {"normed": y, "out": self.act(y)}
 
 
+class Keeps(nn.Module):
+    """Leaves what the norm gives where a loss will look for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x):
+        self.normed = {"last": self.bn(x)}
+        return self.act(self.normed["last"])
+
+
+class Output:
+    def __init__(self, normed, out):
+        self.normed, self.out = normed, out
+
+    def values(self):
+        return [self.normed, self.out]
+
+
+class OwnOutput(nn.Module):
+    """Gives an object of a class that torch does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x):
+        y = self.bn(x)
+        return Output(y, self.act(y))
+
+
 class InAList(nn.Module):
     """The model calls its norm by a list of its own, which no converter can see."""
 
@@ -231,6 +263,8 @@ CASES = {
     "used after an idle dropout": (UsedAfterIdleDropout, {"bn": "norm"}),
     "in place, ignored": (InPlaceIgnored, {"bn": "norm"}),
     "features": (Features, {"bn": "norm"}),
+    "keeps": (Keeps, {"bn": "norm"}),
+    "own output": (OwnOutput, {"bn": "norm"}),
     "in a list": (InAList, {"bn": None}),
     "two places": (TwoPlaces, {"block.1": "norm-act"}),
     "functional": (Functional, {"bn": "norm"}),
@@ -265,7 +299,7 @@ def step(model, x):
         model.train(training).zero_grad()
         x = x.detach().requires_grad_()
         out = model(x)
-        out = list(out.values()) if isinstance(out, dict) else [out]
+        out = [out] if isinstance(out, torch.Tensor) else list(out.values())
         sum(o.square().sum() for o in out).backward()
         found += [*out, x.grad, *(p.grad for p in model.parameters())]
     return [*found, *(b.double() for b in model.buffers())]
@@ -300,7 +334,7 @@ def test_optimizer_state_moves(name):
     stock = without_noise(build(name)).train()
     optimizer = torch.optim.Adam(stock.parameters())
     out = stock(picture())
-    sum(o.sum() for o in (out.values() if isinstance(out, dict) else [out])).backward()
+    sum(o.sum() for o in ([out] if isinstance(out, torch.Tensor) else out.values())).backward()
     optimizer.step()
     ours = fuse(stock, picture(), inplace=True)
     assert [id(p) for p in ours.parameters()] == [id(p) for p in optimizer.param_groups[0]["params"]]
@@ -479,6 +513,13 @@ def test_meta_device():
     ours = fuse(model, x)
     assert ours.fusednorm_report.rows[0].order == "norm-act"
     assert ours.bn.weight.is_meta
+
+
+def test_lazy():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
+    assert [row.order for row in fuse(model, torch.randn(2, 3, 5, 5), inplace=True).fusednorm_report.rows] == [
+        "norm-act"
+    ]
 
 
 def test_shared_weights():

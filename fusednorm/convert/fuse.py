@@ -50,9 +50,9 @@ def fuse(
     names: dict[int, str] = {}
     for name, module in model.named_modules():
         names.setdefault(id(module), name)
-    norms = [module for module in model.modules() if type(module) in NORMS]
-    picked = [m for m in norms if wanted[0](names[id(m)], m) and not wanted[1](names[id(m)], m)]
     record = in_rows(model, is_leaf) if example is None else observe(model, example, is_leaf)
+    norms = [module for module in model.modules() if type(module) in NORMS]  # of the lazy ones, too, that know now
+    picked = [m for m in norms if wanted[0](names[id(m)], m) and not wanted[1](names[id(m)], m)]
     # What the model had before, so that nothing here hangs on the modules that are about to move.
     rows = {id(m): Row(names[id(m)], m.order) for m in model.modules() if isinstance(m, modules._FusedBatchNorm)} | {
         id(m): Row(names[id(m)], None, (), "left out as asked") for m in norms

@@ -191,4 +191,21 @@ def observe(model: nn.Module, example: Any, is_leaf: Callable[[nn.Module], bool]
                 stack.callback(handle.remove)
         stack.enter_context(watch)
         results = call_with(model, example)
-    return Record(watch.calls, set(watch.numbers(results)))
+    # What the model gives, and what it keeps: attributes of its modules may be read by whoever trains it.
+    kept = [value for module in model.modules() for name, value in vars(module).items() if name not in _CONTAINERS]
+    return Record(watch.calls, {watch.number(tensor) for tensor in _tensors([results, kept])})
+
+
+# What an nn.Module has parameters, buffers, children and hooks in.
+_CONTAINERS = frozenset(vars(nn.Module()))
+
+
+def _tensors(tree: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """All tensors in a tree, and in the attributes of what torch does not know to be one."""
+    seen = set() if seen is None else seen
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from _tensors(list(vars(leaf).values()), seen)
