@@ -517,9 +517,11 @@ def test_meta_device():
 
 def test_lazy():
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
-    assert [row.order for row in fuse(model, torch.randn(2, 3, 5, 5), inplace=True).fusednorm_report.rows] == [
-        "norm-act"
-    ]
+    for function in (fuse, fusednorm.fold):
+        with pytest.raises(ValueError, match="knows its sizes"):
+            function(model, torch.randn(2, 3, 5, 5))
+    model(torch.randn(2, 3, 5, 5))
+    assert [row.order for row in fuse(model).fusednorm_report.rows] == ["norm-act"]
 
 
 def test_shared_weights():

@@ -69,6 +69,7 @@ def fold(model: nn.Module, example: Any = None, *, inplace: bool = False) -> nn.
 
     Raises:
         TypeError: `model` is no module, is scripted or compiled.
+        ValueError: `model` is lazy, and has seen no input yet.
         What the model raises with `example`; it is unchanged then.
     """
     check(model)

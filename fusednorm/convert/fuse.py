@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .. import modules
 from .chains import NORMS, Chain, find, is_leaf
@@ -41,6 +42,7 @@ def fuse(
 
     Raises:
         TypeError: `model` is no module, is scripted or compiled; `include` or `exclude` is neither.
+        ValueError: `model` is lazy, and has seen no input yet.
         What the model raises with `example`; it is unchanged then.
     """
     check(model)
@@ -51,7 +53,7 @@ def fuse(
     for name, module in model.named_modules():
         names.setdefault(id(module), name)
     record = in_rows(model, is_leaf) if example is None else observe(model, example, is_leaf)
-    norms = [module for module in model.modules() if type(module) in NORMS]  # of the lazy ones, too, that know now
+    norms = [module for module in model.modules() if type(module) in NORMS]
     picked = [m for m in norms if wanted[0](names[id(m)], m) and not wanted[1](names[id(m)], m)]
     # What the model had before, so that nothing here hangs on the modules that are about to move.
     rows = {id(m): Row(names[id(m)], m.order) for m in model.modules() if isinstance(m, modules._FusedBatchNorm)} | {
@@ -84,6 +86,8 @@ def check(model: Any) -> None:
         raise TypeError(f"model: expected an nn.Module, but got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model: expected one that is not scripted; fuse it first, then script it")
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model: expected one that knows its sizes; call it once before")
     for module in model.modules():
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
             raise TypeError("model: expected one that is not compiled; fuse it first, then compile it")
