@@ -1,6 +1,7 @@
 """`fuse`: the BatchNorms of a model, with what stands around them, as fused layers."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -88,8 +89,9 @@ def check(model: Any) -> None:
         raise TypeError("model: expected one that is not scripted; fuse it first, then script it")
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model: expected one that knows its sizes; call it once before")
+    dynamo = sys.modules.get("torch._dynamo")  # which is slow to import, and was if it has compiled anything
     for module in model.modules():
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        if module._compiled_call_impl is not None or (dynamo and isinstance(module, dynamo.OptimizedModule)):
             raise TypeError("model: expected one that is not compiled; fuse it first, then compile it")
 
 
