@@ -23,13 +23,12 @@ LAYERS = (  # of the README's first table: workload, and whether at p = 0
     *(("cnn_f32", True), ("cnn_f32_last", True), ("cnn_bf16", True), ("cnn_bf16_last", True)),
 )
 ORDERS = {  # of the second: workload and what it is called
-    **{
-        name: name
-        for name in (
-            *("norm-act-drop", "act-norm-drop", "drop-norm-act"),
-            *("norm-act-drop-add", "norm-add-act", "norm-add-act-drop"),
-        )
-    },
+    "norm-act-drop": "norm-act-drop",
+    "act-norm-drop": "act-norm-drop",
+    "drop-norm-act": "drop-norm-act",
+    "norm-act-drop-add": "norm-act-drop-add",
+    "norm-add-act": "norm-add-act",
+    "norm-add-act-drop": "norm-add-act-drop",
     "norm-act-drop_uniform": "norm-act-drop, uniform",
     "drop-norm-act_uniform": "drop-norm-act, uniform",
     "norm-act-drop_gaussian": "norm-act-drop, Gaussian",
@@ -105,11 +104,8 @@ def write_results(name: str, runs: list[str]) -> None:
         for row in run["rows"]:
             files.setdefault(kind(row), {"machine": run["machine"], "rows": []})["rows"].append(row)
     for suffix, result in files.items():
-        (RESULTS / f"{name}{suffix}.json").write_text(compact(result) if suffix == "-census" else in_full(result))
-
-
-def in_full(result: dict) -> str:
-    return json.dumps(result, indent=1) + "\n"
+        text = compact(result) if suffix == "-census" else json.dumps(result, indent=1) + "\n"
+        (RESULTS / f"{name}{suffix}.json").write_text(text)
 
 
 def compact(result: dict) -> str:

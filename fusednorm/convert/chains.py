@@ -111,18 +111,15 @@ def _walk(record: Record, call: Call, forward: bool, taken: set[str]) -> tuple[l
 
 def find(record: Record, norms: list[nn.Module]) -> list[Chain]:
     """The chain of each of `norms`. No stage is in two of them, and none is called anywhere else."""
-    calls: dict[int, list[Call]] = defaultdict(list)
     at_place: dict[tuple[int, str], int] = defaultdict(int)
     for call in record.calls:
-        if isinstance(call.what, nn.Module):
-            calls[id(call.what)].append(call)
-            if call.place is not None:
-                at_place[id(call.place[0]), call.place[1]] += 1
+        if call.place is not None:
+            at_place[id(call.place[0]), call.place[1]] += 1
     chains = [Chain(norm) for norm in norms]
     claimed: set[tuple[int, str]] = set()
 
     def claim(chain: Chain, forward: bool) -> None:
-        own = calls[id(chain.norm)]
+        own = record.calls_of(chain.norm)
         if not own:
             return
         taken = {stage.kind for stage in chain.stages}

@@ -5,27 +5,21 @@ weight and b * s_o + t_o of its bias; one ahead makes W * s_i, and b + sum W t_i
 the norm never shifts the zeros, and what its t gives is less at the border. A map of what it gives is added then.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import modules
 from .chains import NORMS, kind
-from .fuse import check, in_rows
-from .record import Call, Record, observe
+from .record import Call, Record, study
 from .report import Report, Row
 from .rewire import replace
 
-_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+_CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 _LINEAR = *_CONVOLUTIONS, *_TRANSPOSED, nn.Linear
-
-
-_FUNCTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
 class ShiftedConv(nn.Module):
@@ -48,7 +42,7 @@ class ShiftedConv(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         conv: Any = self.conv
         ones = self.taps.new_ones(1, 1, *input.shape[2:])
-        border = _FUNCTIONS[type(conv)](ones, self.taps, None, conv.stride, conv.padding, conv.dilation)
+        border = _CONVOLUTIONS[type(conv)](ones, self.taps, None, conv.stride, conv.padding, conv.dilation)
         return conv(input) + border  # type: ignore[no-any-return]
 
 
@@ -72,19 +66,10 @@ def fold(model: nn.Module, example: Any = None, *, inplace: bool = False) -> nn.
         ValueError: `model` is lazy, and has seen no input yet.
         What the model raises with `example`; it is unchanged then.
     """
-    check(model)
-    if not inplace:
-        model = copy.deepcopy(model)
-    names: dict[int, str] = {}
-    for name, module in model.named_modules():
-        names.setdefault(id(module), name)
-    record = in_rows(model, _is_leaf) if example is None else observe(model, example, _is_leaf)
-    calls: dict[int, list[Call]] = {}
-    for call in record.calls:
-        calls.setdefault(id(call.what), []).append(call)
+    model, names, record = study(model, example, inplace, _is_leaf)
     weights = [weight for module in model.modules() for weight in module._parameters.values() if weight is not None]
     norms = [m for m in model.modules() if type(m) in NORMS or isinstance(m, modules._FusedBatchNorm)]
-    found = {id(norm): _into(record, calls, weights, norm) for norm in norms}
+    found = {id(norm): _into(record, weights, norm) for norm in norms}
     # Those behind a layer first: they scale what a map of the border adds, too.
     for norm in sorted(norms, key=lambda norm: isinstance(into := found[id(norm)], tuple) and not into[1]):
         into = found[id(norm)]
@@ -108,9 +93,9 @@ def _is_leaf(module: nn.Module) -> bool:
     return kind(module) is not None or type(module) in _LINEAR
 
 
-def _into(record: Record, calls: dict[int, list[Call]], weights: Sequence[Tensor], norm: Any) -> tuple[Any, bool] | str:
+def _into(record: Record, weights: Sequence[Tensor], norm: Any) -> tuple[Any, bool] | str:
     """The layer that takes the norm in, and whether the norm is behind it; or why there is none."""
-    own = calls.get(id(norm), [])
+    own = record.calls_of(norm)
     if len(own) != 1:
         return "it is not called with this example" if not own else "it is called several times"
     if norm.running_mean is None:
@@ -133,7 +118,7 @@ def _into(record: Record, calls: dict[int, list[Call]], weights: Sequence[Tensor
         if maker is not None and type(maker.what) in _LINEAR:
             if len(record.takers[call.takes[0]]) > 1 or call.takes[0] in record.results:
                 reason = "what the layer ahead of it gives has other uses"
-            elif (problem := _shared(calls, weights, maker.what)) is not None:
+            elif (problem := _shared(record, weights, maker.what)) is not None:
                 reason = problem
             else:
                 return maker.what, True
@@ -141,12 +126,12 @@ def _into(record: Record, calls: dict[int, list[Call]], weights: Sequence[Tensor
         takers = record.takers[call.gives[0]]
         layer = takers[0].what if len(takers) == 1 else None
         if type(layer) in (*_CONVOLUTIONS, nn.Linear) and call.gives[0] not in record.results:
-            return _shared(calls, weights, layer) or _does_not_pay(layer, norm, takers[0]) or (layer, False)
+            return _shared(record, weights, layer) or _does_not_pay(layer, norm, takers[0]) or (layer, False)
     return reason
 
 
-def _shared(calls: dict[int, list[Call]], weights: Sequence[Tensor], layer: Any) -> str | None:
-    if len(calls[id(layer)]) > 1:
+def _shared(record: Record, weights: Sequence[Tensor], layer: Any) -> str | None:
+    if len(record.calls_of(layer)) > 1:
         return f"the {type(layer).__name__} beside it is called several times"
     if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "parametrizations"):
         return f"the {type(layer).__name__} beside it has hooks or parametrisations"
@@ -156,13 +141,11 @@ def _shared(calls: dict[int, list[Call]], weights: Sequence[Tensor], layer: Any)
 
 
 def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(norm.running_mean.dtype, torch.float64)
-    mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
-    scale = (var + norm.eps).rsqrt()
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.detach().to(dtype)
-    shift = -mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.detach().to(dtype)
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
 
 
 def _pads_with_zeros(layer: Any) -> bool:
@@ -223,5 +206,5 @@ def _set(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
 
 def _left_of(norm: Any) -> nn.Module:
     """What stays where a norm was: the activation of a fused layer."""
-    act = getattr(norm, "act", None) if isinstance(norm, modules._FusedBatchNorm) else None
+    act = norm.act if isinstance(norm, modules._FusedBatchNorm) else None
     return (act if act is not None else nn.Identity()).train(norm.training)

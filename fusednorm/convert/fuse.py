@@ -1,18 +1,14 @@
 """`fuse`: the BatchNorms of a model, with what stands around them, as fused layers."""
 
-import copy
-import sys
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from .. import modules
 from .chains import NORMS, Chain, find, is_leaf
-from .record import Call, Record, observe
+from .record import observe, study
 from .report import Report, Row
 from .rewire import fuse_chain
 
@@ -46,14 +42,8 @@ def fuse(
         ValueError: `model` is lazy, and has seen no input yet.
         What the model raises with `example`; it is unchanged then.
     """
-    check(model)
     wanted = _picker("include", include, True), _picker("exclude", exclude, False)
-    if not inplace:
-        model = copy.deepcopy(model)
-    names: dict[int, str] = {}
-    for name, module in model.named_modules():
-        names.setdefault(id(module), name)
-    record = in_rows(model, is_leaf) if example is None else observe(model, example, is_leaf)
+    model, names, record = study(model, example, inplace, is_leaf)
     norms = [module for module in model.modules() if type(module) in NORMS]
     picked = [m for m in norms if wanted[0](names[id(m)], m) and not wanted[1](names[id(m)], m)]
     # What the model had before, so that nothing here hangs on the modules that are about to move.
@@ -61,10 +51,9 @@ def fuse(
         id(m): Row(names[id(m)], None, (), "left out as asked") for m in norms
     }
     done: list[tuple[Chain, nn.Module, Callable[[], None]]] = []
-    called = {id(call.what) for call in record.calls}
     for chain in find(record, picked):
         name = names[id(chain.norm)]
-        if id(chain.norm) not in called:
+        if not record.calls_of(chain.norm):
             where = "outside nn.Sequential only an example shows who calls it" if example is None else "not called"
             rows[id(chain.norm)] = Row(name, None, (), where)
             continue
@@ -82,19 +71,6 @@ def fuse(
     return model
 
 
-def check(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, but got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model: expected one that is not scripted; fuse it first, then script it")
-    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError("model: expected one that knows its sizes; call it once before")
-    dynamo = sys.modules.get("torch._dynamo")  # which is slow to import, and was if it has compiled anything
-    for module in model.modules():
-        if module._compiled_call_impl is not None or (dynamo and isinstance(module, dynamo.OptimizedModule)):
-            raise TypeError("model: expected one that is not compiled; fuse it first, then compile it")
-
-
 def _picker(argument: str, pick: Pick, nothing: bool) -> Callable[[str, nn.Module], bool]:
     if pick is None:
         return lambda name, module: nothing
@@ -106,51 +82,16 @@ def _picker(argument: str, pick: Pick, nothing: bool) -> Callable[[str, nn.Modul
     return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def in_rows(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Record:
-    """The calls that are sure without a forward: modules of an nn.Sequential, one after the other."""
-    calls: list[Call] = []
-    value = 0
-    rows = [module for module in model.modules() if _is_row(module)]
-    inner = {id(child) for row in rows for child in row._modules.values() if _is_row(child) and not _is_seen(child)}
-    for module in rows:
-        if id(module) in inner:
-            continue
-        for parent, name in _flat(module):
-            child: Any = parent._modules[name]
-            calls.append(Call(child if is_leaf(child) else type(child), (parent, name), (value,), (value + 1,)))
-            value += 1
-        calls.append(Call(type(module), None, (value,), ()))  # whoever calls the row gets what it gives
-        value += 1
-    return Record(calls, set())
-
-
-def _is_row(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
-def _is_seen(row: Any) -> bool:
-    return bool(row._forward_hooks or row._forward_pre_hooks or row._backward_hooks or row._backward_pre_hooks)
-
-
-def _flat(row: nn.Module) -> Iterable[tuple[nn.Module, str]]:
-    for name, child in row._modules.items():
-        if child is not None and _is_row(child) and not _is_seen(child):
-            yield from _flat(child)
-        else:
-            yield row, name
-
-
 def _take_back_strays(
     model: nn.Module, example: Any, done: list[tuple[Chain, nn.Module, Callable[[], None]]], rows: dict[int, Row]
 ) -> None:
     """A forward of the fused model has to call each layer, where the model has no other reference to its norm."""
     try:
-        called = {id(call.what) for call in observe(model, example, is_leaf).calls}
-        failure = None
+        record, failure = observe(model, example, is_leaf), None
     except Exception as error:  # of the model: it looked at what it calls
-        called, failure = set(), f"the model's own code fails with it: {error}"
+        record, failure = None, f"the model's own code fails with it: {error}"
     for chain, layer, undo in reversed(done):
-        if failure or id(layer) not in called:
+        if record is None or not record.calls_of(layer):
             undo()
             reason = failure or "the model calls it by a reference of its own"
             rows[id(chain.norm)] = Row(rows[id(chain.norm)].name, None, (), reason)

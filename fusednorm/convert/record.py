@@ -6,18 +6,22 @@ activation in place, nn.Identity, a dropout in evaluation) it is made to give an
 a tensor from before such a call is not to use what the call gave.
 """
 
+import copy
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from ..modules import _CONTAINERS
 
 # Asking these of a tensor is no use of its values.
 _FACTS = {
@@ -51,11 +55,16 @@ class Record:
         self.results = results  # what the model itself gives
         self.takers: dict[int, list[Call]] = defaultdict(list)
         self.makers: dict[int, Call] = {}
+        self._of: dict[int, list[Call]] = defaultdict(list)
         for call in calls:
             for value in call.takes:
                 self.takers[value].append(call)
             for value in call.gives:
                 self.makers[value] = call
+            self._of[id(call.what)].append(call)
+
+    def calls_of(self, module: nn.Module) -> list[Call]:
+        return self._of[id(module)]
 
 
 class _Watch(TorchFunctionMode):
@@ -196,10 +205,6 @@ def observe(model: nn.Module, example: Any, is_leaf: Callable[[nn.Module], bool]
     return Record(watch.calls, {watch.number(tensor) for tensor in _tensors([results, kept])})
 
 
-# What an nn.Module has parameters, buffers, children and hooks in.
-_CONTAINERS = frozenset(vars(nn.Module()))
-
-
 def _tensors(tree: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     """All tensors in a tree, and in the attributes of what torch does not know to be one."""
     seen = set() if seen is None else seen
@@ -209,3 +214,68 @@ def _tensors(tree: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in seen:
             seen.add(id(leaf))
             yield from _tensors(list(vars(leaf).values()), seen)
+
+
+def _in_rows(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Record:
+    """The calls that are sure without a forward: modules of an nn.Sequential, one after the other."""
+    calls: list[Call] = []
+    value = 0
+    rows = [module for module in model.modules() if _is_row(module)]
+    inner = {id(child) for row in rows for child in row._modules.values() if _is_row(child) and not _is_seen(child)}
+    for module in rows:
+        if id(module) in inner:
+            continue
+        for parent, name in _flat(module):
+            child: Any = parent._modules[name]
+            calls.append(Call(child if is_leaf(child) else type(child), (parent, name), (value,), (value + 1,)))
+            value += 1
+        calls.append(Call(type(module), None, (value,), ()))  # whoever calls the row gets what it gives
+        value += 1
+    return Record(calls, set())
+
+
+def _is_row(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _is_seen(row: Any) -> bool:
+    return bool(row._forward_hooks or row._forward_pre_hooks or row._backward_hooks or row._backward_pre_hooks)
+
+
+def _flat(row: nn.Module) -> Iterable[tuple[nn.Module, str]]:
+    for name, child in row._modules.items():
+        if child is not None and _is_row(child) and not _is_seen(child):
+            yield from _flat(child)
+        else:
+            yield row, name
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, but got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model: expected one that is not scripted; fuse it first, then script it")
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model: expected one that knows its sizes; call it once before")
+    dynamo = sys.modules.get("torch._dynamo")  # which is slow to import, and was if it has compiled anything
+    for module in model.modules():
+        if module._compiled_call_impl is not None or (dynamo and isinstance(module, dynamo.OptimizedModule)):
+            raise TypeError("model: expected one that is not compiled; fuse it first, then compile it")
+
+
+def study(
+    model: nn.Module, example: Any, inplace: bool, is_leaf: Callable[[nn.Module], bool]
+) -> tuple[nn.Module, dict[int, str], Record]:
+    """What every conversion begins with: the model or a copy of it, its modules' names by id, and who calls them.
+
+    Raises:
+        TypeError, ValueError: a model that cannot be converted.
+        What the model raises.
+    """
+    _check(model)
+    if not inplace:
+        model = copy.deepcopy(model)
+    names: dict[int, str] = {}
+    for name, module in model.named_modules():
+        names.setdefault(id(module), name)
+    return model, names, _in_rows(model, is_leaf) if example is None else observe(model, example, is_leaf)
