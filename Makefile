@@ -135,7 +135,12 @@ build: $(TOOLS)
 	torch = runpy.run_path(str(p.Path(u.find_spec('torch').origin).with_name('version.py')))['__version__']; \
 	sys.exit([built['TORCH'], built['PYTHON']] != [torch, sys.implementation.cache_tag])" 2>/dev/null \
 	|| rm -f fusednorm/_ops.so
-	@$(MAKE) -s fusednorm/_ops.so
+	@$(MAKE) -s fusednorm/_ops.so fusednorm.egg-info/entry_points.txt
+
+# By these torch finds the backend of torch.compile, in a checkout as in an installed package.
+fusednorm.egg-info/entry_points.txt: pyproject.toml
+	@$(PY) setup.py --quiet egg_info >/dev/null
+	@touch $@
 
 fusednorm/_ops.so: $(SOURCES)
 	@command -v $${CXX:-c++} >/dev/null || { echo "A C++ compiler is needed: apt-get install g++"; exit 1; }

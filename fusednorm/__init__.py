@@ -12,7 +12,7 @@ except ImportError:
 else:
     from . import analysis, functional, recalibration, reference
     from .checkpoints import keep_act_keys
-    from .convert import fold, fuse, unfuse
+    from .convert import backend, fold, fuse, unfuse
     from .functional import noise
     from .modules import (
         FusedBatchNorm1d,
@@ -39,6 +39,7 @@ else:
         "UniformDropout",
         "analysis",
         "at_alpha",
+        "backend",
         "fold",
         "functional",
         "fuse",

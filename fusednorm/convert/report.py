@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -23,10 +24,16 @@ class Row:
 
 
 class Report:
-    """What :func:`fusednorm.fuse` did; `print` it, or take :meth:`to_dict`."""
+    """What :func:`fusednorm.fuse` did, or :func:`fusednorm.backend`; `print` it, or take :meth:`to_dict`."""
 
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        self.rows = list(rows)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Rows of a graph, in the place of older ones of the same names: a graph that is captured again is known."""
+        rows = list(rows)
+        names = {row.name for row in rows}
+        self.rows = [row for row in self.rows if row.name not in names] + rows
 
     @property
     def fused(self) -> list[Row]:

@@ -1,0 +1,283 @@
+"""What a node of a graph that torch.compile has captured means to a chain around a batch norm, and what it writes.
+
+The graph calls torch's functions on tensors; modules are gone but for their names. Every node carries a fake tensor of
+its value, which knows shape, dtype and whose memory it is.
+"""
+
+import inspect
+import operator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph, Node, map_arg
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_leaves
+
+from .. import reference
+
+# ---- what is called --------------------------------------------------------------------------------------------------
+_NORMS: dict[Any, dict[str, Any]] = {  # arguments with their defaults, in the order of the function
+    F.batch_norm: dict.fromkeys(("input", "running_mean", "running_var", "weight", "bias"))
+    | {"training": False, "momentum": 0.1, "eps": 1e-5},
+    torch.batch_norm: dict.fromkeys(
+        ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
+    ),
+}
+# Parameters of the activations behind their input, as torch's functions take them.
+_ACT_PARAMETERS: dict[str, dict[str, Any]] = {
+    "relu": {},
+    "leaky_relu": {"negative_slope": 0.01},
+    "elu": {"alpha": 1.0},
+    "gelu": {"approximate": "none"},
+    "silu": {},
+    "tanh": {},
+    "sigmoid": {},
+    "hardtanh": {"min_val": -1.0, "max_val": 1.0},
+    "relu6": {},
+    "hardswish": {},
+    "mish": {},
+    "softplus": {"beta": 1.0, "threshold": 20.0},
+    "prelu": {"weight": None},
+}
+
+
+def _spellings(name: str) -> Iterator[Any]:
+    """What a node that calls `name` may have as its target: functions, and names of Tensor's methods."""
+    for spelling in (name, f"{name}_"):
+        yield from {getattr(home, spelling) for home in (F, torch) if hasattr(home, spelling)}
+        if hasattr(Tensor, spelling):
+            yield spelling
+
+
+_ACTS = {target: name for name in _ACT_PARAMETERS for target in _spellings(name)}
+_DROPS: dict[Any, int | None] = {F.dropout: None, torch.dropout: None} | {  # and the rank at which it drops channels
+    getattr(F, f"dropout{rank}d"): rank + 2 for rank in (1, 2, 3)
+}
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__radd__", "__iadd__"}
+_MULS = {operator.mul, torch.mul, "mul", "__mul__"}
+# Python's own operators that write their first argument where it is a tensor.
+_WRITERS: set[Any] = {operator.setitem, "__setitem__"}
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+    "matmul",
+):
+    _WRITERS |= {getattr(operator, f"__i{_name}__"), f"__i{_name}__"}
+
+
+def _bound(node: Node, parameters: dict[str, Any]) -> dict[str, Any] | None:
+    """The node's arguments by name; None if it has others than these."""
+    if len(node.args) > len(parameters) or not parameters.keys() >= node.kwargs.keys():
+        return None
+    return parameters | dict(zip(parameters, node.args, strict=False)) | node.kwargs
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm's arguments by name."""
+
+    node: Node
+    arguments: dict[str, Any]
+
+    @property
+    def tensors(self) -> list[Node]:
+        names = ("running_mean", "running_var", "weight", "bias")
+        return [self.arguments[name] for name in names if isinstance(self.arguments[name], Node)]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Of a chain: "act", "drop" or "add", or "nothing", which hands on what it takes.
+
+    Attributes:
+        nodes: that it consists of; the last one gives its value.
+        keywords: of `batch_norm_act_drop`, for what it does.
+        also: the tensor that it takes beside the chain's.
+        writes: it writes the tensor that it takes.
+    """
+
+    kind: str
+    nodes: tuple[Node, ...]
+    keywords: dict[str, Any] = field(default_factory=dict)
+    also: Node | None = None
+    writes: bool = False
+
+    @property
+    def input(self) -> Node:
+        return next(node for node in tensors_of(self.nodes[0]) if node is not self.also)
+
+
+def norm_of(node: Node) -> Norm | None:
+    parameters = _NORMS.get(node.target)
+    arguments = None if parameters is None else _bound(node, parameters)
+    if arguments is None or not isinstance(arguments["input"], Node):
+        return None
+    return Norm(node, arguments) if isinstance(arguments["training"], bool) else None
+
+
+def stage_of(node: Node, value: Node) -> Stage | None:
+    """The stage that `node` is of `value`, None for something else."""
+    if inputs_of(node).count(value) != 1:
+        return None
+    if node.target in _ACTS:
+        return _act(node, value)
+    if node.target in _DROPS:
+        return _drop(node, value)
+    return _add(node, value) if node.target in _ADDS else None
+
+
+def silu_of(product: Node, value: Node) -> Stage | None:
+    """`value * sigmoid(value)`, which are two nodes."""
+    if product.target not in _MULS or len(product.args) != 2 or product.kwargs:
+        return None
+    others = [argument for argument in product.args if argument is not value]
+    factor = others[0] if len(others) == 1 else None
+    if not isinstance(factor, Node) or _ACTS.get(factor.target) != "sigmoid" or is_in_place(factor):
+        return None
+    if len(factor.users) != 1 or inputs_of(factor) != [value]:
+        return None
+    return Stage("act", (factor, product), {"act": "silu"})
+
+
+def _act(node: Node, value: Node) -> Stage | None:
+    name = _ACTS[node.target]
+    given = _bound(node, {"input": None} | _ACT_PARAMETERS[name] | {"inplace": False})
+    if given is None or given["input"] is not value:
+        return None
+    parameters = [given[parameter] for parameter in _ACT_PARAMETERS[name]]
+    if name == "prelu":
+        (weight,) = parameters
+        return Stage("act", (node,), {"act": (name, weight)}, weight) if isinstance(weight, Node) else None
+    if not any(isinstance(parameter, Node) for parameter in parameters):  # or else numbers known when the graph runs
+        try:
+            name, parameters = reference.resolve_activation((name, *parameters))  # type: ignore[assignment]
+        except ValueError:  # what torch takes, and the operator does not
+            return None
+    return Stage("act", (node,), {"act": (name, *parameters) if parameters else name}, writes=is_in_place(node))
+
+
+def _drop(node: Node, value: Node) -> Stage | None:
+    names = {"input": None, "p": 0.5, "training": True, "inplace": False}
+    if node.target is torch.dropout:
+        names = {"input": None, "p": None, "train": None}
+    given = _bound(node, names)
+    if given is None or given["input"] is not value:
+        return None
+    p, live = given["p"], given.get("train", given.get("training"))
+    if not isinstance(live, bool):
+        return None
+    if not live or p == 0:
+        return Stage("nothing", (node,))
+    rank, tensor = _DROPS[node.target], tensor_of(value)
+    if not isinstance(tensor, Tensor) or rank not in (None, tensor.dim()):
+        return None
+    keywords = {"p": p, "drop_training": True} | ({} if rank is None else {"granularity": "channel"})
+    return Stage("drop", (node,), keywords, writes=is_in_place(node))
+
+
+def _add(node: Node, value: Node) -> Stage | None:
+    if len(node.args) != 2 or node.kwargs:  # alpha
+        return None
+    (other,) = (argument for argument in node.args if argument is not value)
+    if not isinstance(other, Node):
+        return None
+    writes_other = is_in_place(node) and node.args[0] is other
+    return Stage("add", (node,), {"residual": other}, other, writes=is_in_place(node)) if not writes_other else None
+
+
+# ---- values and memory -----------------------------------------------------------------------------------------------
+def inputs_of(node: Node) -> list[Node]:
+    """The nodes among its arguments, as often as they are there."""
+    found: list[Node] = []
+    map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def tensors_of(node: Node) -> list[Node]:
+    """Those of its inputs that are tensors."""
+    return [taken for taken in inputs_of(node) if isinstance(tensor_of(taken), Tensor)]
+
+
+def tensor_of(node: Node) -> Any:
+    """The fake tensor of its value, or what else that is."""
+    return node.meta.get("example_value")
+
+
+def alike(one: Node, other: Node) -> bool:
+    """Whether two nodes surely have tensors of one kind, shape, dtype and device."""
+    a, b = tensor_of(one), tensor_of(other)
+    if not isinstance(a, Tensor) or type(a) is not type(b):
+        return False
+    if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
+        return False
+    # Asking whether sizes are equal would make it so: the graph would be compiled again for others.
+    return all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
+
+
+def is_in_place(node: Node) -> bool:
+    """Whether it writes its first argument."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.target in _WRITERS or name.endswith("_") and not name.endswith("__"):
+        return True
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a function in C, or a method: those have underscores
+        return False
+    return bool(bound.arguments.get("inplace"))
+
+
+class Memory:
+    """Whose memory the values of a graph are."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._of: dict[Node, set[int]] = {}
+        self._sharing: dict[int, list[Node]] = defaultdict(list)
+        for node in graph.nodes:
+            self._of[node] = {
+                leaf.untyped_storage()._cdata
+                for leaf in tree_leaves(tensor_of(node))
+                if isinstance(leaf, Tensor) and leaf.layout == torch.strided
+            }
+            for storage in self._of[node]:
+                self._sharing[storage].append(node)
+
+    def shared(self, one: Node, others: Iterable[Node]) -> bool:
+        return any(self._of[one] & self._of[other] for other in others)
+
+    def is_private(self, writer: Node) -> bool:
+        """Whether what a node writes is read by nobody but through what the node gives."""
+        family = {node for storage in self._of[writer] for node in self._sharing[storage]}
+        return all(
+            node is writer or (node.op not in ("placeholder", "get_attr") and family >= node.users.keys())
+            for node in family
+        )
+
+    def may_write(self, node: Node, tensors: Iterable[Node]) -> bool:
+        """Whether the node may change one of `tensors`."""
+        tensors, inputs = list(tensors), inputs_of(node)
+        touched = [taken for taken in inputs if self.shared(taken, tensors)]
+        if not touched:
+            return False
+        if is_in_place(node):
+            return inputs[0] in touched
+        if (norm := norm_of(node)) is not None:
+            return norm.arguments["training"] and any(tensor in touched for tensor in norm.tensors)
+        home = getattr(node.target, "__module__", None) or ""
+        known = node.op == "call_method" or home.split(".")[0] in ("torch", "_operator")
+        higher = isinstance(node.target, torch._ops.HigherOrderOperator)
+        return not known or higher or "out" in node.kwargs

@@ -1,0 +1,309 @@
+"""The chains around the batch norms of a captured graph, and each as one call in its place.
+
+A chain goes on from a value to the node that is its one reader. Its call stands where its last node stood, so that all
+of it is computed later than it was; nothing between its first and its last node may write what it reads, or read the
+running statistics that it moves.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node, map_arg
+
+from .. import functional
+from .graph import Memory, Norm, Stage, alike, inputs_of, is_in_place, norm_of, silu_of, stage_of, tensor_of, tensors_of
+from .measure import Like, why_not
+from .report import Row
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Chain:
+    """A batch norm with the stages around it, and why there are no more; or why it is none for the operator."""
+
+    norm: Norm
+    before: list[Stage] = field(default_factory=list)
+    after: list[Stage] = field(default_factory=list)
+    reason: str | None = None
+    unfit: str | None = None
+
+    @property
+    def stages(self) -> list[Stage]:
+        return [stage for stage in self.before + self.after if stage.kind != "nothing"]
+
+    @property
+    def nodes(self) -> list[Node]:
+        """From the first to the last."""
+        parts = [stage.nodes for stage in self.before], [(self.norm.node,)], [stage.nodes for stage in self.after]
+        return [node for part in parts for nodes in part for node in nodes]
+
+    @property
+    def order(self) -> str:
+        before, after = ([s.kind for s in stages if s.kind != "nothing"] for stages in (self.before, self.after))
+        return "-".join([*before, "norm", *after])
+
+    @property
+    def input(self) -> Node:
+        """What its first stage takes."""
+        return self.before[0].input if self.before else self.norm.arguments["input"]
+
+    @property
+    def reads(self) -> list[Node]:
+        """The tensors that it takes from outside, its input first."""
+        others = *self.norm.tensors, *(s.also for s in self.stages if s.also is not None)
+        return list(dict.fromkeys((self.input, *others)))
+
+    @property
+    def moves(self) -> list[Node]:
+        """The running statistics, in training."""
+        given = self.norm.arguments
+        found = [given["running_mean"], given["running_var"]] if given["training"] else []
+        return [node for node in found if isinstance(node, Node)]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it takes statistics of the batch, or draws noise."""
+        return self.norm.arguments["training"] or any(stage.kind == "drop" for stage in self.stages)
+
+    def keywords(self) -> dict[str, Any]:
+        """Of `batch_norm_act_drop`."""
+        given: dict[str, Any] = {} if self.order == "norm" else {"order": self.order}
+        for stage in self.stages:
+            given |= stage.keywords
+        return given
+
+
+class Search:
+    """The chains of a graph, no node of which is in two of them."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.memory = Memory(graph)
+        self.nodes = list(graph.nodes)
+        self.at = {node: i for i, node in enumerate(self.nodes)}
+        self.claimed: set[Node] = set()
+
+    def find(self) -> list[Chain]:
+        norms = [norm for node in self.nodes if node.op == "call_function" and (norm := norm_of(node)) is not None]
+        chains = [Chain(norm, unfit=_unfit(norm)) for norm in norms]
+        fit = [chain for chain in chains if chain.unfit is None]
+        self.claimed |= {chain.norm.node for chain in chains}
+        for chain in fit:
+            self._go_on(chain)
+        for chain in fit:
+            self._go_back(chain)
+        return chains
+
+    def _go_on(self, chain: Chain) -> None:
+        """Takes in the stages behind the norm."""
+        value, idle = chain.norm.node, list[Stage]()
+        while True:
+            stage = self._reader(value)
+            if not isinstance(stage, Stage):
+                chain.reason = stage
+                return
+            problem = self._problem(chain, stage, [*chain.after, *idle, stage], ahead=False)
+            if problem is not None:
+                chain.reason = problem or None
+                return
+            value = stage.nodes[-1]
+            idle.append(stage)
+            if stage.kind != "nothing":
+                chain.after += idle
+                self.claimed |= {node for s in idle for node in s.nodes}
+                idle = []
+
+    def _reader(self, value: Node) -> Stage | str | None:
+        """The stage that is the one reader of a value, or why there is none, if there is a reason to give."""
+        readers = [node for node in value.users if node not in self.claimed]
+        if len(value.users) == 2 and len(readers) == 2:
+            for product in readers:
+                if (silu := silu_of(product, value)) is not None:
+                    return silu
+        if len(value.users) != 1:
+            return f"what it gives is used {len(value.users)} times" if len(value.users) > 1 else None
+        return stage_of(readers[0], value) if readers else None
+
+    def _go_back(self, chain: Chain) -> None:
+        """Takes in the stages ahead of the norm."""
+        idle: list[Stage] = []
+        while True:
+            maker = idle[0].input if idle else chain.input
+            if maker in self.claimed or not maker.op.startswith("call"):
+                return
+            stage = self._making(maker)
+            if stage is None or stage.kind == "add" or len(maker.users) != 1:
+                return
+            if self._problem(chain, stage, [stage, *idle, *chain.before], ahead=True) is not None:
+                return
+            idle.insert(0, stage)
+            if stage.kind != "nothing":
+                chain.before[:0] = idle
+                self.claimed |= {node for s in idle for node in s.nodes}
+                idle = []
+
+    def _making(self, maker: Node) -> Stage | None:
+        """The stage whose value `maker` is."""
+        inputs = tensors_of(maker)
+        for value in inputs[:2]:
+            alone = len(value.users) == 2 and value.op.startswith("call")
+            if alone and (silu := silu_of(maker, value)) is not None and silu.nodes[0] not in self.claimed:
+                return silu
+        return stage_of(maker, inputs[0]) if inputs else None
+
+    def _problem(self, chain: Chain, stage: Stage, stages: list[Stage], ahead: bool) -> str | None:
+        """Why the chain does not take in the stage, "" where that goes without saying; None: it does."""
+        if stage.kind != "nothing" and stage.kind in {s.kind for s in chain.stages}:
+            return ""
+        if not alike(stage.nodes[-1], chain.norm.node):
+            return f"{_called(stage.nodes[-1])} gives another shape or dtype"
+        if stage.kind == "add" and not alike(stage.also, chain.norm.node):  # type: ignore[arg-type]
+            return "what is added to it has another shape or dtype"
+        if ahead and stage.writes and not self.memory.is_private(stage.nodes[-1]):
+            return "what is written in place has other readers"
+        longer = Chain(chain.norm, stages if ahead else chain.before, chain.after if ahead else stages)
+        return self._moved(longer)
+
+    def _moved(self, chain: Chain) -> str | None:
+        nodes = chain.nodes
+        own, reads, moves = set(nodes), chain.reads, chain.moves
+        for node in self.nodes[self.at[nodes[0]] + 1 : self.at[nodes[-1]]]:
+            if node in own:
+                continue
+            if self.memory.may_write(node, reads) or any(self.memory.shared(taken, moves) for taken in inputs_of(node)):
+                return f"{node.name} comes between, and writes what it reads"
+        return None
+
+
+def _unfit(norm: Norm) -> str | None:
+    """Why a norm is none for the operator."""
+    value = tensor_of(norm.arguments["input"])
+    if type(value) is not torch._subclasses.FakeTensor:
+        return f"its input is a {type(value).__name__}"
+    if value.dtype not in _DTYPES:
+        return f"its input is of {value.dtype}"
+    return None if 2 <= value.dim() <= 5 else f"its input has {value.dim()} dimensions"
+
+
+def follow_in_place(graph: Graph) -> None:
+    """Whoever reads what was written in place since, reads what the writer gave: the same tensor, but in order."""
+    for node in graph.nodes:
+        written = next(iter(inputs_of(node)), None)
+        if written is None or not is_in_place(node) or not isinstance(node.meta.get("example_value"), Tensor):
+            continue
+        if len(written.users) > 1 and tensor_of(node) is written.meta.get("example_value"):
+            later, after = set(), node.next
+            while after.op != "root":
+                later.add(after)
+                after = after.next
+            written.replace_all_uses_with(node, delete_user_cb=later.__contains__)
+
+
+def rewrite(graph: Graph, chains: list[Chain]) -> None:
+    """One call for each chain."""
+    instead: dict[Node, Node] = {}
+
+    def now(node: Node) -> Node:
+        while node in instead:
+            node = instead[node]
+        return node
+
+    for chain in chains:
+        nodes, last = chain.nodes, chain.nodes[-1]
+        with graph.inserting_before(last):
+            call = graph.call_function(functional.batch_norm_act_drop, *_arguments(chain, now))
+        call.meta |= last.meta | {k: v for k, v in chain.norm.node.meta.items() if k == "nn_module_stack"}
+        last.replace_all_uses_with(call)
+        instead[last] = call
+        for node in reversed(nodes):
+            graph.erase_node(node)
+
+
+def _arguments(chain: Chain, now: Callable[[Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    given = chain.norm.arguments
+    names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    return map_arg(((chain.input, *(given[name] for name in names)), chain.keywords()), now)
+
+
+def fuse_graphs(gm: GraphModule, small: str, evaluation: bool) -> list[Row]:
+    """Fuses the chains of a graph and of those that it calls; what became of each batch norm.
+
+    Args:
+        small: see :func:`fusednorm.fuse`.
+        evaluation: fuse those that neither take statistics nor draw noise, too.
+    """
+    rows: list[Row] = []
+    for part in gm.modules():
+        if not isinstance(part, GraphModule) or all(norm_of(node) is None for node in part.graph.nodes):
+            continue
+        follow_in_place(part.graph)
+        chosen = []
+        for chain in Search(part.graph).find():
+            reason = chain.unfit
+            if reason is None and not evaluation and not chain.is_live:
+                reason = "in evaluation it is left to the inner compiler"
+            reason = reason or _too_small(chain, small)
+            rows.append(_row(chain, reason))
+            if reason is None:
+                chosen.append(chain)
+        rewrite(part.graph, chosen)
+        part.recompile()
+    return rows
+
+
+# ---- alone, for its times --------------------------------------------------------------------------------------------
+def _too_small(chain: Chain, small: str) -> str | None:
+    constants: Any = [(_called(n), str(map_arg((n.args, n.kwargs), lambda _: None))) for n in chain.nodes]
+    training = chain.norm.arguments["training"] and torch.is_grad_enabled()
+
+    def make() -> tuple[GraphModule, GraphModule, list[Tensor]]:
+        tensors = [Like.of(tensor_of(node)).filled(training and node not in chain.moves) for node in chain.reads]
+        return _alone(chain, False), _alone(chain, True), tensors
+
+    return why_not(small, tuple(constants), Like.of(tensor_of(chain.input)), training, make)
+
+
+def _alone(chain: Chain, fused: bool) -> GraphModule:
+    """The chain as a function of what it reads, as it stands or as one call."""
+    graph, new = Graph(), dict[Node, Any]()
+    for node in chain.reads:
+        new[node] = graph.placeholder(node.name)
+    if any(stage.writes for stage in chain.before):
+        new[chain.input] = graph.call_method("clone", (new[chain.input],))
+
+    def there(node: Node) -> Any:
+        return new[node] if node in new else tensor_of(node).node.hint  # a number
+
+    if fused:
+        output = graph.call_function(functional.batch_norm_act_drop, *_arguments(chain, there))
+    else:
+        for node in chain.nodes:
+            output = new[node] = graph.node_copy(node, there)
+    graph.output(output)
+    return GraphModule(torch.nn.Module(), graph)
+
+
+# ---- what is said of them --------------------------------------------------------------------------------------------
+def _module_of(node: Node) -> str:
+    """The name of the module whose code the node is, in the model that was compiled."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    name = str(stack[-1][0]) if stack else ""
+    return re.sub(r"\._modules\['([^']+)'\]", r".\1", re.sub(r"^[LG]\['\w+'\]\.?", "", name))
+
+
+def _called(node: Node) -> str:
+    """The name of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+
+
+def _row(chain: Chain, left: str | None) -> Row:
+    name = _module_of(chain.norm.node) or chain.norm.node.name
+    if left is not None:
+        return Row(name, None, (), left)
+    ends = [stage.nodes[-1] for stage in chain.stages]
+    taken = tuple(" ".join(filter(None, (_called(node), _module_of(node)))) for node in ends)
+    return Row(name, chain.order, taken, chain.reason)

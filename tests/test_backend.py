@@ -1,0 +1,466 @@
+"""`torch.compile(model, backend="fusednorm")`: what a captured graph fuses, and what it must leave alone."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import generator
+from torch import nn
+
+import fusednorm
+from fusednorm.convert import Report
+
+pytestmark = pytest.mark.cpu
+
+
+def values(*shape, dtype=torch.float64):
+    return torch.randn(shape or (4, 6, 5, 5), generator=generator(1), dtype=dtype)
+
+
+class Case(nn.Module):
+    """A function of some layers and an input."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        self.bn = nn.BatchNorm2d(6)
+        self.conv = nn.Conv2d(6, 6, 3, padding=1)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def compiled(model, report=None, **options):
+    torch._dynamo.reset()
+    options = {"small": "always"} | options | ({} if report is None else {"report": report})
+    return torch.compile(model, backend=fusednorm.backend, options=options)
+
+
+def step(run, model, x):
+    x = x.clone().requires_grad_()
+    output = run(x)
+    (output.square().sum() + output.sum()).backward()
+    return [output.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
+
+
+def same(model, x=None, steps=2, **options):
+    """Trains stock and compiled, evaluates both, and asks for equality; the report of the first graph."""
+    x = values() if x is None else x
+    stock = model.double()
+    ours = copy.deepcopy(stock)
+    report = Report()
+    run = compiled(ours, report, **options)
+    for _ in range(steps):
+        for a, b in zip(step(stock, stock, x), step(run, ours, x), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
+    rows = list(report.rows)
+    stock.eval(), ours.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), stock(x), rtol=1e-9, atol=1e-9)
+    return rows
+
+
+def add_to_branch(m, x):
+    out = m.bn(x)
+    out += m.conv(x)
+    return F.relu_(out)
+
+
+def silu_by_hand(m, x):
+    x = m.bn(m.conv(x))
+    return x * x.sigmoid()
+
+
+def add_without_rebinding(m, x):
+    out = m.bn(m.conv(x))
+    out.add_(x)
+    return out.relu()
+
+
+FUSED = {
+    "modules": (lambda m, x: m.act(m.bn(m.conv(x))), {"act": nn.ReLU(inplace=True)}, "norm-act"),
+    "functions": (lambda m, x: F.leaky_relu(m.bn(m.conv(x)), 0.2), {}, "norm-act"),
+    "method": (lambda m, x: m.bn(m.conv(x)).relu_(), {}, "norm-act"),
+    "keywords": (lambda m, x: F.elu(input=m.bn(x), alpha=0.7, inplace=True), {}, "norm-act"),
+    "gelu": (lambda m, x: F.gelu(m.bn(x), approximate="tanh"), {}, "norm-act"),
+    "hardtanh": (lambda m, x: m.act(m.bn(x)), {"act": nn.Hardtanh(-0.5, 2)}, "norm-act"),
+    "relu6": (lambda m, x: m.act(m.bn(x)), {"act": nn.ReLU6(inplace=True)}, "norm-act"),
+    "softplus": (lambda m, x: F.softplus(m.bn(x), 2.0), {}, "norm-act"),
+    "prelu": (lambda m, x: m.act(m.bn(x)), {"act": nn.PReLU(6)}, "norm-act"),
+    "silu by hand": (silu_by_hand, {}, "norm-act"),
+    "hardswish, mish": (lambda m, x: F.mish(m.bn(F.hardswish(m.conv(x)))), {}, "norm-act"),
+    "in front": (lambda m, x: m.bn(F.relu_(m.conv(x))), {}, "act-norm"),
+    "silu by hand in front": (lambda m, x: m.bn((y := m.conv(x)) * torch.sigmoid(y)), {}, "act-norm"),
+    "addition": (add_to_branch, {}, "norm-add-act"),
+    "addition, in place and not rebound": (add_without_rebinding, {}, "norm-add-act"),
+    "to itself": (lambda m, x: F.relu(m.bn(x) + x), {}, "norm-add-act"),
+    "residual first": (lambda m, x: torch.add(x, F.silu(m.bn(m.conv(x)))), {}, "norm-act-add"),
+    "dropout that drops nothing": (lambda m, x: F.relu(m.drop(m.bn(x))), {"drop": nn.Dropout(0.0)}, "norm-act"),
+    "everything dropped": (lambda m, x: m.bn(x) + F.dropout(m.bn(x), 1.0, m.training), {}, "norm"),
+    "dropped and added": (lambda m, x: F.relu(F.dropout(m.bn(x), 1.0, m.training) + x), {}, "norm-drop-add-act"),
+    "bare": (lambda m, x: m.bn(m.conv(x)).sum(1), {}, "norm"),
+    "torch.batch_norm": (
+        lambda m, x: torch.batch_norm(
+            x, m.bn.weight, m.bn.bias, m.bn.running_mean, m.bn.running_var, m.training, 0.1, 1e-5, False
+        ).tanh(),
+        {},
+        "norm-act",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_equal_and_fused(name):
+    function, layers, order = FUSED[name]
+    rows = same(Case(function, **layers))
+    assert order in [row.order for row in rows], rows
+
+
+def used_again(m, x):
+    y = m.bn(x)
+    return F.relu(y) + y.sum()
+
+
+def residual_written(m, x):
+    identity = m.conv(x)
+    out = m.bn(x)
+    out = out + identity
+    identity.mul_(2)  # after the addition, before the activation
+    return F.relu(out) * identity
+
+
+def input_written(m, x):
+    y = m.conv(x)
+    out = m.bn(y)
+    y.mul_(0.5)
+    return F.relu(out) + y
+
+
+def writes_the_residual(m, x):
+    identity = m.conv(x)
+    seen = identity.view(-1)
+    identity += m.bn(x)
+    return identity * seen.view_as(x)
+
+
+def writes_the_input(m, x):
+    y = x * 2
+    seen = y[:, :1]
+    return m.bn(F.relu_(y)) + seen
+
+
+def statistics_between(m, x):
+    out = m.bn(x)
+    return F.relu(out) + m.bn.running_mean.sum() * 0 if m.training else F.relu(out)
+
+
+def statistics_read_between(m, x):
+    out = m.bn(x)
+    seen = m.bn.running_mean.clone()
+    return F.relu(out) * seen.view(1, -1, 1, 1)
+
+
+def one_norm_twice(m, x):
+    a, b = m.bn(x), m.bn(m.conv(x))
+    return F.relu(a) - F.relu(b) * 2
+
+
+def broadcast(m, x):
+    return m.bn(x) + x.mean(1, keepdim=True)
+
+
+def alpha(m, x):
+    return torch.add(m.bn(x), x, alpha=2)
+
+
+def doubled(m, x):
+    y = m.bn(x)
+    return y + y
+
+
+UNLIKE = {  # of a chain that is one stage shorter than it looks
+    f.__name__: (f, order)
+    for f, order in (
+        (used_again, "norm"),
+        (residual_written, "norm-add"),
+        (writes_the_residual, "norm"),
+        (writes_the_input, "norm"),
+        (statistics_between, "norm-act"),
+        (statistics_read_between, "norm"),
+        (one_norm_twice, "norm"),
+        (broadcast, "norm"),
+        (alpha, "norm"),
+        (doubled, "norm"),
+    )
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_what_is_not_a_chain(name):
+    function, order = UNLIKE[name]
+    assert same(Case(function))[0].order == order
+
+
+@torch.no_grad()  # autograd would not have it
+def test_an_input_that_is_written_in_between():
+    model, report = Case(input_written).double(), Report()
+    expected = copy.deepcopy(model)(values())
+    torch.testing.assert_close(compiled(model, report)(values()), expected)
+    assert [row.order for row in report.rows] == ["norm"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_of_another_dtype_stays_outside(dtype):
+    report = Report()
+    model = Case(lambda m, x: F.relu(m.bn(x.bfloat16()).to(dtype) + x.float()))
+    compiled(model, report)(values(dtype=torch.float32))
+    assert [row.order for row in report.rows] == ["norm"]
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("drop", [nn.Dropout(0.4), nn.Dropout2d(0.4)])
+@pytest.mark.parametrize("order", ["norm-act-drop", "drop-norm", "norm-add-drop"])
+def test_noise(drop, order):
+    def function(m, x):
+        if order == "drop-norm":
+            return m.bn(m.drop(m.conv(x) + 9))
+        v = m.bn(x)
+        return m.drop(v + m.act(x)) if "add" in order else m.drop(m.act(v))
+
+    model, report = Case(function, drop=copy.deepcopy(drop), act=nn.Softplus()).double(), Report()
+    run, x = compiled(model, report), values(64, 6, 5, 5).requires_grad_()
+    torch.manual_seed(3)
+    output = run(x)
+    assert [row.order for row in report.rows] == [order]
+    torch.manual_seed(3)
+    assert torch.equal(run(x), output)
+    dropped = output == 0 if order != "drop-norm" else output == output.amin((0, 2, 3), keepdim=True)
+    share = dropped.double().mean().item()
+    assert abs(share - 0.4) < 0.1, share
+    if isinstance(drop, nn.Dropout2d):
+        assert torch.equal(dropped, dropped[:, :, :1, :1].expand_as(dropped))
+    model.eval()
+    expected = copy.deepcopy(model)(x)
+    torch.testing.assert_close(run(x), expected)
+
+
+def test_live_dropout_in_evaluation():
+    model, report = Case(lambda m, x: F.dropout(m.bn(x), 0.5)), Report()
+    run, x = compiled(model.eval(), report), values(dtype=torch.float32)
+    share = (run(x) == 0).float().mean().item()
+    assert 0.4 < share < 0.6 and report.rows[0].order == "norm-drop"
+
+
+# ---- around the graph ------------------------------------------------------------------------------------------------
+class Block(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6, **options)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)) + x)
+
+
+def graphs_of(backend, calls):
+    """How many graphs a sequence of calls needs."""
+    torch._dynamo.reset()
+    count = 0
+
+    def counted(gm, inputs):
+        nonlocal count
+        count += 1
+        return backend(gm, inputs)
+
+    model = nn.Sequential(Block(), Block())
+    run = torch.compile(model, backend=counted)
+    for training, batch in calls:
+        model.train(training)
+        run(values(batch, 6, 5, 5, dtype=torch.float32)).sum().backward()
+    return count
+
+
+def test_compiled_again_as_often_as_without():
+    calls = [(True, 4), (True, 5), (True, 6), (True, 7), (False, 4), (False, 9), (True, 2), (True, 2)]
+    assert graphs_of(fusednorm.backend, calls) == graphs_of(lambda gm, inputs: gm.forward, calls)
+
+
+@pytest.mark.parametrize("small", ["always", "measure"])
+def test_a_dynamic_batch(small):
+    """Numbers of layers are no constants of such a graph either."""
+    model = nn.Sequential(Block(), Block(), nn.BatchNorm2d(6), nn.LeakyReLU(0.3)).double()
+    stock, report = copy.deepcopy(model), Report()
+    torch._dynamo.reset()
+    options = {"report": report, "small": small}
+    run = torch.compile(model, backend=fusednorm.backend, dynamic=True, options=options)
+    for batch in (3, 5, 8):
+        torch.testing.assert_close(run(values(batch, 6, 5, 5)), stock(values(batch, 6, 5, 5)))
+    assert [row.name for row in report.rows] == ["0.bn", "1.bn", "2"]
+    if small == "always":
+        assert [row.order for row in report.rows] == ["norm-add-act", "norm-add-act", "norm-act"]
+        assert report.rows[1].taken == ("add 1", "relu 1.act")
+
+
+def test_a_dynamic_dropout():
+    model, report = nn.Sequential(nn.BatchNorm2d(6), nn.Dropout(0.4)), Report()
+    torch._dynamo.reset()
+    options = {"report": report, "small": "always"}
+    run = torch.compile(model, backend=fusednorm.backend, dynamic=True, options=options)
+    share = (run(values(9, 6, 9, 9, dtype=torch.float32)) == 0).float().mean().item()
+    assert abs(share - 0.4) < 0.1 and [row.order for row in report.rows] == ["norm-drop"]
+
+
+def test_graph_breaks():
+    def function(m, x):
+        y = F.relu(m.bn(x))
+        torch._dynamo.graph_break()
+        return torch.tanh(m.again(m.conv(y)))
+
+    assert [row.order for row in same(Case(function, again=nn.BatchNorm2d(6)))] == ["norm-act", "norm-act"]
+
+
+def test_checkpointed():
+    def function(m, x):
+        return torch.utils.checkpoint.checkpoint(m.block, x, use_reentrant=False)
+
+    block = Block(track_running_stats=False)  # torch's own checkpoints trip over the count of batches
+    assert [row.order for row in same(Case(function, block=block))] == ["norm-add-act"]
+
+
+def test_autocast():
+    model, x = nn.Sequential(Block(), Block()), values(dtype=torch.float32)
+    stock, report = copy.deepcopy(model), Report()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, got = stock(x), compiled(model, report)(x)
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got.float(), expected.float(), rtol=0.05, atol=0.05)
+    assert len(report.fused) == 2
+
+
+def test_channels_last_stays():
+    x = values(dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    model = nn.Sequential(Block(), Block()).to(memory_format=torch.channels_last)
+    assert compiled(model)(x).stride() == model(x).stride()
+
+
+def test_nothing_of_the_model_changes():
+    model = nn.Sequential(Block(), nn.Flatten(), nn.Linear(150, 2))
+    seen = []
+    model[0].register_forward_hook(lambda m, i, o: seen.append(o.shape))
+    before = list(model.state_dict()), [type(m) for m in model.modules()]
+    compiled(model)(values(dtype=torch.float32))
+    assert before == (list(model.state_dict()), [type(m) for m in model.modules()]) and len(seen) == 1
+
+
+def test_a_graph_without_norms_is_run_as_it_is():
+    graph = torch.fx.symbolic_trace(nn.Linear(2, 2))
+    code = graph.code
+    assert fusednorm.backend(graph, []) == graph.forward and graph.code == code
+
+
+def test_fused_layers_are_left_alone():
+    model, report = nn.Sequential(nn.Conv2d(6, 6, 3), fusednorm.FusedBatchNorm2d(6, act="relu", drop=0.2)), Report()
+    compiled(model, report)(values(dtype=torch.float32)).sum().backward()
+    assert report.rows == [] and str(report) == "no BatchNorm in this model"
+
+
+@pytest.mark.parametrize("x", [torch.ones(4, 6, dtype=torch.complex64), torch.ones(2, 6, 1, 1, 1, 1), torch.ones(1, 6)])
+def test_what_the_operator_does_not_take(x):
+    def function(x):
+        return F.relu(F.batch_norm(x, torch.zeros(6), torch.ones(6), training=True).real)
+
+    try:
+        expected = function(x)
+    except (RuntimeError, ValueError) as error:
+        with pytest.raises(Exception, match=str(error)[:20]):
+            compiled(function)(x)
+    else:
+        torch.testing.assert_close(compiled(function)(x), expected)
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+def test_the_name():
+    """A checkout has its entry points as an installed package does: `make build` writes them."""
+    torch._dynamo.reset()
+    model = nn.Sequential(Block())
+    report = Report()
+    torch.compile(model, backend="fusednorm", options={"report": report})(values(dtype=torch.float32))
+    assert [row.name for row in report.rows] == ["0.bn"]
+
+
+def test_on_to_inductor():
+    model, x = nn.Sequential(Block(), Block(), nn.Dropout(0.0)).double(), values()
+    stock, report = copy.deepcopy(model), Report()
+    run = compiled(model, report, inner="inductor")
+    for a, b in zip(step(stock, stock, x), step(run, model, x), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
+    assert [row.order for row in report.rows] == ["norm-add-act"] * 2
+    model.eval(), stock.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), stock(x))
+    assert report.rows[0].reason == "in evaluation it is left to the inner compiler"
+
+
+def test_noise_through_inductor():
+    model = Case(lambda m, x: F.dropout(F.relu(m.bn(x)), 0.5, m.training))
+    run, x = compiled(model, inner="inductor"), values(64, 6, 5, 5, dtype=torch.float32).requires_grad_()
+    first, second = run(x), run(x)
+    assert not torch.equal(first, second)
+    share = (first == 0).float().mean().item()
+    assert abs(share - 0.75) < 0.05
+    first.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"iner": "eager"}, "expected 'inner', 'report' and 'small', but got 'iner'"),
+        ({"inner": 3}, r"options\['inner'\]: expected a backend's name or function, but got 3"),
+        ({"report": []}, r"options\['report'\]: expected a fusednorm.convert.Report, but got list"),
+        ({"small": "no"}, r"options\['small'\]: expected one of 'measure', 'always', 'never', but got 'no'"),
+        ({"inner": "nonesuch"}, "nonesuch"),
+    ],
+)
+def test_bad_options(options, words):
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=words):
+        torch.compile(Block(), backend=fusednorm.backend, options=options)(values(dtype=torch.float32))
+
+
+def test_a_mode_is_the_inner_compilers():
+    with pytest.raises(ValueError, match="mode: expected None"):
+        fusednorm.backend(torch.fx.symbolic_trace(nn.Identity()), [], mode="max-autotune")
+
+
+@pytest.mark.parametrize("faster", ["stock", "ours"])
+def test_slower_chains_are_left(faster, monkeypatch):
+    from fusednorm.convert import measure
+
+    timed = []
+
+    def measured(stock, ours, tensors, training):
+        with torch.no_grad():
+            torch.testing.assert_close(ours(*tensors), stock(*tensors), rtol=1e-4, atol=1e-4)
+        timed.append(training)
+        return (0.1, 0.2) if faster == "stock" else (0.2, 0.1)
+
+    monkeypatch.setattr(measure, "_measured", measured)
+    monkeypatch.setattr(measure, "_known", {})
+    report, model = Report(), nn.Sequential(Block(), Block(), nn.SiLU(inplace=True), nn.BatchNorm2d(6))
+    state = torch.get_rng_state()
+    compiled(model, report, small="measure")(values(dtype=torch.float32))
+    assert torch.equal(state, torch.get_rng_state())
+    assert timed == [True, True]  # the two blocks are alike
+    if faster == "stock":
+        assert {row.reason for row in report.rows} == {"stock is faster for (4, 6, 5, 5): 0.100 ms against 0.200"}
+    assert len(report.fused) == (0 if faster == "stock" else 3)
+
+
+def test_small_ones_without_measuring():
+    report = Report()
+    compiled(Block(), report, small="never")(values(dtype=torch.float32))
+    assert report.rows[0].reason == "it is small: 600 values, and up to 1048576 are left as they are"
