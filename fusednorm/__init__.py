@@ -23,11 +23,12 @@ else:
         LazyFusedBatchNorm2d,
         LazyFusedBatchNorm3d,
     )
-    from .noises import DropPath, GaussianDropout, UniformDropout, at_alpha
+    from .noises import Dropout, DropPath, GaussianDropout, UniformDropout, at_alpha
     from .recalibration import recalibrate, restore_running_var
 
     __all__ = [
         "DropPath",
+        "Dropout",
         "FusedBatchNorm1d",
         "FusedBatchNorm2d",
         "FusedBatchNorm3d",

@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
 from . import functional, reference
-from .noises import DropPath, GaussianDropout, UniformDropout
+from .noises import Dropout, DropPath, GaussianDropout, UniformDropout
 
 ReadAct: TypeAlias = tuple[str, tuple[Any, ...]]  # name, parameters
 ReadDrop: TypeAlias = tuple[str, float, str]  # kind, strength, granularity
@@ -58,6 +58,7 @@ _MODULES: dict[str, Callable[..., nn.Module]] = {
 _ANY_RANK = (2, 3, 4, 5)
 _DROPS: dict[type[nn.Module], tuple[Callable[[Any], ReadDrop], tuple[int, ...]]] = {
     nn.Dropout: (lambda m: ("bernoulli", m.p, "element"), _ANY_RANK),
+    Dropout: (lambda m: ("bernoulli", m.p, "element"), _ANY_RANK),
     nn.Dropout1d: (lambda m: ("bernoulli", m.p, "channel"), (3,)),
     nn.Dropout2d: (lambda m: ("bernoulli", m.p, "channel"), (4,)),
     nn.Dropout3d: (lambda m: ("bernoulli", m.p, "channel"), (5,)),
@@ -65,7 +66,13 @@ _DROPS: dict[type[nn.Module], tuple[Callable[[Any], ReadDrop], tuple[int, ...]]]
     noise: (lambda m: (m.kind, m.strength, m.granularity), _ANY_RANK)
     for noise in (UniformDropout, GaussianDropout, DropPath)
 }
-_UNKNOWN: tuple[Any, tuple[int, ...]] = (None, ())
+# The same of other packages' modules, which are known by name: a class's module and its own. None: not as it is set.
+_NAMED_DROPS: dict[tuple[str, str], Callable[[Any], ReadDrop | None]] = {
+    ("timm.layers.drop", "DropPath"): lambda m: ("bernoulli", m.drop_prob, "sample") if m.scale_by_keep else None,
+    ("torchvision.ops.stochastic_depth", "StochasticDepth"): (
+        lambda m: ("bernoulli", m.p, "sample") if m.mode == "row" else None
+    ),
+}
 NO_ACT: ReadAct = ("identity", ())
 NO_NOISE: ReadDrop = ("bernoulli", 0.0, "element")
 
@@ -125,11 +132,22 @@ def read_drop(drop: nn.Module | None, rank: int) -> ReadDrop | None:
     return known if known is None or _is_plain(drop) else None
 
 
+def noise_of(module: Any) -> tuple[ReadDrop, tuple[int, ...]] | None:
+    """What a dropout multiplies by in training, and at which ranks; None for what is none that is known."""
+    exact = type(module)
+    entry = _DROPS.get(exact)
+    if entry is not None:
+        return entry[0](module), entry[1]
+    named = _NAMED_DROPS.get((exact.__module__, exact.__qualname__))
+    noise = named and named(module)
+    return None if noise is None else (noise, _ANY_RANK)
+
+
 def _known_noise(drop: nn.Module, rank: int) -> ReadDrop | None:
-    read, ranks = _DROPS.get(type(drop), _UNKNOWN)
-    if rank not in ranks:
+    known = noise_of(drop)
+    if known is None or rank not in known[1]:
         return None
-    kind, strength, granularity = read(drop)
+    kind, strength, granularity = known[0]
     return kind, float(strength) if drop.training else 0.0, granularity
 
 
@@ -142,13 +160,13 @@ def does_something(child: nn.Module | None) -> bool:
     """Whether a layer without this child would ever give other values."""
     if child is None or type(child) is nn.Identity:
         return False
-    known = _DROPS.get(type(child))
-    return known is None or known[0](child)[1] > 0
+    known = noise_of(child)
+    return known is None or known[0][1] > 0
 
 
 def seedable(drop: nn.Module, rank: int) -> bool:
     """Whether a dropout that has to be called draws the noise of a seed all the same."""
-    return "forward" not in drop.__dict__ and _known_noise(drop, rank) is not None
+    return "forward" not in drop.__dict__ and type(drop) in _DROPS and _known_noise(drop, rank) is not None
 
 
 def call_drop(drop: nn.Module, input: Tensor, seed: int | Tensor | None) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import _plain, reference
 from .functional import ghost_batches
-from .noises import _Noise
+from .noises import Dropout, _Noise
 
 
 class AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -120,7 +120,7 @@ def unfused(
     eval_matched_stats: bool,
 ) -> nn.Module:
     """`nn.Sequential` of the modules where that says it all, else :class:`Stages`."""
-    drop = torch_noise(drop) if isinstance(drop, _Noise) else drop
+    drop = torch_noise(drop) if isinstance(drop, _Noise) else drop.to_torch() if isinstance(drop, Dropout) else drop
     children: dict[str, Any] = {"norm": norm, "act": act, "drop": drop}
     names = order.split("-")
     module: nn.Module

@@ -24,6 +24,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 # Kind of noise -> the name of its strength, and the largest one.
 NOISES = {"bernoulli": ("dropout probability", 1.0), "uniform": ("beta", 1.0), "gaussian": ("alpha", math.inf)}
 GRANULARITIES = ("element", "channel", "sample")
+DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
 def activations() -> tuple[str, ...]:

@@ -189,6 +189,37 @@ class DropPath(_Noise):
         return f"p={self.p}"
 
 
+class Dropout(nn.Dropout):
+    """:class:`torch.nn.Dropout` with the noise of this package, in one pass each way and with nothing saved.
+
+    Args:
+        p: in [0, 1].
+        inplace: write the result over the input, which torch's own does then.
+
+    Shape: any. Output like input. What is no float of 16, 32 or 64 bits goes to torch.
+
+    Raises:
+        ValueError: p outside [0, 1].
+    """
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, torch.fx.Proxy):
+            return functional.leaf_of_graph(self, input)
+        if self.inplace or input.dtype not in functional.DTYPES:
+            return super().forward(input)
+        return functional.dropout(input, self.p, self.training)
+
+    def to_torch(self) -> nn.Dropout:
+        """The stock module."""
+        return nn.Dropout(self.p, self.inplace).train(self.training)
+
+    __prepare_scriptable__ = to_torch  # torch.jit.script asks
+
+
 _AnyNoise = TypeVar("_AnyNoise", bound=_DropoutNd)
 
 
@@ -199,7 +230,7 @@ def at_alpha(noise: type[_AnyNoise], alpha: float, **arguments: Any) -> _AnyNois
         at_alpha(UniformDropout, 0.25)       # beta = 0.866
 
     Args:
-        noise: `nn.Dropout`, `nn.Dropout1d/2d/3d`, `UniformDropout`, `GaussianDropout` or `DropPath`.
+        noise: `nn.Dropout`, `nn.Dropout1d/2d/3d`, `Dropout`, `UniformDropout`, `GaussianDropout` or `DropPath`.
         alpha: 0 or more; for `UniformDropout` at most 1/3, which no multiplier between 0 and 2 can exceed.
         arguments: others of its constructor.
 
@@ -214,6 +245,6 @@ def at_alpha(noise: type[_AnyNoise], alpha: float, **arguments: Any) -> _AnyNois
         module = noise(**arguments)
         module.alpha = value  # type: ignore[assignment]
         return module
-    if noise in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, DropPath):
+    if noise in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, Dropout, DropPath):
         return noise(value / (1 + value), **arguments)
     raise TypeError(f"noise: expected a class of dropout, but got {noise!r}")

@@ -35,7 +35,7 @@ class Case(nn.Module):
 
 def compiled(model, report=None, **options):
     torch._dynamo.reset()
-    options = {"small": "always"} | options | ({} if report is None else {"report": report})
+    options = {"small": "always"} | options | ({} if report is None else {"report": report.add})
     return torch.compile(model, backend=fusednorm.backend, options=options)
 
 
@@ -294,7 +294,7 @@ def test_a_dynamic_batch(small):
     model = nn.Sequential(Block(), Block(), nn.BatchNorm2d(6), nn.LeakyReLU(0.3)).double()
     stock, report = copy.deepcopy(model), Report()
     torch._dynamo.reset()
-    options = {"report": report, "small": small}
+    options = {"report": report.add, "small": small}
     run = torch.compile(model, backend=fusednorm.backend, dynamic=True, options=options)
     for batch in (3, 5, 8):
         torch.testing.assert_close(run(values(batch, 6, 5, 5)), stock(values(batch, 6, 5, 5)))
@@ -307,7 +307,7 @@ def test_a_dynamic_batch(small):
 def test_a_dynamic_dropout():
     model, report = nn.Sequential(nn.BatchNorm2d(6), nn.Dropout(0.4)), Report()
     torch._dynamo.reset()
-    options = {"report": report, "small": "always"}
+    options = {"report": report.add, "small": "always"}
     run = torch.compile(model, backend=fusednorm.backend, dynamic=True, options=options)
     share = (run(values(9, 6, 9, 9, dtype=torch.float32)) == 0).float().mean().item()
     assert abs(share - 0.4) < 0.1 and [row.order for row in report.rows] == ["norm-drop"]
@@ -387,7 +387,7 @@ def test_the_name():
     torch._dynamo.reset()
     model = nn.Sequential(Block())
     report = Report()
-    torch.compile(model, backend="fusednorm", options={"report": report})(values(dtype=torch.float32))
+    torch.compile(model, backend="fusednorm", options={"report": report.add})(values(dtype=torch.float32))
     assert [row.name for row in report.rows] == ["0.bn"]
 
 
@@ -418,9 +418,9 @@ def test_noise_through_inductor():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"iner": "eager"}, "expected 'inner', 'report' and 'small', but got 'iner'"),
+        ({"iner": "eager"}, "expected 'inner', 'report', 'small' and 'dropouts', but got 'iner'"),
         ({"inner": 3}, r"options\['inner'\]: expected a backend's name or function, but got 3"),
-        ({"report": []}, r"options\['report'\]: expected a fusednorm.convert.Report, but got list"),
+        ({"report": []}, r"options\['report'\]: expected a function, but got list"),
         ({"small": "no"}, r"options\['small'\]: expected one of 'measure', 'always', 'never', but got 'no'"),
         ({"inner": "nonesuch"}, "nonesuch"),
     ],
@@ -464,3 +464,30 @@ def test_small_ones_without_measuring():
     report = Report()
     compiled(Block(), report, small="never")(values(dtype=torch.float32))
     assert report.rows[0].reason == "it is small: 600 values, and up to 1048576 are left as they are"
+
+
+# ---- dropouts --------------------------------------------------------------------------------------------------------
+def test_dropouts_outside_chains():
+    def function(m, x):
+        x = F.dropout(m.conv(x), p=0.25, training=m.training)
+        return m.lone(x.flatten(1)), F.dropout(x, 0.5, m.training, True)
+
+    model, report, x = Case(function, lone=nn.Dropout(0.5)), Report(), values(64, 6, 5, 5, dtype=torch.float32)
+    run = compiled(model, report, dropouts=True)
+    torch.manual_seed(1)
+    one, other = run(x)
+    assert len(report.dropouts) == 2 and report.dropouts[1] == "lone"  # the last one writes what it takes
+    assert abs((one == 0).float().mean().item() - 0.625) < 0.02
+    torch.manual_seed(1)
+    assert torch.equal(run(x)[0], one)
+    model.eval()
+    torch.testing.assert_close(run(x)[0], model(x)[0])
+
+
+def test_dropouts_stay_torchs_where_not_asked_for():
+    model, report = nn.Sequential(nn.Dropout(0.5)), Report()
+    x = torch.ones(1000)
+    torch.manual_seed(1)
+    expected = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(compiled(model, report)(x), expected) and report.dropouts == []

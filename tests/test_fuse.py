@@ -1,6 +1,7 @@
 """`fuse` and `unfuse`: small models, each with something that a careless converter would break."""
 
 import copy
+import functools
 import io
 import json
 import pickle
@@ -13,9 +14,11 @@ from common import generator
 from torch import nn
 
 import fusednorm
-from fusednorm import FusedBatchNorm1d, FusedBatchNorm2d, fuse, unfuse
+from fusednorm import FusedBatchNorm1d, FusedBatchNorm2d, unfuse
+from fusednorm.convert import measure
 
 pytestmark = pytest.mark.cpu
+fuse = functools.partial(fusednorm.fuse, small="always")  # these models are small, and what is faster is not the point
 
 
 def picture(*shape):
@@ -596,3 +599,107 @@ class TestUnfuseByHand:
         with pytest.raises(ValueError, match="knows its size"):
             unfuse(model)
         assert type(model[1]) is FusedBatchNorm2d
+
+
+# ---- small maps ------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def timed(monkeypatch):
+    """What is measured, and what comes out of that: (0.2, 0.1) ms unless a test sets another `result`."""
+
+    class Timed(list):
+        result = (0.2, 0.1)
+
+    calls = Timed()
+
+    def measured(stock, ours, tensors, training):
+        generated = torch.get_rng_state()
+        expected = stock(*tensors)
+        torch.set_rng_state(generated)
+        if not any(isinstance(m, nn.Dropout) for m in _modules_of(stock)):
+            torch.testing.assert_close(ours(*tensors), expected)
+        calls.append((tuple(tensors[0].shape), training))
+        return calls.result
+
+    monkeypatch.setattr(measure, "_measured", measured)
+    monkeypatch.setattr(measure, "_known", {})
+    return calls
+
+
+def _modules_of(called):
+    (row,) = (cell.cell_contents for cell in called.__closure__ if isinstance(cell.cell_contents, nn.Module))
+    return row.modules()
+
+
+def test_a_chain_is_timed_once_for_each_shape(timed):
+    model = nn.Sequential(ConvNormAct(), nn.Conv2d(6, 3, 3), ConvNormAct(), nn.Conv2d(6, 3, 1), ConvNormAct()).double()
+    before, generated = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    fused = fusednorm.fuse(model, picture(4, 3, 12, 12))
+    assert timed == [((4, 6, 10, 10), True), ((4, 6, 6, 6), True), ((4, 6, 4, 4), True)]
+    assert len(fused.fusednorm_report.fused) == 3 and torch.equal(torch.get_rng_state(), generated)
+    assert all(torch.equal(value, before[key]) for key, value in fused.state_dict().items())
+    fusednorm.fuse(model, picture(4, 3, 12, 12))
+    assert len(timed) == 3
+    fusednorm.fuse(model.eval(), picture(4, 3, 12, 12))
+    assert timed[3:] == [(shape, False) for shape, _ in timed[:3]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm2d(3)),
+        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.PReLU(), nn.Dropout(0.2)),
+        lambda: nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.ReLU6()),
+    ],
+)
+def test_where_stock_is_faster_it_stays(row, timed):
+    timed.result = (0.1, 0.25)
+    fused = fusednorm.fuse(row().double(), picture() * 2)
+    (report,) = fused.fusednorm_report.rows
+    assert report.order is None and report.reason == "stock is faster for (4, 3, 8, 8): 0.100 ms against 0.250"
+    assert not any(isinstance(m, FusedBatchNorm2d) for m in fused.modules())
+
+
+def test_large_ones_are_not_timed(timed):
+    fusednorm.fuse(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()), torch.ones(2**18 + 1, 4))
+    fusednorm.fuse(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()))  # of no shape at all
+    assert timed == []
+
+
+def test_never_and_a_bad_choice():
+    fused = fusednorm.fuse(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), picture().float(), small="never")
+    assert fused.fusednorm_report.rows[0].reason == "it is small: 768 values, and up to 1048576 are left as they are"
+    with pytest.raises(ValueError, match="small: expected one of 'measure', 'always', 'never', but got True"):
+        fusednorm.fuse(nn.Sequential(nn.BatchNorm2d(3)), small=True)
+
+
+def test_times_are_measured():
+    """Milliseconds that can be."""
+    norm, x = nn.BatchNorm2d(8), torch.randn(8, 8, 16, 16, requires_grad=True)
+    stock, ours = measure._measured(lambda x: norm(x), lambda x: norm(x) + 0 * x.exp().sum(), [x], True)
+    assert 0 < stock < ours < 1000
+
+
+# ---- dropouts --------------------------------------------------------------------------------------------------------
+class Lone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.relu, self.drop = nn.BatchNorm1d(3), nn.ReLU(), nn.Dropout(0.5)
+        self.linear, self.lone, self.inplace = nn.Linear(3, 3), nn.Dropout(0.25), nn.Dropout(0.5, inplace=True)
+
+    def forward(self, x):
+        return self.inplace(self.lone(self.linear(self.drop(self.relu(self.bn(x))))))
+
+
+def test_dropouts_outside_chains():
+    stock = Lone()
+    seen = []
+    stock.lone.register_forward_hook(lambda m, i, o: seen.append(float((o == 0).float().mean())))
+    stock.inplace.p = 0.0
+    fused = fuse(stock, torch.ones(2, 3), dropouts=True)
+    assert fused.fusednorm_report.dropouts == ["lone"] and "lone" in str(fused.fusednorm_report).splitlines()[-1]
+    assert type(fused.lone) is fusednorm.Dropout and type(fused.inplace) is nn.Dropout
+    fused(torch.randn(20_000, 3))
+    assert abs(seen[-1] - 0.25) < 0.01
+    again = pickle.loads(pickle.dumps(copy.deepcopy(fuse(Lone(), torch.ones(2, 3), dropouts=True))))
+    assert type(unfuse(again).lone) is nn.Dropout and type(stock.lone) is nn.Dropout
+    assert json.loads(fused.fusednorm_report.to_json())["dropouts"] == ["lone"]

@@ -7,7 +7,7 @@ What torch.compile captures has functional calls and additions in it as well as 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .measure import SMALL, check_small
+from .measure import SMALL, Small, check_small
 from .report import Report
 
 if TYPE_CHECKING:
@@ -27,33 +27,41 @@ def backend(
         options: of `torch.compile(..., options=...)`:
             "inner": what compiles the graph then, a backend's name or function; "eager" (default) runs it as it is.
             Evaluation without noise is left to others than that, which fuse it with its neighbours.
-            "report": a :class:`fusednorm.convert.Report`, to which the batch norms of each graph are added.
+            "report": a function that is called with the :class:`fusednorm.convert.Report` of each graph: `print`, or the
+            `add` of a Report that collects them.
             "small": as in :func:`fuse`, where "inner" is "eager"; otherwise everything is fused.
+            "dropouts": as in :func:`fuse`; calls of `torch.nn.functional.dropout` are meant as well.
 
     Raises:
         ValueError: another option, or a `mode`, which is the inner compiler's.
-        TypeError: a report that is none.
+        TypeError: a "report" that is no function, an "inner" that is neither.
     """
     from torch._dynamo.backends.registry import lookup_backend
 
     from . import graph_chains  # slow to import, as torch.fx's symbolic shapes are
 
-    inner, report, small = _checked(dict(options or {}), mode)
-    rows = graph_chains.fuse_graphs(gm, small if inner == "eager" else "always", evaluation=inner == "eager")
+    inner, report, small, dropouts = _checked(dict(options or {}), mode)
+    eager = inner == "eager"
+    found = graph_chains.fuse_graphs(gm, small if eager else "always", dropouts, evaluation=eager)
     if report is not None:
-        report.add(rows)
+        report(found)
     compile_inner: Any = lookup_backend(inner)
     return compile_inner(gm, inputs)  # type: ignore[no-any-return]
 
 
-def _checked(options: dict[str, Any], mode: Any) -> tuple[Any, Report | None, str]:
-    inner, report, small = options.pop("inner", "eager"), options.pop("report", None), options.pop("small", SMALL)
+def _checked(options: dict[str, Any], mode: Any) -> tuple[Any, Callable[[Report], Any] | None, Small, bool]:
+    inner, report = options.pop("inner", "eager"), options.pop("report", None)
+    small, dropouts = options.pop("small", SMALL), options.pop("dropouts", False)
     if mode is not None:
         raise ValueError(f"mode: expected None, as modes are the inner compiler's, but got {mode!r}")
     if options:
-        raise ValueError(f"options: expected 'inner', 'report' and 'small', but got {', '.join(map(repr, options))}")
-    if report is not None and not isinstance(report, Report):
-        raise TypeError(f"options['report']: expected a fusednorm.convert.Report, but got {type(report).__name__}")
+        raise ValueError(f"options: expected 'inner', 'report', 'small' and 'dropouts', but got {_listed(options)}")
+    if report is not None and not callable(report):
+        raise TypeError(f"options['report']: expected a function, but got {type(report).__name__}")
     if not isinstance(inner, str) and not callable(inner):
         raise TypeError(f"options['inner']: expected a backend's name or function, but got {inner!r}")
-    return inner, report, check_small(small, "options['small']")
+    return inner, report, check_small(small, "options['small']"), bool(dropouts)
+
+
+def _listed(names: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, names))

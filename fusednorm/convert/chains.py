@@ -11,13 +11,14 @@ from torch import nn
 
 from .. import _children, reference
 from ..modules import _FusedBatchNorm
+from . import foreign
 from .record import Call, Place, Record
 
 NORMS: dict[type[nn.Module], str] = {nn.BatchNorm1d: "1d", nn.BatchNorm2d: "2d", nn.BatchNorm3d: "3d"}
 
 
 def kind(module: Any) -> str | None:
-    """ "norm", "act", "drop", "fused" or "nothing" for a leaf, None for any other thing that is called."""
+    """ "norm", "act", "drop", "fused", "nothing" or "whole" for a leaf, None for any other thing that is called."""
     exact = type(module)
     if exact is nn.Identity:
         return "nothing"
@@ -25,13 +26,21 @@ def kind(module: Any) -> str | None:
         return "norm"
     if exact in _children._ACTIVATIONS:
         return "act"
-    if exact in _children._DROPS:
+    if _children.noise_of(module) is not None:
         return "drop"
+    if foreign.is_whole(module):
+        return "whole"
     return "fused" if isinstance(module, _FusedBatchNorm) else None
 
 
 def is_leaf(module: nn.Module) -> bool:
     return kind(module) is not None
+
+
+def outermost(model: nn.Module) -> list[nn.Module]:
+    """Its modules, but for those inside one that is a norm and more."""
+    inside = {id(m) for whole in model.modules() if kind(whole) == "whole" for m in whole.modules() if m is not whole}
+    return [m for m in model.modules() if id(m) not in inside]
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ def find(record: Record, norms: list[nn.Module]) -> list[Chain]:
 
     def claim(chain: Chain, forward: bool) -> None:
         own = record.calls_of(chain.norm)
-        if not own:
+        if not own or kind(chain.norm) == "whole":
             return
         taken = {stage.kind for stage in chain.stages}
         walks = [_walk(record, call, forward, taken) for call in own]

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import modules
-from .chains import NORMS, kind
+from . import foreign
+from .chains import kind, outermost
 from .record import Call, Record, study
 from .report import Report, Row
 from .rewire import replace
@@ -68,18 +69,19 @@ def fold(model: nn.Module, example: Any = None, *, inplace: bool = False) -> nn.
     """
     model, names, record = study(model, example, inplace, _is_leaf)
     weights = [weight for module in model.modules() for weight in module._parameters.values() if weight is not None]
-    norms = [m for m in model.modules() if type(m) in NORMS or isinstance(m, modules._FusedBatchNorm)]
-    found = {id(norm): _into(record, weights, norm) for norm in norms}
+    norms = [m for m in outermost(model) if kind(m) in ("norm", "whole") or isinstance(m, modules._FusedBatchNorm)]
+    opened = {id(norm): foreign.opened(norm) for norm in norms}
+    found = {id(norm): _into(record, weights, norm, opened[id(norm)]) for norm in norms}
     # Those behind a layer first: they scale what a map of the border adds, too.
     for norm in sorted(norms, key=lambda norm: isinstance(into := found[id(norm)], tuple) and not into[1]):
         into = found[id(norm)]
         if not isinstance(into, str):
             layer, behind = into
             if behind:
-                _fold_behind(layer, norm)
+                _fold_behind(layer, opened[id(norm)])
             else:
-                model = _fold_ahead(model, layer, norm)
-            model = replace(model, norm, _left_of(norm))
+                model = _fold_ahead(model, layer, opened[id(norm)])
+            model = replace(model, norm, _left_of(opened[id(norm)]))
     rows = []
     for norm in norms:
         into = found[id(norm)]
@@ -93,9 +95,13 @@ def _is_leaf(module: nn.Module) -> bool:
     return kind(module) is not None or type(module) in _LINEAR
 
 
-def _into(record: Record, weights: Sequence[Tensor], norm: Any) -> tuple[Any, bool] | str:
-    """The layer that takes the norm in, and whether the norm is behind it; or why there is none."""
-    own = record.calls_of(norm)
+def _into(record: Record, weights: Sequence[Tensor], called: nn.Module, norm: Any) -> tuple[Any, bool] | str:
+    """The layer that takes the norm in, and whether the norm is behind it; or why there is none.
+
+    Args:
+        called: the norm as it stands in the model.
+    """
+    own = record.calls_of(called)
     if len(own) != 1:
         return "it is not called with this example" if not own else "it is called several times"
     if norm.running_mean is None:
@@ -103,7 +109,7 @@ def _into(record: Record, weights: Sequence[Tensor], norm: Any) -> tuple[Any, bo
     if norm.training:
         return "it normalises by the batch: call eval() first"
     ours = isinstance(norm, modules._FusedBatchNorm)
-    if norm._forward_hooks or norm._forward_pre_hooks:
+    if called._forward_hooks or called._forward_pre_hooks:
         return "it has hooks"
     if ours and norm.drop is not None and norm.drop.training:
         return "its dropout is live"
@@ -158,9 +164,9 @@ def _does_not_pay(layer: Any, norm: Any, call: Call) -> str | None:
     """Why a norm ahead of a convolution with zero padding stays: the map is a pass over the output."""
     if not _pads_with_zeros(layer) or not _scale_and_shift(norm)[1].any():
         return None
-    if call.sizes is None:
+    if call.likes is None:
         return "the convolution behind it pads with zeros, and without an example it cannot be told whether that pays"
-    if call.sizes[1] >= call.sizes[0]:
+    if call.likes[1].numel >= call.likes[0].numel:
         return "the convolution behind it pads with zeros; to correct the border would cost as much as the norm"
     return None
 

@@ -1,22 +1,31 @@
 """`fuse`: the BatchNorms of a model, with what stands around them, as fused layers."""
 
+import copy
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
-from .. import modules
-from .chains import NORMS, Chain, find, is_leaf
-from .record import observe, study
+from .. import _children, modules, noises
+from .chains import Chain, find, is_leaf, kind, outermost
+from .measure import SMALL, Small, check_small, why_not
+from .record import Call, Record, observe, study
 from .report import Report, Row
-from .rewire import fuse_chain
+from .rewire import fuse_chain, layer_of
 
 Pick: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 
 def fuse(
-    model: nn.Module, example: Any = None, *, include: Pick = None, exclude: Pick = None, inplace: bool = False
+    model: nn.Module,
+    example: Any = None,
+    *,
+    include: Pick = None,
+    exclude: Pick = None,
+    inplace: bool = False,
+    small: Small = SMALL,
+    dropouts: bool = False,
 ) -> nn.Module:
     """A model's BatchNorms as fused layers, with the activations and dropouts around them where these can come along.
 
@@ -27,24 +36,30 @@ def fuse(
 
     Args:
         model: any module. It is copied, unless `inplace`.
-        example: an input of the model, a tuple of its arguments, or a dict of its keywords. One forward runs without
-            gradients, in the modes that the model is in; then buffers, modes and random generators are as before.
+        example: an input of the model, a tuple of its arguments, or a dict of its keywords; best of the sizes that it
+            will see. One forward runs without gradients, in the modes that the model is in; then buffers, modes and
+            random generators are as before.
         include: names of BatchNorms, as in `named_modules()`, with "*" and "?"; or a function of name and module. None:
             all.
         exclude: those not to touch, in the same way.
         inplace: change `model` itself.
+        small: what becomes of a chain whose tensor in the example has at most 2^20 values, where a call's fixed cost
+            counts. "measure": it is timed, for some milliseconds, once for each kind and shape, and left as it is where
+            stock is faster; "always": it is fused; "never": it is left.
+        dropouts: make a :class:`fusednorm.Dropout` of each nn.Dropout that is in no chain, too.
 
     Returns:
         The model. Its `fusednorm_report` says of each BatchNorm what became of it, and why.
 
     Raises:
         TypeError: `model` is no module, is scripted or compiled; `include` or `exclude` is neither.
-        ValueError: `model` is lazy, and has seen no input yet.
+        ValueError: `model` is lazy, and has seen no input yet; `small` is none of these.
         What the model raises with `example`; it is unchanged then.
     """
     wanted = _picker("include", include, True), _picker("exclude", exclude, False)
+    check_small(small)
     model, names, record = study(model, example, inplace, is_leaf)
-    norms = [module for module in model.modules() if type(module) in NORMS]
+    norms = [m for m in outermost(model) if kind(m) in ("norm", "whole")]
     picked = [m for m in norms if wanted[0](names[id(m)], m) and not wanted[1](names[id(m)], m)]
     # What the model had before, so that nothing here hangs on the modules that are about to move.
     rows = {id(m): Row(names[id(m)], m.order) for m in model.modules() if isinstance(m, modules._FusedBatchNorm)} | {
@@ -53,22 +68,71 @@ def fuse(
     done: list[tuple[Chain, nn.Module, Callable[[], None]]] = []
     for chain in find(record, picked):
         name = names[id(chain.norm)]
-        if not record.calls_of(chain.norm):
-            where = "outside nn.Sequential only an example shows who calls it" if example is None else "not called"
-            rows[id(chain.norm)] = Row(name, None, (), where)
+        reason = _why_not(chain, record, example is None, small, model.training)
+        if reason is not None:
+            rows[id(chain.norm)] = Row(name, None, (), reason)
             continue
         try:
             model, layer, undo = fuse_chain(model, chain)
         except (TypeError, ValueError) as error:
             rows[id(chain.norm)] = Row(name, None, (), str(error))
             continue
-        done.append((chain, layer, undo))
+        (fused,) = (m for m in layer.modules() if isinstance(m, modules._FusedBatchNorm))
+        done.append((chain, fused, undo))
         taken = tuple(f"{names[id(s.place[0])]}.{s.place[1]}".lstrip(".") for s in chain.stages)
-        rows[id(chain.norm)] = Row(name, chain.order, taken, chain.reason)
+        rows[id(chain.norm)] = Row(name, chain.order if taken else _stages(fused), taken, chain.reason)
     if example is not None:
         _take_back_strays(model, example, done, rows)
-    model.fusednorm_report = Report(list(rows.values()))  # type: ignore[assignment]
+    swapped = [names[id(m)] for m in _lone_dropouts(model)] if dropouts else []
+    model.fusednorm_report = Report(rows.values(), swapped)  # type: ignore[assignment]
     return model
+
+
+def _why_not(chain: Chain, record: Record, blind: bool, small: Small, training: bool) -> str | None:
+    """The reason to leave a chain alone, before anything is tried."""
+    calls = record.calls_of(chain.norm)
+    if calls:
+        return _too_small(chain, calls[0], small, training)
+    if not blind:
+        return "not called"
+    return None if kind(chain.norm) == "whole" else "outside nn.Sequential only an example shows who calls it"
+
+
+def _too_small(chain: Chain, call: Call, small: Small, training: bool) -> str | None:
+    stock = [*(s.module for s in chain.before), chain.norm, *(s.module for s in chain.after)]
+    if call.likes is None or not all(map(_children._is_plain, stock)):  # hooks are not to see what is tried here
+        return None
+
+    def make() -> tuple[Any, Any, list[Tensor]]:
+        parts = dict(zip(chain.order.split("-"), map(copy.deepcopy, stock), strict=True))
+        row = nn.Sequential(*parts.values())
+        layer = layer_of(parts.pop("norm"), parts, chain.order)
+        writes = bool(chain.before) and getattr(row[0], "inplace", False)
+        weights = [weight for weight in row.parameters() if weight.requires_grad and training]
+
+        def called(module: nn.Module) -> Callable[..., Any]:
+            return lambda x, *_: module(x.clone() if writes else x)
+
+        return called(row), called(layer), [like.filled(training), *weights]
+
+    like = call.likes[0]
+    return why_not(small, (repr(stock), *(m.training for m in stock)), like, training, make)
+
+
+def _stages(layer: Any) -> str:
+    """The order of a fused layer, without those stages that it has none for."""
+    return "-".join(s for s in layer.order.split("-") if s in ("norm", "add") or getattr(layer, s) is not None)
+
+
+def _lone_dropouts(model: nn.Module) -> list[nn.Module]:
+    """Makes a Dropout of this package of each nn.Dropout outside the fused layers; these modules."""
+    inside = {id(m) for layer in model.modules() if isinstance(layer, modules._FusedBatchNorm) for m in layer.modules()}
+    found: list[nn.Module] = [
+        m for m in model.modules() if type(m) is nn.Dropout and id(m) not in inside and not m.inplace
+    ]
+    for module in found:
+        module.__class__ = noises.Dropout
+    return found
 
 
 def _picker(argument: str, pick: Pick, nothing: bool) -> Callable[[str, nn.Module], bool]:

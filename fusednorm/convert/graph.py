@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node, map_arg
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
-from .. import reference
+from .. import functional, reference
 
 # ---- what is called --------------------------------------------------------------------------------------------------
 _NORMS: dict[Any, dict[str, Any]] = {  # arguments with their defaults, in the order of the function
@@ -188,6 +189,15 @@ def _drop(node: Node, value: Node) -> Stage | None:
         return None
     keywords = {"p": p, "drop_training": True} | ({} if rank is None else {"granularity": "channel"})
     return Stage("drop", (node,), keywords, writes=is_in_place(node))
+
+
+def is_lone_dropout(node: Node) -> bool:
+    """Whether it is a live nn.Dropout, or its function, that gives a new tensor."""
+    if node.target is not F.dropout or not node.args or not isinstance(node.args[0], Node):
+        return False
+    stage, value = stage_of(node, node.args[0]), tensor_of(node)
+    drops = stage is not None and stage.kind == "drop" and not stage.writes
+    return drops and type(value) is FakeTensor and value.dtype in functional.DTYPES
 
 
 def _add(node: Node, value: Node) -> Stage | None:

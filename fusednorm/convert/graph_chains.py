@@ -15,11 +15,22 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from .. import functional
-from .graph import Memory, Norm, Stage, alike, inputs_of, is_in_place, norm_of, silu_of, stage_of, tensor_of, tensors_of
-from .measure import Like, why_not
-from .report import Row
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from .graph import (
+    Memory,
+    Norm,
+    Stage,
+    alike,
+    inputs_of,
+    is_in_place,
+    is_lone_dropout,
+    norm_of,
+    silu_of,
+    stage_of,
+    tensor_of,
+    tensors_of,
+)
+from .measure import Like, Small, why_not
+from .report import Report, Row
 
 
 @dataclass
@@ -184,7 +195,7 @@ def _unfit(norm: Norm) -> str | None:
     value = tensor_of(norm.arguments["input"])
     if type(value) is not torch._subclasses.FakeTensor:
         return f"its input is a {type(value).__name__}"
-    if value.dtype not in _DTYPES:
+    if value.dtype not in functional.DTYPES:
         return f"its input is of {value.dtype}"
     return None if 2 <= value.dim() <= 5 else f"its input has {value.dim()} dimensions"
 
@@ -229,34 +240,53 @@ def _arguments(chain: Chain, now: Callable[[Node], Any]) -> tuple[tuple[Any, ...
     return map_arg(((chain.input, *(given[name] for name in names)), chain.keywords()), now)
 
 
-def fuse_graphs(gm: GraphModule, small: str, evaluation: bool) -> list[Row]:
+def fuse_graphs(gm: GraphModule, small: Small, dropouts: bool, evaluation: bool) -> Report:
     """Fuses the chains of a graph and of those that it calls; what became of each batch norm.
 
     Args:
-        small: see :func:`fusednorm.fuse`.
+        small, dropouts: see :func:`fusednorm.fuse`.
         evaluation: fuse those that neither take statistics nor draw noise, too.
     """
-    rows: list[Row] = []
+    report = Report()
     for part in gm.modules():
-        if not isinstance(part, GraphModule) or all(norm_of(node) is None for node in part.graph.nodes):
-            continue
-        follow_in_place(part.graph)
-        chosen = []
-        for chain in Search(part.graph).find():
-            reason = chain.unfit
-            if reason is None and not evaluation and not chain.is_live:
-                reason = "in evaluation it is left to the inner compiler"
-            reason = reason or _too_small(chain, small)
-            rows.append(_row(chain, reason))
-            if reason is None:
-                chosen.append(chain)
-        rewrite(part.graph, chosen)
+        if isinstance(part, GraphModule):
+            _fuse_chains(part, small, evaluation, report)
+            if dropouts:
+                _fuse_dropouts(part, report)
+    return report
+
+
+def _fuse_chains(part: GraphModule, small: Small, evaluation: bool, report: Report) -> None:
+    if all(norm_of(node) is None for node in part.graph.nodes):
+        return
+    follow_in_place(part.graph)
+    chosen = []
+    for chain in Search(part.graph).find():
+        reason = chain.unfit
+        if reason is None and not evaluation and not chain.is_live:
+            reason = "in evaluation it is left to the inner compiler"
+        reason = reason or _too_small(chain, small)
+        report.rows.append(_row(chain, reason))
+        if reason is None:
+            chosen.append(chain)
+    rewrite(part.graph, chosen)
+    part.recompile()
+
+
+def _fuse_dropouts(part: GraphModule, report: Report) -> None:
+    """Those outside any chain that are still calls of torch's function."""
+    lone = [node for node in part.graph.nodes if is_lone_dropout(node)]
+    for node in lone:
+        node.target = functional.dropout
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != "inplace"}
+        node.args = node.args[:3]
+        report.dropouts.append(_module_of(node) or node.name)
+    if lone:
         part.recompile()
-    return rows
 
 
 # ---- alone, for its times --------------------------------------------------------------------------------------------
-def _too_small(chain: Chain, small: str) -> str | None:
+def _too_small(chain: Chain, small: Small) -> str | None:
     constants: Any = [(_called(n), str(map_arg((n.args, n.kwargs), lambda _: None))) for n in chain.nodes]
     training = chain.norm.arguments["training"] and torch.is_grad_enabled()
 

@@ -7,13 +7,13 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-SMALL = "measure"
-_CHOICES = ("measure", "always", "never")
+Small: TypeAlias = Literal["measure", "always", "never"]
+SMALL: Small = "measure"
 _AT_MOST = 2**20  # values: beyond, the fused call has not been found slower in training
 _SECONDS = 0.01  # of a measurement, but for the least number of turns
 _TURNS = 7, 40
@@ -21,10 +21,10 @@ _TURNS = 7, 40
 _known: dict[Hashable, tuple[float, float]] = {}  # milliseconds of stock, and of ours
 
 
-def check_small(small: Any, argument: str = "small") -> str:
+def check_small(small: Any, argument: str = "small") -> Small:
     """Returns `small`, or raises ValueError unless it is one of the choices."""
-    if small not in _CHOICES:
-        raise ValueError(f"{argument}: expected one of {', '.join(map(repr, _CHOICES))}, but got {small!r}")
+    if small not in get_args(Small):
+        raise ValueError(f"{argument}: expected one of {', '.join(map(repr, get_args(Small)))}, but got {small!r}")
     return small  # type: ignore[no-any-return]
 
 
@@ -39,8 +39,13 @@ class Like(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> "Like":
         """Of a real tensor or a fake one, whose sizes may be symbols: those are what they are in the example."""
-        numbers = [[n if isinstance(n, int) else n.node.hint for n in of] for of in (tensor.shape, tensor.stride())]
+        strides = tensor.stride() if tensor.layout == torch.strided else ()
+        numbers = [[n if isinstance(n, int) else n.node.hint for n in of] for of in (tensor.shape, strides)]
         return cls(tuple(numbers[0]), tuple(numbers[1]), tensor.dtype, tensor.device)
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
 
     def filled(self, requires_grad: bool) -> Tensor:
         """Random values in such a tensor, which are positive in a vector: it may be a variance."""
@@ -51,7 +56,7 @@ class Like(NamedTuple):
 
 
 def why_not(
-    small: str, key: Hashable, like: Like, training: bool, make: Callable[[], tuple[Any, Any, Sequence[Tensor]]]
+    small: Small, key: Hashable, like: Like, training: bool, make: Callable[[], tuple[Any, Any, Sequence[Tensor]]]
 ) -> str | None:
     """The reason to leave a chain as it is, None: there is none.
 
@@ -64,11 +69,10 @@ def why_not(
     """
     if small == "always" or None in (*like.shape, *like.stride):  # a size that depends on data
         return None
-    values = torch.Size(like.shape).numel()
-    if not 0 < values <= _AT_MOST:
+    if not 0 < like.numel <= _AT_MOST or like.device.type == "meta":
         return None
     if small == "never":
-        return f"it is small: {values} values, and up to {_AT_MOST} are left as they are"
+        return f"it is small: {like.numel} values, and up to {_AT_MOST} are left as they are"
     case = key, like, training, torch.get_num_threads()
     if case not in _known:
         with _by_itself():

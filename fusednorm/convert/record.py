@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..modules import _CONTAINERS
+from . import foreign
+from .measure import Like
 
 # Asking these of a tensor is no use of its values.
 _FACTS = {
@@ -44,7 +46,7 @@ class Call:
     place: Place | None  # where the leaf was called from, if that is one place
     takes: tuple[int, ...]
     gives: tuple[int, ...]
-    sizes: tuple[int, int] | None = None  # values of the first tensor taken and of the first given
+    likes: tuple[Like, Like] | None = None  # of a leaf: the first tensor taken, and the first given
 
 
 class Record:
@@ -108,8 +110,9 @@ class _Watch(TorchFunctionMode):
 
         given = tree_map(apart, given)
         gives = self.numbers(given)
-        sizes = (self._alive[takes[0]].numel(), self._alive[gives[0]].numel()) if takes and gives else None
-        self.calls.append(Call(what, place, takes, gives, sizes))
+        ends = [self._alive[values[0]] for values in (takes, gives) if values and isinstance(what, nn.Module)]
+        likes = (Like.of(ends[0]), Like.of(ends[1])) if len(ends) == 2 else None
+        self.calls.append(Call(what, place, takes, gives, likes))
         return given
 
     # ---- functions
@@ -227,6 +230,9 @@ def _in_rows(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Record:
             continue
         for parent, name in _flat(module):
             child: Any = parent._modules[name]
+            within = foreign.inner_norm(child)
+            if within is not None and not _is_seen(child):
+                parent, name, child = child, within, child._modules[within]
             calls.append(Call(child if is_leaf(child) else type(child), (parent, name), (value,), (value + 1,)))
             value += 1
         calls.append(Call(type(module), None, (value,), ()))  # whoever calls the row gets what it gives

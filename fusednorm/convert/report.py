@@ -26,14 +26,15 @@ class Row:
 class Report:
     """What :func:`fusednorm.fuse` did, or :func:`fusednorm.backend`; `print` it, or take :meth:`to_dict`."""
 
-    def __init__(self, rows: Iterable[Row] = ()) -> None:
+    def __init__(self, rows: Iterable[Row] = (), dropouts: Iterable[str] = ()) -> None:
         self.rows = list(rows)
+        self.dropouts = list(dropouts)  # names of those outside any chain that have this package's noise now
 
-    def add(self, rows: Iterable[Row]) -> None:
-        """Rows of a graph, in the place of older ones of the same names: a graph that is captured again is known."""
-        rows = list(rows)
-        names = {row.name for row in rows}
-        self.rows = [row for row in self.rows if row.name not in names] + rows
+    def add(self, other: "Report") -> None:
+        """What is said of a graph, in the place of what was said of the same names: it may be captured again."""
+        names = {row.name for row in other.rows}
+        self.rows = [row for row in self.rows if row.name not in names] + other.rows
+        self.dropouts = list(dict.fromkeys(self.dropouts + other.dropouts))
 
     @property
     def fused(self) -> list[Row]:
@@ -42,21 +43,24 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {"rows": [dataclasses.asdict(row) for row in self.rows]}
+        return {"rows": [dataclasses.asdict(row) for row in self.rows], "dropouts": self.dropouts}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
 
     def __str__(self) -> str:
-        if not self.rows:
-            return "no BatchNorm in this model"
-        width = max(len(row.name) for row in self.rows)
-        lines = [f"{len(self.fused)} of {len(self.rows)} BatchNorms fused"]
+        counted = (
+            f"{len(self.fused)} of {len(self.rows)} BatchNorms fused" if self.rows else "no BatchNorm in this model"
+        )
+        width = max((len(row.name) for row in self.rows), default=0)
+        lines = [counted]
         for row in self.rows:
             what = row.order or "left as it is"
             taken = f" with {', '.join(row.taken)}" if row.taken else ""
             reason = f": {row.reason}" if row.reason else ""
             lines.append(f"  {row.name:{width}}  {what}{taken}{reason}")
+        if self.dropouts:
+            lines.append(f"dropouts with the noise of fusednorm: {', '.join(self.dropouts)}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:

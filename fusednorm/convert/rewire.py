@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import checkpoints, modules
+from .. import checkpoints, modules, noises
+from . import foreign
 from .chains import NORMS, Chain
 
 _MARK = "_fusednorm_stage"  # of a slot: the layer, and "act" or "drop"
@@ -29,15 +30,25 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     return new if model is old else model
 
 
+def layer_of(norm: nn.Module, stages: dict[str, Any], order: str) -> nn.Module:
+    """A fused layer, which shares the parameters of `norm` and has the stages as children.
+
+    Raises:
+        ValueError, TypeError: the layer's own, for a norm that it cannot be made of.
+    """
+    if foreign.is_whole(norm):
+        return foreign.fused(norm)
+    layer: nn.Module = getattr(modules, f"FusedBatchNorm{NORMS[type(norm)]}").from_torch(norm, **stages, order=order)
+    return layer
+
+
 def fuse_chain(model: nn.Module, chain: Chain) -> tuple[nn.Module, nn.Module, Callable[[], None]]:
     """The chain as one layer in the model: the model, the layer, and a function that takes it back.
 
     Raises:
         ValueError, TypeError: the layer's own, for a norm that it cannot be made of; nothing has changed then.
     """
-    layer_class = getattr(modules, f"FusedBatchNorm{NORMS[type(chain.norm)]}")
-    children = {stage.kind: stage.module for stage in chain.stages}
-    layer = layer_class.from_torch(chain.norm, **children, order=chain.order)
+    layer = layer_of(chain.norm, {stage.kind: stage.module for stage in chain.stages}, chain.order)
     keys, order = list(model.state_dict()), list(map(id, model.parameters()))
     homes = places(model, chain.norm)
     renamed: list[Any] = []
@@ -80,9 +91,16 @@ def unfuse(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a layer that has no stock counterpart yet, as of its `to_torch`; nothing has changed then.
     """
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, modules._FusedBatchNorm)]
+    stand_ins = [module for module in model.modules() if foreign.was(module) is not None]
+    inside = {id(module) for stand_in in stand_ins for module in stand_in.modules()}
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, modules._FusedBatchNorm) and id(m) not in inside]
     for layer in layers:
         layer.to_torch()  # raises before anything has changed
+    for stand_in in stand_ins:
+        model = replace(model, stand_in, foreign.was(stand_in))  # type: ignore[arg-type]
+    for module in model.modules():
+        if type(module) is noises.Dropout:
+            module.__class__ = nn.Dropout  # type: ignore[assignment]
     slots = {
         (id(slot.__dict__[_MARK][0]), slot.__dict__[_MARK][1]): (parent, name)
         for parent in model.modules()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import fusednorm
 from fusednorm import (
+    Dropout,
     DropPath,
     FusedBatchNorm1d,
     FusedBatchNorm2d,
@@ -19,6 +20,7 @@ from fusednorm import (
     UniformDropout,
     analysis,
     at_alpha,
+    backend,
     fold,
     functional,
     fuse,
@@ -31,6 +33,7 @@ from fusednorm import (
     unfuse,
 )
 from fusednorm.analysis import VarianceShift, alpha_of, measure_variance_shift, variance_shift
+from fusednorm.convert import Report
 
 x2, x4, x5 = torch.randn(6, 8), torch.randn(6, 8, 5, 5), torch.randn(6, 8, 3, 3, 3)
 seed = torch.zeros((), dtype=torch.int64)
@@ -146,4 +149,10 @@ fused = fuse(model, x2, include="*", exclude=["7", "8"])
 assert_type(fused, nn.Module)
 assert_type(fuse(fused, (x2,), include=lambda name, bn: "head" not in name), nn.Module)
 assert_type(fuse(fused, {"input": x2}, inplace=True), nn.Module)
+assert_type(fuse(fused, x2, small="always", dropouts=True), nn.Module)
+assert_type(Dropout(0.5)(x2), Tensor)
+assert_type(Dropout(0.5).to_torch(), nn.Dropout)
+report = Report()
+compiled = torch.compile(fuse(nn.Sequential(nn.BatchNorm1d(8))), backend=backend, options={"report": report.add})
+assert_type(report.to_json(), str)
 assert_type(fold(unfuse(fused).eval(), x2), nn.Module)

@@ -123,5 +123,6 @@ def whole_models(x: Tensor, model: nn.Module) -> None:
     fuse(model, include=3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     fuse(model, exclude=lambda name: True)  # type: ignore[arg-type,misc]  # pyright: ignore[reportArgumentType]
     fuse(model, inputs=x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    fuse(model, small="no")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     unfuse([model])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     fold(model, inplace="no")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
