@@ -1,160 +1,181 @@
-"""Public models with their BatchNorms, activations and residual additions fused, as a user would convert them by hand.
+"""A public model converted in each way, and whether it is still the same model.
 
-Where the modules stand in a row, `FusedBatchNorm*d.from_torch` takes them over and nn.Identity stays in their place.
-Where a block's own code joins them, the block gets a forward that says the same with one call less.
+The ways are `fusednorm.fuse` with an example and the backend of torch.compile. Chains are counted on the stock model by
+`census_record.py`, which knows nothing of either; a chain counts as fused where its norm took a stage along, and as
+whole where it took all that were counted. Equality is that of outputs, gradients, buffers and evaluation in float64,
+with noise switched off everywhere.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import copy
+from collections.abc import Callable
+
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import fusednorm
+from benchmarks.census_record import Recorder
+from fusednorm.convert import Report
+from fusednorm.modules import _FusedBatchNorm
 
-_RANKS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
-_ACTS = nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.GELU
-
-
-def _fused(norm: nn.Module, act: nn.Module | None = None, order: str = "norm-act-drop") -> nn.Module:
-    layer = getattr(fusednorm, f"FusedBatchNorm{_RANKS[type(norm)]}d")
-    return layer.from_torch(norm, act=act, order=order)
+WAYS = ("fuse", "backend")
 
 
-def _fuse(module: nn.Module, norm: str, act: str) -> None:
-    """Two attributes that the module calls one after the other."""
-    setattr(module, norm, _fused(getattr(module, norm), getattr(module, act)))
-    setattr(module, act, nn.Identity())
+def tensors(inputs: tuple, most: int | None = None, dtype: torch.dtype | None = None) -> tuple:
+    """Values for a model's inputs, which are shapes or functions; `most` samples where all are shapes."""
+    cut = most is not None and all(isinstance(given, tuple) for given in inputs)
+    made = [
+        torch.randn(min(given[0], most or 0) if cut else given[0], *given[1:]) if isinstance(given, tuple) else given()
+        for given in inputs
+    ]
+    return tuple(x.to(dtype) if dtype and x.is_floating_point() else x for x in made)
 
 
-def _rows(model: nn.Module) -> None:
-    """Norm and activation side by side in any nn.Sequential."""
-    for module in model.modules():
-        if isinstance(module, nn.Sequential):
-            names = list(module._modules)
-            for norm, act in zip(names, names[1:], strict=False):
-                if type(getattr(module, norm)) in _RANKS and isinstance(getattr(module, act), _ACTS):
-                    _fuse(module, norm, act)
+def loss_of(model: Callable, inputs: tuple) -> tuple[Tensor, list[Tensor]]:
+    """Some loss that reaches every output, and the outputs."""
+    found = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.stack([output.square().mean() for output in found if output.requires_grad]).sum(), found
 
 
-def _rest(model: nn.Module) -> None:
-    """What no activation follows is fused all the same: one kernel for the statistics and the values."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) in _RANKS:
-                setattr(module, name, _fused(child))
+# ---- conversions -----------------------------------------------------------------------------------------------------
+def fused(model: nn.Module, inputs: tuple, small: str = "measure", dropouts: bool = False) -> nn.Module:
+    return fusednorm.fuse(model, inputs, small=small, dropouts=dropouts)
 
 
-def resnet(model: nn.Module) -> None:
-    """torchvision's, or an encoder made of it."""
-    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-
-    class FusedBasicBlock(BasicBlock):
-        def forward(self, x):
-            identity = x if self.downsample is None else self.downsample(x)
-            return self.bn2(self.conv2(self.bn1(self.conv1(x))), identity)
-
-    class FusedBottleneck(Bottleneck):
-        def forward(self, x):
-            identity = x if self.downsample is None else self.downsample(x)
-            out = self.bn2(self.conv2(self.bn1(self.conv1(x))))
-            return self.bn3(self.conv3(out), identity)
-
-    for module in list(model.modules()):
-        if isinstance(module, ResNet):
-            _fuse(module, "bn1", "relu")
-        elif isinstance(module, (BasicBlock, Bottleneck)):
-            last = "bn2" if isinstance(module, BasicBlock) else "bn3"
-            for name in ("bn1", "bn2", "bn3"):
-                if hasattr(module, name):
-                    order = "norm-add-act" if name == last else "norm-act-drop"
-                    setattr(module, name, _fused(getattr(module, name), module.relu, order))
-            module.relu = nn.Identity()
-            module.__class__ = FusedBasicBlock if isinstance(module, BasicBlock) else FusedBottleneck
-    _rows(model)
-    _rest(model)
+def compiled(model: nn.Module, small: str = "measure", dropouts: bool = False) -> tuple[Callable, Report]:
+    """The model under the backend, and the report that fills as it is called."""
+    report = Report()
+    options = {"small": small, "report": report.add, "dropouts": dropouts}
+    return torch.compile(model, backend=fusednorm.backend, options=options), report
 
 
-def densenet(model: nn.Module) -> None:
-    """The last norm stays alone, as the model's own code has its activation."""
-    for module in list(model.modules()):
-        for i in ("", 0, 1, 2):
-            if type(getattr(module, f"norm{i}", None)) in _RANKS and hasattr(module, f"relu{i}"):
-                _fuse(module, f"norm{i}", f"relu{i}")
-    _rest(model)
+# ---- counts ----------------------------------------------------------------------------------------------------------
+def chains_of(model: nn.Module, inputs: tuple) -> collections.Counter:
+    """How many chains of each order one training forward has; bare norms are none."""
+    with Recorder() as recorder:
+        model(*inputs)
+    return collections.Counter(chain.order for chain in recorder.chains() if chain.order != "norm")
 
 
-def googlenet(model: nn.Module) -> None:
-    from torchvision.models.googlenet import BasicConv2d
+def orders_called(model: nn.Module, inputs: tuple) -> collections.Counter:
+    """How often one forward calls fused layers of each order."""
+    called: collections.Counter = collections.Counter()
 
-    class FusedConv2d(BasicConv2d):
-        def forward(self, x):
-            return self.bn(self.conv(x))
+    def note(layer, *_):
+        own = [s for s in layer.order.split("-") if s in ("norm", "add") or getattr(layer, s) is not None]
+        called["-".join(own)] += 1
 
-    for module in list(model.modules()):
-        if isinstance(module, BasicConv2d):
-            module.bn = _fused(module.bn, nn.ReLU())
-            module.__class__ = FusedConv2d
-
-
-def yolo(model: nn.Module) -> None:
-    from ultralytics.nn.modules.block import Bottleneck
-    from ultralytics.nn.modules.conv import Conv
-
-    class FusedBottleneck(Bottleneck):
-        def forward(self, x):
-            return self.cv2.bn(self.cv2.conv(self.cv1(x)), x)
-
-    blocks = [module for module in model.modules() if type(module) is Bottleneck and module.add]
-    ends = [block.cv2 for block in blocks]
-    for module in list(model.modules()):
-        if isinstance(module, Conv):
-            module.bn = _fused(module.bn, module.act, "norm-act-add" if module in ends else "norm-act-drop")
-            module.act = nn.Identity()
-    for block in blocks:
-        block.__class__ = FusedBottleneck
+    layers = [layer for layer in model.modules() if isinstance(layer, _FusedBatchNorm)]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    model(*inputs)
+    for handle in handles:
+        handle.remove()
+    return called
 
 
-def ecapa(model: nn.Module) -> None:
-    """Its blocks have the activation ahead of the norm."""
-    from speechbrain.lobes.models.ECAPA_TDNN import TDNNBlock
+# ---- equality --------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def silent(*models: nn.Module):
+    """No noise in what these models compute, of modules and of functions."""
+    for model in models:
+        for module in model.modules():
+            for name in ("p", "drop_prob"):
+                if name in module.__dict__ and isinstance(module.__dict__[name], float):
+                    setattr(module, name, 0.0)
+    names = ("dropout", "dropout1d", "dropout2d", "dropout3d")
+    kept = {name: getattr(F, name) for name in names}
+    try:
+        for name in names:
+            setattr(F, name, lambda input, *_, **__: input)
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(F, name, function)
 
-    for module in list(model.modules()):
-        if isinstance(module, TDNNBlock):
-            # speechbrain wraps torch's layer.
-            module.norm.norm = _fused(module.norm.norm, module.activation, "act-norm")
-            module.activation = nn.Identity()
-    _rest(model)
+
+def results(run: Callable, model: nn.Module, inputs: tuple) -> dict[str, list[Tensor]]:
+    """What a training step and an evaluation of `run`, which is `model` somehow, leave to see."""
+    model.train().zero_grad()
+    torch.manual_seed(1)
+    loss, outputs = loss_of(run, inputs)
+    loss.backward()
+    found = {"outputs": [output.detach().clone() for output in outputs]}
+    found["gradients"] = [torch.zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    found["buffers"] = [buffer.clone() for buffer in model.buffers() if buffer.is_floating_point()]
+    model.eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        outputs = tree_leaves(run(*inputs))
+    found["evaluation"] = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return found
 
 
-def leftovers(model: nn.Module) -> int:
-    """BatchNorms that no conversion reached."""
-    return sum(isinstance(m, _BatchNorm) and not _is_ours(m) for m in model.modules())
+def difference(stock: dict[str, list[Tensor]], ours: dict[str, list[Tensor]]) -> float:
+    """The largest of all, each in units of the largest value of its tensor."""
+    errors = [0.0]
+    for what, wanted in stock.items():
+        # Beside the largest of its kind: a gradient that is zero but for rounding has no scale of its own.
+        least = 1e-6 * max((float(t.abs().amax()) for t in wanted if t.numel()), default=0.0)
+        for a, b in zip(wanted, ours[what], strict=True):
+            if a.numel():
+                error = float((b - a).abs().amax() / a.abs().amax().clamp_min(least or 1.0))
+                errors.append(error if error == error else float(not torch.equal(a.isnan(), b.isnan())))
+    return max(errors)
 
 
-def _is_ours(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("fusednorm")
+def _error(way: str, model: nn.Module, inputs: tuple, wanted: dict[str, list[Tensor]]) -> float:
+    """How far a copy of the model in that way, with every chain fused, is from what stock gives."""
+    if way == "fuse":
+        ours = fused(model, inputs, "always")
+        if list(ours.state_dict()) != list(model.state_dict()):
+            raise AssertionError("the keys of its state dict differ")
+        error = difference(wanted, results(ours, ours, inputs))
+        if [type(m) for m in fusednorm.unfuse(ours).modules()] != [type(m) for m in model.modules()]:
+            raise AssertionError("unfuse gives other modules")
+        return error
+    ours = copy.deepcopy(model)
+    return difference(wanted, results(compiled(ours, "always")[0], ours, inputs))
 
 
-def compare(stock: nn.Module, ours: nn.Module, inputs: tuple[torch.Tensor, ...], loss) -> float:
-    """Largest difference of outputs, trained and evaluated, and of gradients, each in units of its largest value.
+def _count(way: str, model: nn.Module, inputs: tuple, chains: collections.Counter) -> dict:
+    if way == "fuse":
+        orders = orders_called(fused(model, inputs, "always"), inputs)
+    else:
+        run, report = compiled(model, "always")
+        run(*inputs)
+        orders = collections.Counter(row.order for row in report.fused)
+    return {"fused": sum(n for order, n in orders.items() if order != "norm"), "whole": (chains & orders).total()}
 
-    To be called with models in float64, where rounding does not hide a wrong conversion. Dropouts are switched off.
+
+def checked(build: Callable[[], nn.Module], inputs: tuple, most: int | None = None) -> dict:
+    """A row: how many chains the model has, and of each way how many it fused and the error; or why it is none.
+
+    Args:
+        most: samples in a batch.
+
+    Raises:
+        What the stock model raises.
     """
-    found = []
-    for training in (True, False):
-        each = []
-        for model in (stock, ours):
-            model.train(training).zero_grad()
-            for module in model.modules():
-                if isinstance(module, nn.modules.dropout._DropoutNd):
-                    module.p = 0.0
-            value, outputs = loss(model, inputs)
-            if training:
-                value.backward()
-                outputs = [*outputs, *(p.grad for p in model.parameters() if p.grad is not None)]
-            each.append([tensor.detach() for tensor in outputs])
-        # Beside the largest of all: a gradient that is zero but for rounding (a bias ahead of a softmax) has no scale.
-        least = 1e-6 * max(tensor.abs().amax() for tensor in each[0])
-        found += [(b - a).abs().amax() / a.abs().amax().clamp_min(least) for a, b in zip(*each, strict=True)]
-    return max(map(float, found))
+    torch.manual_seed(0)
+    model, given = build().train(), tensors(inputs, most)
+    chains = chains_of(copy.deepcopy(model), given)
+    stock = copy.deepcopy(model).double()
+    doubled = tuple(x.double() if x.is_floating_point() else x for x in given)
+    row: dict = {"chains": chains.total()}
+    with silent(stock):
+        wanted = results(copied := copy.deepcopy(stock), copied, doubled)
+    for way in WAYS:
+        torch._dynamo.reset()
+        try:
+            row[way] = _count(way, copy.deepcopy(model), given, chains)
+            torch._dynamo.reset()
+            with silent():
+                row[way]["error"] = _error(way, stock, doubled, wanted)
+        except Exception as error:
+            row[way] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return row

@@ -1,4 +1,4 @@
-"""`fuse` and `unfuse`: small models, each with something that a careless converter would break."""
+"""`fuse` and `unfuse`: the models of `fuse_models.py`, what is refused, and the way back."""
 
 import copy
 import functools
@@ -9,250 +9,36 @@ import random
 
 import pytest
 import torch
-import torch.nn.functional as F
-from common import generator
+from fuse_models import (
+    ActFirst,
+    ActTwice,
+    Apart,
+    ConvNormAct,
+    Counting,
+    Features,
+    Functional,
+    InAList,
+    InPlaceIgnored,
+    Keeps,
+    Looks,
+    OwnOutput,
+    Recurrent,
+    SharedAct,
+    TwoNorms,
+    TwoPlaces,
+    UsedAfterIdleDropout,
+    UsedTwice,
+    picture,
+    sequence,
+    step,
+)
 from torch import nn
 
 import fusednorm
 from fusednorm import FusedBatchNorm1d, FusedBatchNorm2d, unfuse
-from fusednorm.convert import measure
 
 pytestmark = pytest.mark.cpu
 fuse = functools.partial(fusednorm.fuse, small="always")  # these models are small, and what is faster is not the point
-
-
-def picture(*shape):
-    return torch.randn(shape or (4, 3, 8, 8), generator=generator(1), dtype=torch.float64)
-
-
-class ConvNormAct(nn.Module):
-    def __init__(self, act=None, inside=3, outside=6):
-        super().__init__()
-        self.conv = nn.Conv2d(inside, outside, 3)
-        self.bn = nn.BatchNorm2d(outside)
-        self.act = nn.SiLU() if act is None else act
-
-    def forward(self, x):
-        return self.act(self.bn(self.conv(x)))
-
-
-class SharedAct(nn.Module):
-    """One activation object, a slot of it in each block."""
-
-    def __init__(self):
-        super().__init__()
-        act = nn.ReLU(inplace=True)
-        self.one, self.two = ConvNormAct(act), ConvNormAct(act, 6)
-
-    def forward(self, x):
-        return self.two(self.one(x))
-
-
-class ActTwice(nn.Module):
-    """torchvision's BasicBlock: the second call of the ReLU does not follow a norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
-        self.conv2, self.bn2 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
-
-
-class UsedTwice(nn.Module):
-    """What the norm gives goes to the activation and past it."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
-
-    def forward(self, x):
-        y = self.bn(x)
-        return self.act(y) + y
-
-
-class UsedAfterIdleDropout(nn.Module):
-    """In evaluation the dropout gives the tensor that it took, and the addition takes both."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn, self.drop = nn.BatchNorm2d(3), nn.Dropout(0.5)
-
-    def forward(self, x):
-        y = self.bn(x)
-        return self.drop(y) + y
-
-
-class InPlaceIgnored(nn.Module):
-    """The activation writes, and nobody takes what it returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        y = self.bn(x)
-        self.act(y)
-        return y * 2
-
-
-class Features(nn.Module):
-    """Gives what the norm gives, too."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
-
-    def forward(self, x):
-        y = self.bn(x)
-        return {"normed": y, "out": self.act(y)}
-
-
-class Keeps(nn.Module):
-    """Leaves what the norm gives where a loss will look for it."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
-
-    def forward(self, x):
-        self.normed = {"last": self.bn(x)}
-        return self.act(self.normed["last"])
-
-
-class Output:
-    def __init__(self, normed, out):
-        self.normed, self.out = normed, out
-
-    def values(self):
-        return [self.normed, self.out]
-
-
-class OwnOutput(nn.Module):
-    """Gives an object of a class that torch does not know."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
-
-    def forward(self, x):
-        y = self.bn(x)
-        return Output(y, self.act(y))
-
-
-class InAList(nn.Module):
-    """The model calls its norm by a list of its own, which no converter can see."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
-        self.layers = [self.bn, self.act]
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class TwoPlaces(nn.Module):
-    """A block registered under two names."""
-
-    def __init__(self):
-        super().__init__()
-        self.block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
-        self.stages = nn.ModuleList([self.block])
-        self.norm = self.block[1]
-
-    def forward(self, x):
-        return self.stages[0](x)
-
-
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.bn = nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        return F.relu(self.bn(x))
-
-
-class Looks(nn.Module):
-    """Code that asks the activation something that an nn.Identity cannot answer."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        y = self.bn(x)
-        return self.act(y) if self.act.inplace else self.act(y.clone())
-
-
-class Apart(nn.Module):
-    """The norm in one module, activation and dropout in its parent, by keyword."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Identity())
-        self.act, self.drop = nn.ELU(0.5), nn.Dropout2d(0.3)
-
-    def forward(self, x):
-        return self.drop(input=self.act(self.inner(x)))
-
-
-class ActFirst(nn.Module):
-    """ECAPA's block: the activation ahead of the norm, and a dropout behind."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.act, self.bn, self.drop = nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3), nn.Dropout(0.2)
-
-    def forward(self, x):
-        return self.drop(self.bn(self.act(self.conv(x))))
-
-
-class TwoNorms(nn.Module):
-    """An activation between two norms belongs to one of them."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.act, self.two = nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        return self.two(self.act(self.one(x)))
-
-
-class Recurrent(nn.Module):
-    """A block called several times in one forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.block = ConvNormAct(nn.Tanh(), 3, 3)
-
-    def forward(self, x):
-        return self.block(self.block(x))
-
-
-class Counting(nn.Module):
-    """Changes with every call: a buffer, torch's and Python's generators."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        self.calls += 1
-        return self.act(self.bn(x + torch.rand(()) + random.random()))
-
-
-def sequence(act=None):
-    return nn.Sequential(
-        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Identity(), act or nn.GELU(), nn.Dropout(0.1)),
-        *(nn.Flatten(), nn.Linear(144, 5), nn.BatchNorm1d(5), nn.ReLU()),
-    )
 
 
 # model, with its orders as fused with an example: name of the norm -> the stages that it gets
@@ -291,21 +77,6 @@ def without_noise(model):
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
     return model
-
-
-def step(model, x):
-    """Outputs, gradients and buffers of a training step and of an evaluation."""
-    torch.manual_seed(5)
-    random.seed(5)
-    found = []
-    for training in (True, False):
-        model.train(training).zero_grad()
-        x = x.detach().requires_grad_()
-        out = model(x)
-        out = [out] if isinstance(out, torch.Tensor) else list(out.values())
-        sum(o.square().sum() for o in out).backward()
-        found += [*out, x.grad, *(p.grad for p in model.parameters())]
-    return [*found, *(b.double() for b in model.buffers())]
 
 
 @cases
@@ -599,107 +370,3 @@ class TestUnfuseByHand:
         with pytest.raises(ValueError, match="knows its size"):
             unfuse(model)
         assert type(model[1]) is FusedBatchNorm2d
-
-
-# ---- small maps ------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def timed(monkeypatch):
-    """What is measured, and what comes out of that: (0.2, 0.1) ms unless a test sets another `result`."""
-
-    class Timed(list):
-        result = (0.2, 0.1)
-
-    calls = Timed()
-
-    def measured(stock, ours, tensors, training):
-        generated = torch.get_rng_state()
-        expected = stock(*tensors)
-        torch.set_rng_state(generated)
-        if not any(isinstance(m, nn.Dropout) for m in _modules_of(stock)):
-            torch.testing.assert_close(ours(*tensors), expected)
-        calls.append((tuple(tensors[0].shape), training))
-        return calls.result
-
-    monkeypatch.setattr(measure, "_measured", measured)
-    monkeypatch.setattr(measure, "_known", {})
-    return calls
-
-
-def _modules_of(called):
-    (row,) = (cell.cell_contents for cell in called.__closure__ if isinstance(cell.cell_contents, nn.Module))
-    return row.modules()
-
-
-def test_a_chain_is_timed_once_for_each_shape(timed):
-    model = nn.Sequential(ConvNormAct(), nn.Conv2d(6, 3, 3), ConvNormAct(), nn.Conv2d(6, 3, 1), ConvNormAct()).double()
-    before, generated = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    fused = fusednorm.fuse(model, picture(4, 3, 12, 12))
-    assert timed == [((4, 6, 10, 10), True), ((4, 6, 6, 6), True), ((4, 6, 4, 4), True)]
-    assert len(fused.fusednorm_report.fused) == 3 and torch.equal(torch.get_rng_state(), generated)
-    assert all(torch.equal(value, before[key]) for key, value in fused.state_dict().items())
-    fusednorm.fuse(model, picture(4, 3, 12, 12))
-    assert len(timed) == 3
-    fusednorm.fuse(model.eval(), picture(4, 3, 12, 12))
-    assert timed[3:] == [(shape, False) for shape, _ in timed[:3]]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm2d(3)),
-        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.PReLU(), nn.Dropout(0.2)),
-        lambda: nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.ReLU6()),
-    ],
-)
-def test_where_stock_is_faster_it_stays(row, timed):
-    timed.result = (0.1, 0.25)
-    fused = fusednorm.fuse(row().double(), picture() * 2)
-    (report,) = fused.fusednorm_report.rows
-    assert report.order is None and report.reason == "stock is faster for (4, 3, 8, 8): 0.100 ms against 0.250"
-    assert not any(isinstance(m, FusedBatchNorm2d) for m in fused.modules())
-
-
-def test_large_ones_are_not_timed(timed):
-    fusednorm.fuse(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()), torch.ones(2**18 + 1, 4))
-    fusednorm.fuse(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()))  # of no shape at all
-    assert timed == []
-
-
-def test_never_and_a_bad_choice():
-    fused = fusednorm.fuse(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), picture().float(), small="never")
-    assert fused.fusednorm_report.rows[0].reason == "it is small: 768 values, and up to 1048576 are left as they are"
-    with pytest.raises(ValueError, match="small: expected one of 'measure', 'always', 'never', but got True"):
-        fusednorm.fuse(nn.Sequential(nn.BatchNorm2d(3)), small=True)
-
-
-def test_times_are_measured():
-    """Milliseconds that can be."""
-    norm, x = nn.BatchNorm2d(8), torch.randn(8, 8, 16, 16, requires_grad=True)
-    stock, ours = measure._measured(lambda x: norm(x), lambda x: norm(x) + 0 * x.exp().sum(), [x], True)
-    assert 0 < stock < ours < 1000
-
-
-# ---- dropouts --------------------------------------------------------------------------------------------------------
-class Lone(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.bn, self.relu, self.drop = nn.BatchNorm1d(3), nn.ReLU(), nn.Dropout(0.5)
-        self.linear, self.lone, self.inplace = nn.Linear(3, 3), nn.Dropout(0.25), nn.Dropout(0.5, inplace=True)
-
-    def forward(self, x):
-        return self.inplace(self.lone(self.linear(self.drop(self.relu(self.bn(x))))))
-
-
-def test_dropouts_outside_chains():
-    stock = Lone()
-    seen = []
-    stock.lone.register_forward_hook(lambda m, i, o: seen.append(float((o == 0).float().mean())))
-    stock.inplace.p = 0.0
-    fused = fuse(stock, torch.ones(2, 3), dropouts=True)
-    assert fused.fusednorm_report.dropouts == ["lone"] and "lone" in str(fused.fusednorm_report).splitlines()[-1]
-    assert type(fused.lone) is fusednorm.Dropout and type(fused.inplace) is nn.Dropout
-    fused(torch.randn(20_000, 3))
-    assert abs(seen[-1] - 0.25) < 0.01
-    again = pickle.loads(pickle.dumps(copy.deepcopy(fuse(Lone(), torch.ones(2, 3), dropouts=True))))
-    assert type(unfuse(again).lone) is nn.Dropout and type(stock.lone) is nn.Dropout
-    assert json.loads(fused.fusednorm_report.to_json())["dropouts"] == ["lone"]

@@ -3,7 +3,8 @@
 A chain goes on from a tensor to the next call only where that call is the tensor's one use.
 """
 
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,40 +120,52 @@ def _walk(record: Record, call: Call, forward: bool, taken: set[str]) -> tuple[l
 
 
 def find(record: Record, norms: list[nn.Module]) -> list[Chain]:
-    """The chain of each of `norms`. No stage is in two of them, and none is called anywhere else."""
-    at_place: dict[tuple[int, str], int] = defaultdict(int)
-    for call in record.calls:
-        if call.place is not None:
-            at_place[id(call.place[0]), call.place[1]] += 1
+    """The chain of each of `norms`: a stage is in one where every call of it is in the chain of some norm."""
+    at_place = Counter(_key(call.place) for call in record.calls if call.place is not None)
     chains = [Chain(norm) for norm in norms]
-    claimed: set[tuple[int, str]] = set()
-
-    def claim(chain: Chain, forward: bool) -> None:
-        own = record.calls_of(chain.norm)
-        if not own or kind(chain.norm) == "whole":
-            return
-        taken = {stage.kind for stage in chain.stages}
-        walks = [_walk(record, call, forward, taken) for call in own]
-        stages, reason = walks[0]
-        if any(other != stages for other, _ in walks[1:]):
-            stages, reason = [], "what comes next differs from call to call"
-        good: list[Stage] = []
+    called = [chain for chain in chains if record.calls_of(chain.norm) and kind(chain.norm) != "whole"]
+    behind = _claims(record, called, at_place, forward=True)
+    for chain, (stages, reason) in zip(called, behind, strict=True):
+        chain.after, chain.reason = stages, reason
         for stage in stages:
-            key = id(stage.place[0]), stage.place[1]
-            if key in claimed:
-                break
-            if at_place[key] != len(own):
-                reason = f"{type(stage.module).__name__} is called elsewhere in the same forward, too"
-                break
-            claimed.add(key)
-            good.append(stage)
-        if forward:
-            chain.after, chain.reason = good, reason
-        else:
-            chain.before = good[::-1]
-
-    for chain in chains:
-        claim(chain, True)
-    for chain in chains:
-        claim(chain, False)
+            del at_place[_key(stage.place)]
+    for chain, (stages, _) in zip(called, _claims(record, called, at_place, forward=False), strict=True):
+        chain.before = stages[::-1]
     return chains
+
+
+def _key(place: Place) -> tuple[int, str]:
+    return id(place[0]), place[1]
+
+
+def _claims(
+    record: Record, chains: list[Chain], at_place: Mapping[tuple[int, str], int], forward: bool
+) -> list[tuple[list[Stage], str | None]]:
+    """The stages on one side of each norm, nearest first, and why there are no more."""
+    found = []
+    for chain in chains:
+        walks = [_walk(record, call, forward, {s.kind for s in chain.stages}) for call in record.calls_of(chain.norm)]
+        same = all(other == walks[0][0] for other, _ in walks)
+        found.append(walks[0] if same else ([], "what comes next differs from call to call"))
+    while True:  # what one norm gives up, others have to, and what stands further out as well
+        claims: Counter[tuple[int, str]] = Counter()
+        for chain, (stages, _) in zip(chains, found, strict=True):
+            claims.update({_key(stage.place): len(record.calls_of(chain.norm)) for stage in stages})
+        before = found
+        found = [_as_far_as(stages, reason, claims, at_place) for stages, reason in before]
+        if found == before:
+            return found
+
+
+def _as_far_as(
+    stages: list[Stage],
+    reason: str | None,
+    claims: Mapping[tuple[int, str], int],
+    at_place: Mapping[tuple[int, str], int],
+) -> tuple[list[Stage], str | None]:
+    for i, stage in enumerate(stages):
+        calls = at_place.get(_key(stage.place))
+        if calls != claims[_key(stage.place)]:
+            elsewhere = f"{type(stage.module).__name__} is called elsewhere in the same forward, too"
+            return stages[:i], elsewhere if calls else reason
+    return stages, reason

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from .record import Call, Record, observe, study
 from .report import Report, Row
 from .rewire import fuse_chain, layer_of
 
+Done: TypeAlias = tuple[Chain, nn.Module, Callable[[], None]]  # a chain, its layer, and the way back
 Pick: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 
@@ -65,24 +67,26 @@ def fuse(
     rows = {id(m): Row(names[id(m)], m.order) for m in model.modules() if isinstance(m, modules._FusedBatchNorm)} | {
         id(m): Row(names[id(m)], None, (), "left out as asked") for m in norms
     }
-    done: list[tuple[Chain, nn.Module, Callable[[], None]]] = []
-    for chain in find(record, picked):
-        name = names[id(chain.norm)]
-        reason = _why_not(chain, record, example is None, small, model.training)
-        if reason is not None:
-            rows[id(chain.norm)] = Row(name, None, (), reason)
-            continue
-        try:
-            model, layer, undo = fuse_chain(model, chain)
-        except (TypeError, ValueError) as error:
-            rows[id(chain.norm)] = Row(name, None, (), str(error))
-            continue
-        (fused,) = (m for m in layer.modules() if isinstance(m, modules._FusedBatchNorm))
-        done.append((chain, fused, undo))
+    observed = None if example is None else partial(observe, example=example, is_leaf=is_leaf)
+    original, left = model, dict[int, str]()
+    while True:  # with less and less, as what cannot be fused may leave its neighbours' stages with other readers
+        chains = find(record, [norm for norm in picked if id(norm) not in left])
+        refused = {
+            id(c.norm): why for c in chains if (why := _why_not(c, record, example is None, small, model.training))
+        }
+        done: list[Done] = []
+        if not refused:
+            model, done, refused = _fused(model, chains, observed)
+        if not refused:
+            break
+        for _, _, undo in reversed(done):
+            undo()
+        model, left = original, left | refused
+    rows |= {norm: Row(rows[norm].name, None, (), reason) for norm, reason in left.items()}
+    for chain, layer, _ in done:
         taken = tuple(f"{names[id(s.place[0])]}.{s.place[1]}".lstrip(".") for s in chain.stages)
-        rows[id(chain.norm)] = Row(name, chain.order if taken else _stages(fused), taken, chain.reason)
-    if example is not None:
-        _take_back_strays(model, example, done, rows)
+        order = chain.order if taken else _stages(layer)
+        rows[id(chain.norm)] = Row(names[id(chain.norm)], order, taken, chain.reason)
     swapped = [names[id(m)] for m in _lone_dropouts(model)] if dropouts else []
     model.fusednorm_report = Report(rows.values(), swapped)  # type: ignore[assignment]
     return model
@@ -146,16 +150,24 @@ def _picker(argument: str, pick: Pick, nothing: bool) -> Callable[[str, nn.Modul
     return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _take_back_strays(
-    model: nn.Module, example: Any, done: list[tuple[Chain, nn.Module, Callable[[], None]]], rows: dict[int, Row]
-) -> None:
-    """A forward of the fused model has to call each layer, where the model has no other reference to its norm."""
+def _fused(
+    model: nn.Module, chains: list[Chain], observed: Callable[[nn.Module], Record] | None
+) -> tuple[nn.Module, list[Done], dict[int, str]]:
+    """The model with layers for all the chains, what was done to it, and the norms that this was wrong for."""
+    done: list[Done] = []
+    for chain in chains:
+        try:
+            model, layer, undo = fuse_chain(model, chain)
+        except (TypeError, ValueError) as error:
+            return model, done, {id(chain.norm): str(error)}
+        (fused,) = (m for m in layer.modules() if isinstance(m, modules._FusedBatchNorm))
+        done.append((chain, fused, undo))
+    if observed is None:
+        return model, done, {}
+    # A forward has to call each layer, where the model has no other reference to its norm.
     try:
-        record, failure = observe(model, example, is_leaf), None
+        record = observed(model)
     except Exception as error:  # of the model: it looked at what it calls
-        record, failure = None, f"the model's own code fails with it: {error}"
-    for chain, layer, undo in reversed(done):
-        if record is None or not record.calls_of(layer):
-            undo()
-            reason = failure or "the model calls it by a reference of its own"
-            rows[id(chain.norm)] = Row(rows[id(chain.norm)].name, None, (), reason)
+        return model, done, {id(chain.norm): f"the model's own code fails with it: {error}" for chain in chains}
+    strays = [chain for chain, layer, _ in done if not record.calls_of(layer)]
+    return model, done, {id(chain.norm): "the model calls it by a reference of its own" for chain in strays}

@@ -15,7 +15,7 @@ from .. import checkpoints, modules, noises
 from . import foreign
 from .chains import NORMS, Chain
 
-_MARK = "_fusednorm_stage"  # of a slot: the layer, and "act" or "drop"
+_MARK = "_fusednorm_stage"  # of a slot: the layers whose stage it stands for, and "act" or "drop"
 
 
 def places(model: nn.Module, child: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -63,9 +63,12 @@ def fuse_chain(model: nn.Module, chain: Chain) -> tuple[nn.Module, nn.Module, Ca
 
     changed = replace(model, chain.norm, layer)
     for stage in chain.stages:
-        slot = nn.Identity().train(stage.module.training)
-        setattr(slot, _MARK, (layer, stage.kind))
-        setattr(stage.place[0], stage.place[1], slot)
+        slot = stage.place[0]._modules[stage.place[1]]
+        if slot is None or _MARK not in slot.__dict__:  # as it has, where several norms share the stage
+            slot = nn.Identity().train(stage.module.training)
+            slot.__dict__[_MARK] = []
+            setattr(stage.place[0], stage.place[1], slot)
+        slot.__dict__[_MARK].append((layer, stage.kind))
         if next(stage.module.parameters(), None) is not None:
             near = [name for parent, name in homes if parent is stage.place[0]]
             if len(homes) != 1 or not near:
@@ -102,10 +105,11 @@ def unfuse(model: nn.Module) -> nn.Module:
         if type(module) is noises.Dropout:
             module.__class__ = nn.Dropout  # type: ignore[assignment]
     slots = {
-        (id(slot.__dict__[_MARK][0]), slot.__dict__[_MARK][1]): (parent, name)
+        (id(layer), kind): (parent, name)
         for parent in model.modules()
         for name, slot in parent._modules.items()
-        if slot is not None and _MARK in slot.__dict__
+        if slot is not None
+        for layer, kind in slot.__dict__.get(_MARK, ())
     }
     for layer in layers:
         free = _free_slots(model, layer)
