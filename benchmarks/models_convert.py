@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 import fusednorm
 from benchmarks.census_record import Recorder
 from fusednorm.convert import Report
+from fusednorm.convert.chains import order_of
 from fusednorm.modules import _FusedBatchNorm
 
 WAYS = ("fuse", "backend")
@@ -67,8 +68,7 @@ def orders_called(model: nn.Module, inputs: tuple) -> collections.Counter:
     called: collections.Counter = collections.Counter()
 
     def note(layer, *_):
-        own = [s for s in layer.order.split("-") if s in ("norm", "add") or getattr(layer, s) is not None]
-        called["-".join(own)] += 1
+        called[order_of(layer)] += 1
 
     layers = [layer for layer in model.modules() if isinstance(layer, _FusedBatchNorm)]
     handles = [layer.register_forward_hook(note) for layer in layers]

@@ -15,9 +15,12 @@ from benchmarks.census_classes import PATTERNS, pattern_class, pixels  # noqa: E
 from benchmarks.workloads import BY_NAME, FAMILY  # noqa: E402
 
 COLOURS = {"eager": "#8c8c8c", "compile": "#dd8452", "fused": "#4c72b0", "streaming": "#8fb0dc", "resident": "#2b4a80"}
+MODEL_COLOURS = {"fuse": "#4c72b0", "backend": "#8fb0dc", "compile": COLOURS["compile"]}
+COLOURS |= MODEL_COLOURS
 PATTERN_COLOURS = ("#8c8c8c", "#4c72b0", "#dd8452", "#55a868")
 CENSUS_TITLES = {"both": "Forward + backward", "eval": "Evaluation", "both_cold": "Forward + backward, caches cold"}
 NAMES = {"eager": "eager", "compile": "torch.compile", "fused": "fusednorm"}
+NAMES |= {"fuse": "fusednorm.fuse(model, example)", "backend": 'torch.compile(model, backend="fusednorm")'}
 
 
 def _pick(rows: list[dict]) -> list[dict]:
@@ -110,6 +113,19 @@ def census(rows: list[dict], facts: dict, path: Path) -> Path:
     )
     axes[0][0].set_ylabel("eager time / fusednorm time")
     figure.suptitle(f"Layers of public models\n{_machine(facts)}", fontsize=10)
+    return _save(figure, path)
+
+
+def models(rows: list[dict], facts: dict, path: Path) -> Path:
+    """Whole models: stock's training step over that of each way."""
+    figure, axis = plt.subplots(figsize=(8.5, 1.6 + 0.5 * len(rows)), layout="constrained")
+    _groups(
+        axis, rows, tuple(MODEL_COLOURS), lambda row, way: row["ratio"].get(way), "{:.2f}x", lambda row: row["model"]
+    )
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xlabel("stock's training step / this one's (right of 1: faster; n/a: did not run)")
+    axis.set_title(f"Training steps of whole models\n{_machine(facts)}", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return _save(figure, path)
 
 

@@ -1,8 +1,8 @@
 """Results into the repository: `python benchmarks/publish.py NAME [RUN.json ...]`.
 
-Rows of these runs become benchmarks/results/NAME.json, NAME-orders.json and NAME-census.json, whichever they have rows
-for; then the README's two tables are written again from those files. `--check` writes nothing, and fails where a table
-is not what the files say.
+Rows of these runs become benchmarks/results/NAME.json, NAME-orders.json, NAME-census.json and NAME-models.json,
+whichever they have rows for; then the README's two tables, and that of docs/models.md, are written again from those
+files. `--check` writes nothing, and fails where a table is not what the files say.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+MODELS_PAGE = ROOT / "docs" / "models.md"
 
 LAYERS = (  # of the README's first table: workload, and whether at p = 0
     *(("cnn_f32", False), ("cnn_f32_last", False), ("cnn_bf16", False), ("cnn_bf16_last", False), ("dense", False)),
@@ -80,18 +81,27 @@ def replace_table(text: str, table: list[str]) -> str:
     return "\n".join([*lines[:first], *table, *lines[last:]]) + "\n"
 
 
-def with_tables(text: str, name: str) -> str:
-    """The README's text with the tables of the results files of that name."""
-    for suffix, table in (("", layers_table), ("-orders", orders_table)):
+def pages(name: str) -> dict[Path, str]:
+    """The pages that have tables, with those of the results files of that name."""
+    from benchmarks.models_table import markdown
+
+    texts = {page: page.read_text() for page in (README, MODELS_PAGE)}
+    for page, suffix, table in (
+        (README, "", layers_table),
+        (README, "-orders", orders_table),
+        (MODELS_PAGE, "-models", markdown),
+    ):
         rows = json.loads((RESULTS / f"{name}{suffix}.json").read_text())["rows"]
-        text = replace_table(text, table(rows))
-    return text
+        texts[page] = replace_table(texts[page], table(rows))
+    return texts
 
 
 def kind(row: dict) -> str:
     """Which results file a row goes to."""
     from benchmarks import workloads
 
+    if "model" in row:
+        return "-models"
     if row["workload"] in {workload.name for workload in workloads.CENSUS}:
         return "-census"
     return "-orders" if row["workload"] in {workload.name for workload in workloads.FAMILY} else ""
@@ -104,7 +114,7 @@ def write_results(name: str, runs: list[str]) -> None:
         for row in run["rows"]:
             files.setdefault(kind(row), {"machine": run["machine"], "rows": []})["rows"].append(row)
     for suffix, result in files.items():
-        text = compact(result) if suffix == "-census" else json.dumps(result, indent=1) + "\n"
+        text = compact(result) if suffix in ("-census", "-models") else json.dumps(result, indent=1) + "\n"
         (RESULTS / f"{name}{suffix}.json").write_text(text)
 
 
@@ -123,11 +133,11 @@ def main() -> int:
     if args.check and args.runs:
         parser.error("--check takes no runs")
     write_results(args.name, args.runs)
-    old = README.read_text()
-    new = with_tables(old, args.name)
+    new = pages(args.name)
     if args.check:
-        return int(old != new)
-    README.write_text(new)
+        return int(any(page.read_text() != text for page, text in new.items()))
+    for page, text in new.items():
+        page.write_text(text)
     return 0
 
 

@@ -258,30 +258,3 @@ class TestReport:
         assert classes.pixel_class((8, 4)) == 0
         named = {"norm": "bare", "act-norm": "act", "norm-add-act": "add", "norm-act-add-drop": "dropout"}
         assert {order: classes.pattern_class(order) for order in named} == named
-
-
-class TestWholeModels:
-    def test_rows_of_layers_convert(self, benchmarks):
-        convert, models = benchmarks("models_convert"), benchmarks("models")
-        torch.manual_seed(0)
-        stock = nn.Sequential(nn.Conv2d(3, 8, 3), norm(), nn.SiLU(), nn.Conv2d(8, 8, 3), norm()).double()
-        ours = copy.deepcopy(stock)
-        convert._rows(ours)
-        convert._rest(ours)
-        assert convert.leftovers(stock) == 2 and convert.leftovers(ours) == 0
-        assert list(stock.state_dict()) == list(ours.state_dict())
-        x = (torch.randn(4, 3, 8, 8, dtype=torch.float64),)
-        assert convert.compare(stock, ours, x, models.loss_of) < 1e-10
-        ours[1].act = nn.ReLU()
-        assert convert.compare(stock, ours, x, models.loss_of) > 1e-2
-
-    def test_own_time_is_found_in_both(self, benchmarks):
-        convert, models = benchmarks("models_convert"), benchmarks("models")
-        stock = nn.Sequential(nn.Conv2d(3, 8, 3), norm(), nn.ReLU(inplace=True))
-        ours = copy.deepcopy(stock)
-        convert._rows(ours)
-        x = torch.randn(4, 3, 16, 16)
-        bare = models.Trained(stock[:1], x)
-        assert models.own_ms(models.Trained(stock, x)) > 0
-        assert models.own_ms(models.Trained(ours, x)) > 0
-        assert models.own_ms(bare) == 0

@@ -16,9 +16,10 @@ pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not (RESULTS / f"{NAME}.json")
 def publish(benchmarks, tmp_path, monkeypatch):
     """The module, at work on a copy of the README and without results."""
     module = benchmarks("publish")
-    copy = tmp_path / "README.md"
-    copy.write_text((ROOT / "README.md").read_text())
-    monkeypatch.setattr(module, "README", copy)
+    for attribute, page in (("README", ROOT / "README.md"), ("MODELS_PAGE", ROOT / "docs" / "models.md")):
+        copy = tmp_path / page.name
+        copy.write_text(page.read_text())
+        monkeypatch.setattr(module, attribute, copy)
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     return module
 
@@ -29,12 +30,12 @@ def run(publish, monkeypatch, *arguments):
 
 
 def parts(name=NAME):
-    return [RESULTS / f"{name}{suffix}.json" for suffix in ("", "-orders", "-census")]
+    return [RESULTS / f"{name}{suffix}.json" for suffix in ("", "-orders", "-census", "-models")]
 
 
-def test_readme_is_up_to_date(benchmarks):
-    text = (ROOT / "README.md").read_text()
-    assert benchmarks("publish").with_tables(text, NAME) == text
+def test_pages_are_up_to_date(benchmarks):
+    for page, text in benchmarks("publish").pages(NAME).items():
+        assert text == page.read_text()
 
 
 def test_rows_find_their_files(publish, monkeypatch, tmp_path):

@@ -27,8 +27,8 @@ def backend(
         options: of `torch.compile(..., options=...)`:
             "inner": what compiles the graph then, a backend's name or function; "eager" (default) runs it as it is.
             Evaluation without noise is left to others than that, which fuse it with its neighbours.
-            "report": a function that is called with the :class:`fusednorm.convert.Report` of each graph: `print`, or the
-            `add` of a Report that collects them.
+            "report": a function that is called with the :class:`fusednorm.convert.Report` of each graph, as `print`, or
+            as the `add` of a Report that collects them.
             "small": as in :func:`fuse`, where "inner" is "eager"; otherwise everything is fused.
             "dropouts": as in :func:`fuse`; calls of `torch.nn.functional.dropout` are meant as well.
 

@@ -38,6 +38,12 @@ def is_leaf(module: nn.Module) -> bool:
     return kind(module) is not None
 
 
+def order_of(layer: Any) -> str:
+    """The order of a fused layer, without those stages that do nothing in it."""
+    there = {"norm", "add"} | {kind for kind in ("act", "drop") if _children.does_something(getattr(layer, kind))}
+    return "-".join(stage for stage in layer.order.split("-") if stage in there)
+
+
 def outermost(model: nn.Module) -> list[nn.Module]:
     """Its modules, but for those inside one that is a norm and more."""
     inside = {id(m) for whole in model.modules() if kind(whole) == "whole" for m in whole.modules() if m is not whole}

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from .. import _children, modules, noises
-from .chains import Chain, find, is_leaf, kind, outermost
+from .chains import Chain, find, is_leaf, kind, order_of, outermost
 from .measure import SMALL, Small, check_small, why_not
 from .record import Call, Record, observe, study
 from .report import Report, Row
@@ -85,7 +85,7 @@ def fuse(
     rows |= {norm: Row(rows[norm].name, None, (), reason) for norm, reason in left.items()}
     for chain, layer, _ in done:
         taken = tuple(f"{names[id(s.place[0])]}.{s.place[1]}".lstrip(".") for s in chain.stages)
-        order = chain.order if taken else _stages(layer)
+        order = chain.order if taken else order_of(layer)
         rows[id(chain.norm)] = Row(names[id(chain.norm)], order, taken, chain.reason)
     swapped = [names[id(m)] for m in _lone_dropouts(model)] if dropouts else []
     model.fusednorm_report = Report(rows.values(), swapped)  # type: ignore[assignment]
@@ -121,11 +121,6 @@ def _too_small(chain: Chain, call: Call, small: Small, training: bool) -> str | 
 
     like = call.likes[0]
     return why_not(small, (repr(stock), *(m.training for m in stock)), like, training, make)
-
-
-def _stages(layer: Any) -> str:
-    """The order of a fused layer, without those stages that it has none for."""
-    return "-".join(s for s in layer.order.split("-") if s in ("norm", "add") or getattr(layer, s) is not None)
 
 
 def _lone_dropouts(model: nn.Module) -> list[nn.Module]:
