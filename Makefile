@@ -10,7 +10,7 @@ SECONDS  = 60
 SEED     =
 CASES    =
 SANITIZE =
-# `make census` and `make models` have public models in an environment of their own, which sees the torch of the one above.
+# `make census`, `make models` and `make finetune` have public models in an environment of their own, which sees the torch of the one above.
 CENSUS_VENV = $(if $(VENV),.venv-census)
 # `make cuda` has an environment and a library of its own, so that the ones above stay for the CPU.
 CUDA_TORCH = torch==2.11.0
@@ -37,9 +37,9 @@ say  = @echo "==> $(1)"
 need = @$(PY) -c "import sys, importlib.util as u; no = [m for m in '$(1)'.split() if not u.find_spec(m)]; \
 	no and sys.exit('$(PY) lacks ' + ', '.join(no) + ': install that, or leave VENV at its default.')"
 
-.PHONY: help wheel sdist packages clean-dist demo test fuzz sanitized bench rivals census models gpu build cuda cuda-library lint format clean interpreter
+.PHONY: help wheel sdist packages clean-dist demo test fuzz sanitized bench rivals census models finetune gpu build cuda cuda-library lint format clean interpreter
 help:
-	@echo "make demo | test | wheel | sdist | packages | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1 FAMILY=orders|census] | rivals | census | models | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
+	@echo "make demo | test | wheel | sdist | packages | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1 FAMILY=orders|census] | rivals | census | models | finetune | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
 
 demo: build
 	$(call say,Running the demo)
@@ -78,10 +78,14 @@ census: build $(if $(VENV),$(CENSUS_VENV)/.models-installed)
 	$(call say,Counting the layers of public models (minutes))
 	@$(CENSUS_PY) benchmarks/census.py $(ARGS)
 
-# Some of those models whole, stock against converted.
+# Whole public models, stock against fused.
 models: build $(if $(VENV),$(CENSUS_VENV)/.models-installed)
 	$(call say,Training whole models)
 	@$(TIMED) $(CENSUS_PY) benchmarks/models.py $(ARGS)
+
+# A torchvision model converted, trained, converted back and exported.
+finetune: build $(if $(VENV),$(CENSUS_VENV)/.models-installed)
+	@$(TIMED) $(CENSUS_PY) examples/finetune.py $(ARGS)
 
 # Without their dependencies, which would bring another torch: the list is complete.
 $(CENSUS_VENV)/.models-installed: benchmarks/requirements-census.txt $(TOOLS)

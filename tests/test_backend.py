@@ -322,6 +322,18 @@ def test_graph_breaks():
     assert [row.order for row in same(Case(function, again=nn.BatchNorm2d(6)))] == ["norm-act", "norm-act"]
 
 
+def test_names_that_begin_anew_behind_a_graph_break():
+    class Breaks(Block):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    model, report = nn.Sequential(Breaks(), Breaks(track_running_stats=False)), Report()
+    run, x = compiled(model, report), values(dtype=torch.float32)
+    run(x), run(x[:3])  # one graph of each kind, again for any batch
+    assert [(row.name, row.order) for row in report.rows] == [("bn", "norm-add-act")] * 2
+
+
 def test_checkpointed():
     def function(m, x):
         return torch.utils.checkpoint.checkpoint(m.block, x, use_reentrant=False)

@@ -332,8 +332,11 @@ def _called(node: Node) -> str:
 
 def _row(chain: Chain, left: str | None) -> Row:
     name = _module_of(chain.norm.node) or chain.norm.node.name
+    key = next(
+        reversed(chain.norm.node.meta.get("nn_module_stack") or {"": ""})
+    )  # names begin anew behind a graph break
     if left is not None:
-        return Row(name, None, (), left)
+        return Row(name, None, (), left, key)
     ends = [stage.nodes[-1] for stage in chain.stages]
     taken = tuple(" ".join(filter(None, (_called(node), _module_of(node)))) for node in ends)
-    return Row(name, chain.order, taken, chain.reason)
+    return Row(name, chain.order, taken, chain.reason, key)

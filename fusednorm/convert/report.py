@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One BatchNorm of the model.
+    """One BatchNorm of the model; of a captured graph, which may serve several modules that are alike, one call.
 
     Attributes:
         name: where it stands, as in `model.named_modules()`.
@@ -21,6 +21,7 @@ class Row:
     order: str | None
     taken: tuple[str, ...] = ()
     reason: str | None = None
+    key: str = dataclasses.field(default="", repr=False, compare=False)  # of names that may be those of several
 
 
 class Report:
@@ -31,9 +32,9 @@ class Report:
         self.dropouts = list(dropouts)  # names of those outside any chain that have this package's noise now
 
     def add(self, other: "Report") -> None:
-        """What is said of a graph, in the place of what was said of the same names: it may be captured again."""
-        names = {row.name for row in other.rows}
-        self.rows = [row for row in self.rows if row.name not in names] + other.rows
+        """What is said of a graph, in the place of what was said of the same norms: it may be captured again."""
+        keys = {row.key or row.name for row in other.rows}
+        self.rows = [row for row in self.rows if (row.key or row.name) not in keys] + other.rows
         self.dropouts = list(dict.fromkeys(self.dropouts + other.dropouts))
 
     @property
@@ -43,7 +44,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {"rows": [dataclasses.asdict(row) for row in self.rows], "dropouts": self.dropouts}
+        names = "name", "order", "taken", "reason"
+        rows = [{name: getattr(row, name) for name in names} for row in self.rows]
+        return {"rows": rows, "dropouts": self.dropouts}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
