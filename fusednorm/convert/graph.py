@@ -109,14 +109,14 @@ class Stage:
         nodes: that it consists of; the last one gives its value.
         keywords: of `batch_norm_act_drop`, for what it does.
         also: the tensor that it takes beside the chain's.
-        writes: it writes the tensor that it takes.
+        writes: the one of these that it writes.
     """
 
     kind: str
     nodes: tuple[Node, ...]
     keywords: dict[str, Any] = field(default_factory=dict)
     also: Node | None = None
-    writes: bool = False
+    writes: Node | None = None
 
     @property
     def input(self) -> Node:
@@ -169,7 +169,8 @@ def _act(node: Node, value: Node) -> Stage | None:
             name, parameters = reference.resolve_activation((name, *parameters))  # type: ignore[assignment]
         except ValueError:  # what torch takes, and the operator does not
             return None
-    return Stage("act", (node,), {"act": (name, *parameters) if parameters else name}, writes=is_in_place(node))
+    keywords = {"act": (name, *parameters) if parameters else name}
+    return Stage("act", (node,), keywords, writes=_written(node))
 
 
 def _drop(node: Node, value: Node) -> Stage | None:
@@ -188,7 +189,7 @@ def _drop(node: Node, value: Node) -> Stage | None:
     if not isinstance(tensor, Tensor) or rank not in (None, tensor.dim()):
         return None
     keywords = {"p": p, "drop_training": True} | ({} if rank is None else {"granularity": "channel"})
-    return Stage("drop", (node,), keywords, writes=is_in_place(node))
+    return Stage("drop", (node,), keywords, writes=_written(node))
 
 
 def is_lone_dropout(node: Node) -> bool:
@@ -196,7 +197,7 @@ def is_lone_dropout(node: Node) -> bool:
     if node.target is not F.dropout or not node.args or not isinstance(node.args[0], Node):
         return False
     stage, value = stage_of(node, node.args[0]), tensor_of(node)
-    drops = stage is not None and stage.kind == "drop" and not stage.writes
+    drops = stage is not None and stage.kind == "drop" and stage.writes is None
     return drops and type(value) is FakeTensor and value.dtype in functional.DTYPES
 
 
@@ -206,8 +207,11 @@ def _add(node: Node, value: Node) -> Stage | None:
     (other,) = (argument for argument in node.args if argument is not value)
     if not isinstance(other, Node):
         return None
-    writes_other = is_in_place(node) and node.args[0] is other
-    return Stage("add", (node,), {"residual": other}, other, writes=is_in_place(node)) if not writes_other else None
+    return Stage("add", (node,), {"residual": other}, other, writes=_written(node))
+
+
+def _written(node: Node) -> Node | None:
+    return inputs_of(node)[0] if is_in_place(node) else None
 
 
 # ---- values and memory -----------------------------------------------------------------------------------------------
@@ -252,9 +256,14 @@ def is_in_place(node: Node) -> bool:
 
 
 class Memory:
-    """Whose memory the values of a graph are."""
+    """Whose memory the values of a graph are.
+
+    Attributes:
+        at: where each node stands.
+    """
 
     def __init__(self, graph: Graph) -> None:
+        self.at = {node: i for i, node in enumerate(graph.nodes)}
         self._of: dict[Node, set[int]] = {}
         self._sharing: dict[int, list[Node]] = defaultdict(list)
         for node in graph.nodes:
@@ -272,9 +281,9 @@ class Memory:
     def is_private(self, writer: Node) -> bool:
         """Whether what a node writes is read by nobody but through what the node gives."""
         family = {node for storage in self._of[writer] for node in self._sharing[storage]}
+        earlier = {node for node in family if self.at[node] < self.at[writer]}
         return all(
-            node is writer or (node.op not in ("placeholder", "get_attr") and family >= node.users.keys())
-            for node in family
+            node.op not in ("placeholder", "get_attr") and {*earlier, writer} >= node.users.keys() for node in earlier
         )
 
     def may_write(self, node: Node, tensors: Iterable[Node]) -> bool:

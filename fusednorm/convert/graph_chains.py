@@ -95,7 +95,6 @@ class Search:
     def __init__(self, graph: Graph) -> None:
         self.memory = Memory(graph)
         self.nodes = list(graph.nodes)
-        self.at = {node: i for i, node in enumerate(self.nodes)}
         self.claimed: set[Node] = set()
 
     def find(self) -> list[Chain]:
@@ -174,7 +173,9 @@ class Search:
             return f"{_called(stage.nodes[-1])} gives another shape or dtype"
         if stage.kind == "add" and not alike(stage.also, chain.norm.node):  # type: ignore[arg-type]
             return "what is added to it has another shape or dtype"
-        if ahead and stage.writes and not self.memory.is_private(stage.nodes[-1]):
+        # What a norm has given is written by its chain alone.
+        apart = stage.writes is not None and (ahead or stage.writes is stage.also)
+        if apart and not self.memory.is_private(stage.nodes[-1]):
             return "what is written in place has other readers"
         longer = Chain(chain.norm, stages if ahead else chain.before, chain.after if ahead else stages)
         return self._moved(longer)
@@ -182,7 +183,7 @@ class Search:
     def _moved(self, chain: Chain) -> str | None:
         nodes = chain.nodes
         own, reads, moves = set(nodes), chain.reads, chain.moves
-        for node in self.nodes[self.at[nodes[0]] + 1 : self.at[nodes[-1]]]:
+        for node in self.nodes[self.memory.at[nodes[0]] + 1 : self.memory.at[nodes[-1]]]:
             if node in own:
                 continue
             if self.memory.may_write(node, reads) or any(self.memory.shared(taken, moves) for taken in inputs_of(node)):
@@ -302,8 +303,10 @@ def _alone(chain: Chain, fused: bool) -> GraphModule:
     graph, new = Graph(), dict[Node, Any]()
     for node in chain.reads:
         new[node] = graph.placeholder(node.name)
-    if any(stage.writes for stage in chain.before):
-        new[chain.input] = graph.call_method("clone", (new[chain.input],))
+    written = [stage.writes for stage in chain.stages]
+    for node in chain.reads:
+        if node in written:
+            new[node] = graph.call_method("clone", (new[node],))
 
     def there(node: Node) -> Any:
         return new[node] if node in new else tensor_of(node).node.hint  # a number
