@@ -61,3 +61,14 @@ def benchmarks(monkeypatch):
     """The benchmarks' modules by name, found in the source tree."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent))
     return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+@pytest.fixture
+def models_python():
+    """An interpreter that has public models: this one, or that of `make models`."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return sys.executable
+    own = Path(__file__).resolve().parent.parent / ".venv-census"
+    if not (own / ".models-installed").is_file():
+        pytest.skip("public models are not installed: make models does that")
+    return str(own / "bin" / "python")

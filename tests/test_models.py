@@ -1,11 +1,9 @@
 """Whole models: what `make models` counts, compares and says, and a look at six public ones where they are there."""
 
 import copy
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from torch import nn
 import fusednorm
 
 ROOT = Path(__file__).resolve().parents[1]
-CENSUS_PYTHON = ROOT / ".venv-census" / "bin" / "python"
 
 pytestmark = [
     pytest.mark.cpu,
@@ -125,17 +122,10 @@ class TestRun:
         assert benchmarks("models").left(fused) == {"left out as asked": 1}
 
 
-def _python() -> str | None:
-    """An interpreter that has the public models."""
-    if importlib.util.find_spec("torchvision") is not None:
-        return sys.executable
-    return str(CENSUS_PYTHON) if (CENSUS_PYTHON.parent.parent / ".models-installed").is_file() else None
-
-
-@pytest.mark.skipif(_python() is None, reason="public models are not installed: make models does that")
-def test_six_public_models(tmp_path):
+@pytest.mark.slow
+def test_six_public_models(models_python, tmp_path):
     out = tmp_path / "rows.json"
-    command = [_python(), ROOT / "benchmarks" / "models.py", "--quick", "--checks", "--json", out]
+    command = [models_python, ROOT / "benchmarks" / "models.py", "--quick", "--checks", "--json", out]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(out.read_text())["rows"]

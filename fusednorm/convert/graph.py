@@ -63,21 +63,7 @@ _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__ra
 _MULS = {operator.mul, torch.mul, "mul", "__mul__"}
 # Python's own operators that write their first argument where it is a tensor.
 _WRITERS: set[Any] = {operator.setitem, "__setitem__"}
-for _name in (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-    "matmul",
-):
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"):
     _WRITERS |= {getattr(operator, f"__i{_name}__"), f"__i{_name}__"}
 
 
