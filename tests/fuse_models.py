@@ -235,6 +235,20 @@ class Counting(nn.Module):
         return self.act(self.bn(x + torch.rand(()) + random.random()))
 
 
+class Remembers(nn.Module):
+    """Counts its calls in Python, and begins something in the first one."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.act, self.calls = nn.BatchNorm2d(3), nn.ReLU(), 0
+
+    def forward(self, x):
+        if self.calls == 0:
+            self.first = float(x.sum())
+        self.calls += 1
+        return self.act(self.bn(x * self.calls + self.first))
+
+
 def sequence(act=None):
     return nn.Sequential(
         *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Identity(), act or nn.GELU(), nn.Dropout(0.1)),

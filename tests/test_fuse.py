@@ -23,6 +23,7 @@ from fuse_models import (
     Looks,
     OwnOutput,
     Recurrent,
+    Remembers,
     SharedAct,
     TwoNorms,
     TwoPlaces,
@@ -63,6 +64,7 @@ CASES = {
     "two norms": (TwoNorms, {"one": "norm-act", "two": "norm"}),
     "recurrent": (Recurrent, {"block.bn": "norm-act"}),
     "counting": (Counting, {"bn": "norm-act"}),
+    "remembers": (Remembers, {"bn": "norm-act"}),
 }
 cases = pytest.mark.parametrize("name", CASES)
 

@@ -151,9 +151,9 @@ class _Watch(TorchFunctionMode):
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Buffers, modes and generators come back as they were."""
+    """Buffers, modes, generators and what modules keep as attributes come back as they were."""
     buffers = {id(b): (b, b.detach().clone()) for b in model.buffers()}
-    owners = [(module, dict(module._buffers), module.training) for module in model.modules()]
+    owners = [(module, dict(module._buffers), _attributes(module)) for module in model.modules()]
     numpy = sys.modules.get("numpy")
     state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type not in ("cpu", "meta")}
@@ -168,13 +168,20 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         random.setstate(state)
         if numpy:
             numpy.random.set_state(numpy_state)
-        for module, held, training in owners:
+        for module, held, attributes in owners:
             module._buffers.clear()
             module._buffers.update(held)
-            module.training = training
+            for name in _attributes(module).keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
         with torch.no_grad():
             for buffer, value in buffers.values():
                 buffer.copy_(value)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's own, `training` among them, but for what it keeps in containers."""
+    return {name: value for name, value in vars(module).items() if name not in _CONTAINERS}
 
 
 def call_with(model: nn.Module, example: Any) -> Any:
@@ -203,9 +210,10 @@ def observe(model: nn.Module, example: Any, is_leaf: Callable[[nn.Module], bool]
                 stack.callback(handle.remove)
         stack.enter_context(watch)
         results = call_with(model, example)
-    # What the model gives, and what it keeps: attributes of its modules may be read by whoever trains it.
-    kept = [value for module in model.modules() for name, value in vars(module).items() if name not in _CONTAINERS]
-    return Record(watch.calls, {watch.number(tensor) for tensor in _tensors([results, kept])})
+        # What the model gives, and what it keeps: attributes of its modules may be read by whoever trains it.
+        kept = [list(_attributes(module).values()) for module in model.modules()]
+        used = {watch.number(tensor) for tensor in _tensors([results, kept])}
+    return Record(watch.calls, used)
 
 
 def _tensors(tree: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
