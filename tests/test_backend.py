@@ -81,9 +81,11 @@ def add_without_rebinding(m, x):
 
 
 def added_up(m, x):
-    """timm's RepVGG: the last norm is added to a sum, in place."""
-    y = m.one(x) + m.other(m.conv(x))
-    y += m.bn(x)
+    """timm's RepVGG and MobileOne: the last norm is added to a sum, in place, and so was another."""
+    last, y = m.bn(x), m.conv(x)
+    y += m.one(x)
+    y += m.other(x)
+    y += last
     return F.relu_(y)
 
 

@@ -183,10 +183,12 @@ class Search:
     def _moved(self, chain: Chain) -> str | None:
         nodes = chain.nodes
         own, reads, moves = set(nodes), chain.reads, chain.moves
-        for node in self.nodes[self.memory.at[nodes[0]] + 1 : self.memory.at[nodes[-1]]]:
+        at = self.memory.at
+        for node in self.nodes[at[nodes[0]] + 1 : at[nodes[-1]]]:
             if node in own:
                 continue
-            if self.memory.may_write(node, reads) or any(self.memory.shared(taken, moves) for taken in inputs_of(node)):
+            there = [read for read in reads if at[read] < at[node]]  # and not what the node helps to make
+            if self.memory.may_write(node, there) or any(self.memory.shared(taken, moves) for taken in inputs_of(node)):
                 return f"{node.name} comes between, and writes what it reads"
         return None
 
