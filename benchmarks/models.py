@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import copy
 import logging
+import os
 import signal
 import statistics
 import sys
@@ -29,7 +30,7 @@ import torch  # noqa: E402  (found through the line above, as is what follows)
 from benchmarks import census_packages, machine, memory, models_convert, models_table, models_zoo, plot, publish, table  # noqa: E402
 
 CONTESTANTS = ("stock", "fuse", "backend", "compile")
-COMPILES_FOR = 90  # seconds at most that torch.compile has for one model
+STARTS_IN = 75  # seconds at most that each has to be converted or compiled, and for two steps
 CHECKED_FOR = 400  # and one model's check
 SAMPLES = 4  # of a batch, where models are compared in float64
 
@@ -80,7 +81,7 @@ def contestants(stock: torch.nn.Module, inputs: tuple, failed: dict) -> dict[str
     for name in CONTESTANTS:
         ours = copy.deepcopy(stock)
         try:
-            with at_most(COMPILES_FOR, "to get it started"):
+            with at_most(STARTS_IN, "to get it started"):
                 if name == "fuse":
                     ours = models_convert.fused(ours, inputs)
                 run = ours
@@ -93,7 +94,19 @@ def contestants(stock: torch.nn.Module, inputs: tuple, failed: dict) -> dict[str
             made[name] = step
         except Exception as error:
             failed[name] = sentence(error)
+            stop_compiling()
     return made
+
+
+def stop_compiling() -> None:
+    """Ends what Inductor may still compile in processes of its own, beside what is timed next."""
+    from torch._inductor.async_compile import shutdown_compile_workers
+
+    shutdown_compile_workers()
+    tasks = Path("/proc/self/task").glob("*/children")
+    for child in {int(child) for task in tasks for child in task.read_text().split()}:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 def timed(turns: dict[str, Trained], seconds: float) -> dict:

@@ -249,6 +249,97 @@ class Remembers(nn.Module):
         return self.act(self.bn(x * self.calls + self.first))
 
 
+class Case(nn.Module):
+    """A norm, an activation, and a function of both."""
+
+    def __init__(self, function, act):
+        super().__init__()
+        self.bn, self.act, self.function = nn.BatchNorm2d(3), act, function
+        self.kept = [act]
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def rectified_ahead(m, x):
+    y = x * 2
+    return m.bn(m.act(y)) + y
+
+
+def viewed_ahead(m, x):
+    y = x * 2
+    seen = y.view(-1)
+    return m.bn(m.act(y)) + seen.view_as(y)
+
+
+def written_behind_the_act(m, x):
+    y = x * 2
+    z = m.act(y)
+    y.add_(1)
+    return m.bn(z) + y
+
+
+def gradients_off(m, x):
+    y = m.bn(x)
+    with torch.no_grad():
+        z = m.act(y)
+    return z + x * m.bn.weight.sum()
+
+
+def gradients_off_ahead(m, x):
+    with torch.no_grad():
+        z = m.act(x)
+    return m.bn(z) + x
+
+
+def by_reference(m, x):
+    return m.kept[0](m.bn(x))
+
+
+class Dict(dict):
+    pass
+
+
+def in_a_dict(m, x):
+    y = m.bn(x)
+    return Dict(normed=y, out=m.act(y))
+
+
+@torch.jit.script
+def swish(x):
+    return x * torch.sigmoid(x)
+
+
+def scripted(m, x):
+    y = m.bn(x)
+    z = swish(y)
+    return m.act(y) + z
+
+
+def inspected(m, x):
+    y = m.act(m.bn(x))
+    return y if isinstance(m.act, nn.ReLU) else y * 2
+
+
+def by_mode(m, x):
+    y = m.bn(x)
+    return m.act(y) + (0 if m.training else y)
+
+
+FUNCTIONS = {  # what stands in the way of -> the activation, and what becomes of the norm
+    rectified_ahead: (lambda: nn.ReLU(inplace=True), "norm"),
+    viewed_ahead: (lambda: nn.ReLU(inplace=True), "norm"),
+    written_behind_the_act: (nn.ReLU, "norm"),
+    gradients_off: (nn.ReLU, "norm"),
+    gradients_off_ahead: (nn.ReLU, "norm"),
+    by_reference: (nn.SiLU, None),
+    in_a_dict: (nn.ReLU, "norm"),
+    scripted: (nn.ReLU, None),
+    inspected: (nn.ReLU, None),
+    by_mode: (nn.ReLU, None),
+}
+
+
 def sequence(act=None):
     return nn.Sequential(
         *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Identity(), act or nn.GELU(), nn.Dropout(0.1)),

@@ -197,6 +197,39 @@ def doubled(m, x):
     return y + y
 
 
+def gradients_off(m, x):
+    with torch.no_grad():
+        y = m.bn(x)
+    return F.relu(y) + x
+
+
+def gradients_off_behind(m, x):
+    y = m.bn(x)
+    with torch.no_grad():
+        z = F.relu(y)
+    return z + x
+
+
+def gradients_off_in_a_gate(m, x):
+    y = m.bn(x)
+    with torch.no_grad():
+        gate = torch.sigmoid(y)
+    return y * gate
+
+
+def gradients_off_ahead(m, x):
+    x = x * 2
+    with torch.no_grad():
+        z = F.relu(x)
+    return m.bn(z) + x.sum(1, keepdim=True)
+
+
+def shared_statistics(m, x):
+    y = m.bn(x)
+    z = F.instance_norm(x, m.bn.running_mean, m.bn.running_var, use_input_stats=m.training)
+    return F.relu(y) + z.sum(1, keepdim=True)
+
+
 UNLIKE = {  # of a chain that is one stage shorter than it looks
     f.__name__: (f, order)
     for f, order in (
@@ -210,6 +243,10 @@ UNLIKE = {  # of a chain that is one stage shorter than it looks
         (broadcast, "norm"),
         (alpha, "norm"),
         (doubled, "norm"),
+        (gradients_off, "norm"),
+        (gradients_off_behind, "norm"),
+        (gradients_off_in_a_gate, "norm"),
+        (gradients_off_ahead, "norm"),
     )
 }
 
@@ -220,9 +257,38 @@ def test_what_is_not_a_chain(name):
     assert same(Case(function))[0].order == order
 
 
+@torch.library.custom_op("fusednorm_tests::twice_", mutates_args=("x",))
+def twice_(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+def written_by_an_operator(m, x):
+    y = m.conv(x)
+    out = m.bn(y)
+    twice_(y)
+    return F.relu(out) + y.sum(1, keepdim=True)
+
+
+def written_by_aten(m, x):
+    y = m.conv(x)
+    out = m.bn(y)
+    torch.ops.aten.add_.Tensor(y, torch.ones_like(y))
+    return F.relu(out) + y.sum(1, keepdim=True)
+
+
+def written_in_a_list(m, x):
+    other, y = x * 1, m.conv(x)
+    out = m.bn(y)
+    torch._foreach_add_([other, y], 1.0)
+    return F.relu(out) + other.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "function", [input_written, written_by_an_operator, written_by_aten, written_in_a_list, shared_statistics]
+)
 @torch.no_grad()  # autograd would not have it
-def test_an_input_that_is_written_in_between():
-    model, report = Case(input_written).double(), Report()
+def test_an_input_that_is_written_in_between(function):
+    model, report = Case(function).double(), Report()
     expected = copy.deepcopy(model)(values())
     torch.testing.assert_close(compiled(model, report)(values()), expected)
     assert [row.order for row in report.rows] == ["norm"]
@@ -327,6 +393,23 @@ def test_a_dynamic_dropout():
     run = torch.compile(model, backend=fusednorm.backend, dynamic=True, options=options)
     share = (run(values(9, 6, 9, 9, dtype=torch.float32)) == 0).float().mean().item()
     assert abs(share - 0.4) < 0.1 and [row.order for row in report.rows] == ["norm-drop"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: F.relu(x.contiguous() + m.bn(x)).view(x.size(0), -1),
+        lambda m, x: torch.zeros(x.shape, dtype=x.dtype).add_(m.bn(x)).view(x.size(0), -1),
+        lambda m, x: torch.as_strided(x.contiguous() + m.bn(x), (2, 3, 20), (60, 20, 1)),
+    ],
+)
+def test_a_sum_of_another_layout(function):
+    same(Case(function), values().contiguous(memory_format=torch.channels_last))
+
+
+def test_transforms_in_the_same_graph():
+    rows = same(Case(lambda m, x: F.relu(m.bn(x)) + torch.vmap(lambda a: a * 2)(x)))
+    assert rows[0].order == "norm-act"
 
 
 def test_graph_breaks():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from common import generator
 from torch import nn
 
@@ -74,7 +75,7 @@ class TestBehind:
 
     def check(self, model, x, left):
         model = prepared(model)
-        folded = fold(model)
+        folded = fold(model, x)
         assert norms(folded) == []
         assert [type(m) for m in folded.modules() if type(m) in (nn.ELU, nn.PReLU)] == left
         expected = model(x)
@@ -108,7 +109,8 @@ class TestAhead:
     def test_linear(self):
         model = prepared(row(nn.BatchNorm1d(4), nn.Linear(4, 3, bias=False))).double()
         x = torch.randn(6, 4, dtype=torch.float64)
-        folded = fold(model)
+        assert "without an example" in fold(model).fusednorm_report.rows[0].reason
+        folded = fold(model, x)
         assert norms(folded) == []
         torch.testing.assert_close(folded(x), model(x))
 
@@ -150,9 +152,23 @@ class TiedWeight(nn.Module):
         return self.b(torch.tanh(self.bn(self.a(x))))
 
 
+class ReadsWeight(nn.Module):
+    """The model's own code takes the weight, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + F.conv2d(x, self.conv.weight)
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "says"),
     [
+        (ReadsWeight, (2, 3, 4, 4), "weight that is not its alone"),
+        (lambda: row(nn.Linear(5, 5), nn.BatchNorm1d(5)), (4, 5, 5), "another dimension"),
+        (lambda: row(nn.BatchNorm1d(5), nn.Linear(6, 7)), (4, 5, 6), "another dimension"),
         (Residual, (2, 3, 4, 4), "other uses"),
         (Tied, (2, 3, 4, 4), "several times"),
         (TiedWeight, (4, 3), "weight that is not its alone"),

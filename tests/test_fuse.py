@@ -10,6 +10,8 @@ import random
 import pytest
 import torch
 from fuse_models import (
+    FUNCTIONS,
+    Case,
     ActFirst,
     ActTwice,
     Apart,
@@ -65,7 +67,7 @@ CASES = {
     "recurrent": (Recurrent, {"block.bn": "norm-act"}),
     "counting": (Counting, {"bn": "norm-act"}),
     "remembers": (Remembers, {"bn": "norm-act"}),
-}
+} | {f.__name__: (lambda f=f, act=act: Case(f, act()), {"bn": order}) for f, (act, order) in FUNCTIONS.items()}
 cases = pytest.mark.parametrize("name", CASES)
 
 

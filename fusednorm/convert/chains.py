@@ -44,6 +44,15 @@ def order_of(layer: Any) -> str:
     return "-".join(stage for stage in layer.order.split("-") if stage in there)
 
 
+def _stays_ahead(record: Record, stage: Call, norm: Call) -> str | None:
+    """Why a stage ahead of the norm cannot be computed where the norm is."""
+    if getattr(stage.what, "inplace", False):
+        return None if record.is_private(stage) else "what the activation ahead of it writes has other readers"
+    if record.written_between(stage.takes[0], stage, norm):
+        return "what the stage ahead of it takes is written before the norm is called"
+    return None
+
+
 def outermost(model: nn.Module) -> list[nn.Module]:
     """Its modules, but for those inside one that is a norm and more."""
     inside = {id(m) for whole in model.modules() if kind(whole) == "whole" for m in whole.modules() if m is not whole}
@@ -97,10 +106,10 @@ def _stage(call: Call) -> Stage | str | None:
     return Stage(found, call.what, call.place)
 
 
-def _walk(record: Record, call: Call, forward: bool, taken: set[str]) -> tuple[list[Stage], str | None]:
-    """The stages behind a call, or before it, nearest first; and why there are no more, if something else is there."""
+def _walk(record: Record, norm: Call, forward: bool, taken: set[str]) -> tuple[list[Stage], str | None]:
+    """The stages behind a norm, or before it, nearest first; and why there are no more, if something else is there."""
     stages: list[Stage] = []
-    kinds = set(taken)
+    kinds, call = set(taken), norm
     while True:
         values = call.gives if forward else call.takes
         if len(values) != 1:
@@ -121,6 +130,10 @@ def _walk(record: Record, call: Call, forward: bool, taken: set[str]) -> tuple[l
             return stages, stage if forward else None
         if stage.kind in kinds:
             return stages, None
+        if call.modes != norm.modes:
+            return stages, f"{type(stage.module).__name__} is called with gradients or autocast switched otherwise"
+        if not forward and (reason := _stays_ahead(record, call, norm)) is not None:
+            return stages, reason
         kinds.add(stage.kind)
         stages.append(stage)
 

@@ -137,11 +137,18 @@ def _into(record: Record, weights: Sequence[Tensor], called: nn.Module, norm: An
 
 
 def _shared(record: Record, weights: Sequence[Tensor], layer: Any) -> str | None:
+    """Why a layer cannot take a norm in."""
+    if isinstance(layer, nn.Linear):
+        (call,) = record.calls_of(layer)[:1]
+        if call.likes is None:
+            return "without an example it cannot be told whether the features of the Linear beside it are its channels"
+        if len(call.likes[0].shape) != 2:
+            return "the Linear beside it has its features in another dimension"
     if len(record.calls_of(layer)) > 1:
         return f"the {type(layer).__name__} beside it is called several times"
     if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "parametrizations"):
         return f"the {type(layer).__name__} beside it has hooks or parametrisations"
-    if sum(w is layer.weight for w in weights) > 1:
+    if sum(w is layer.weight for w in weights) > 1 or record.reads(layer.weight):
         return f"the {type(layer).__name__} beside it has a weight that is not its alone"
     return None
 

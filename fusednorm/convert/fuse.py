@@ -1,11 +1,12 @@
 """`fuse`: the BatchNorms of a model, with what stands around them, as fused layers."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from .. import _children, modules, noises
@@ -32,15 +33,17 @@ def fuse(
     """A model's BatchNorms as fused layers, with the activations and dropouts around them where these can come along.
 
     Modules that follow one another in an nn.Sequential are found without an example. With one, a forward is observed,
-    and modules called from a module's own code are found, too. A chain is fused where each tensor in it has one use.
+    and modules called from a module's own code are found, too. A chain is fused where each tensor in it has one use,
+    and all is as it was where the fused model gives anything else with the example, training or evaluated.
     The keys of state dicts, the order of parameters, names and lengths stay; parameters and buffers are shared with
     the stock modules in the model that is changed. :func:`unfuse` is the way back.
 
     Args:
         model: any module. It is copied, unless `inplace`.
         example: an input of the model, a tuple of its arguments, or a dict of its keywords; best of the sizes that it
-            will see. One forward runs without gradients, in the modes that the model is in; then buffers, modes and
-            random generators are as before.
+            will see. Some forwards run, in the modes that the model is in and in the other one, without gradients and
+            noise. Then buffers, modes, random generators and what modules keep are as before; parameters that a
+            forward writes are not. Without one, nn.Sequentials are taken to be called, and not looked into.
         include: names of BatchNorms, as in `named_modules()`, with "*" and "?"; or a function of name and module. None:
             all.
         exclude: those not to touch, in the same way.
@@ -67,7 +70,8 @@ def fuse(
     rows = {id(m): Row(names[id(m)], m.order) for m in model.modules() if isinstance(m, modules._FusedBatchNorm)} | {
         id(m): Row(names[id(m)], None, (), "left out as asked") for m in norms
     }
-    observed = None if example is None else partial(observe, example=example, is_leaf=is_leaf)
+    again = None if example is None else partial(observe, example=example, is_leaf=is_leaf)
+    other = None if again is None or not picked else _other_mode(again, model)
     original, left = model, dict[int, str]()
     while True:  # with less and less, as what cannot be fused may leave its neighbours' stages with other readers
         chains = find(record, [norm for norm in picked if id(norm) not in left])
@@ -76,7 +80,9 @@ def fuse(
         }
         done: list[Done] = []
         if not refused:
-            model, done, refused = _fused(model, chains, observed)
+            model, done, refused = _fused(model, chains)
+        if not refused and again is not None and done:
+            refused = _found_wrong(again, model, done, record, other)
         if not refused:
             break
         for _, _, undo in reversed(done):
@@ -145,10 +151,8 @@ def _picker(argument: str, pick: Pick, nothing: bool) -> Callable[[str, nn.Modul
     return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _fused(
-    model: nn.Module, chains: list[Chain], observed: Callable[[nn.Module], Record] | None
-) -> tuple[nn.Module, list[Done], dict[int, str]]:
-    """The model with layers for all the chains, what was done to it, and the norms that this was wrong for."""
+def _fused(model: nn.Module, chains: list[Chain]) -> tuple[nn.Module, list[Done], dict[int, str]]:
+    """The model with layers for all the chains, what was done to it, and the norm that this did not do for."""
     done: list[Done] = []
     for chain in chains:
         try:
@@ -157,12 +161,51 @@ def _fused(
             return model, done, {id(chain.norm): str(error)}
         (fused,) = (m for m in layer.modules() if isinstance(m, modules._FusedBatchNorm))
         done.append((chain, fused, undo))
-    if observed is None:
-        return model, done, {}
-    # A forward has to call each layer, where the model has no other reference to its norm.
+    return model, done, {}
+
+
+# ---- is it still the same model? -------------------------------------------------------------------------------------
+def _other_mode(again: Callable[..., Record], model: nn.Module) -> Record | None:
+    """What the model does in the other mode, None if that is not for this example."""
     try:
-        record = observed(model)
+        return again(model, other_mode=True)
+    except Exception:  # of the model
+        return None
+
+
+def _found_wrong(
+    again: Callable[..., Record], model: nn.Module, done: list[Done], stock: Record, other: Record | None
+) -> dict[int, str]:
+    """The norms of which forwards of the fused model show that they are not to be fused, and why."""
+    everyone = [chain for chain, _, _ in done]
+    try:
+        record = again(model)
+        strays = [chain for chain, layer, _ in done if not record.calls_of(layer)]
+        twice = [chain for chain in everyone if any(record.calls_of(stage.module) for stage in chain.stages)]
+        if strays or twice:
+            elsewhere = "the model calls it, or a stage of it, by a reference of its own"
+            return {id(chain.norm): elsewhere for chain in strays + twice}
+        differ = _differ(stock.values, record.values)
+        if other is not None:
+            differ = differ or _differ(other.values, again(model, other_mode=True).values)
     except Exception as error:  # of the model: it looked at what it calls
-        return model, done, {id(chain.norm): f"the model's own code fails with it: {error}" for chain in chains}
-    strays = [chain for chain, layer, _ in done if not record.calls_of(layer)]
-    return model, done, {id(chain.norm): "the model calls it by a reference of its own" for chain in strays}
+        return {id(chain.norm): f"the model's own code fails with it: {error}" for chain in everyone}
+    return {id(chain.norm): "the model gives something else with it" for chain in everyone} if differ else {}
+
+
+_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-2}  # and what else is there, a tenth: to tell it from a mistake
+
+
+def _differ(expected: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+    """Whether results differ by more than rounding does, which grows through a deep model."""
+    if [(t.shape, t.dtype) for t in expected] != [(t.shape, t.dtype) for t in found]:
+        return True
+    for a, b in zip(expected, found, strict=True):
+        if not a.is_floating_point() or a.numel() == 0 or a.is_meta:
+            continue
+        limit, wide = _ROUNDING.get(a.dtype, 0.1), torch.float64 if a.dtype == torch.float64 else torch.float32
+        a, b = a.to(wide).nan_to_num(), b.to(wide).nan_to_num()
+        scale = a.square().mean().sqrt()
+        if not (b - a).square().mean().sqrt() <= limit * (scale + 1e-2):
+            return True
+    return False

@@ -219,19 +219,29 @@ def tensor_of(node: Node) -> Any:
 
 
 def alike(one: Node, other: Node) -> bool:
-    """Whether two nodes surely have tensors of one kind, shape, dtype and device."""
+    """Whether two nodes surely have tensors of one kind, shape, layout, dtype and device."""
     a, b = tensor_of(one), tensor_of(other)
     if not isinstance(a, Tensor) or type(a) is not type(b):
         return False
     if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
         return False
-    # Asking whether sizes are equal would make it so: the graph would be compiled again for others.
-    return all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
+    return _same(a.shape, b.shape) and _same(a.stride(), b.stride())
+
+
+def _same(sizes: Iterable[Any], others: Iterable[Any]) -> bool:
+    # Asking whether they are equal would make it so: the graph would be compiled again for others.
+    return all(statically_known_true(m == n) for m, n in zip(sizes, others, strict=True))
+
+
+def keeps_layout(norm: Norm) -> bool:
+    """Whether the operator gives the layout that the function gives."""
+    given = torch.empty_like(tensor_of(norm.arguments["input"]))
+    return _same(given.stride(), tensor_of(norm.node).stride())
 
 
 def is_in_place(node: Node) -> bool:
     """Whether it writes its first argument."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = called(node)
     if node.target in _WRITERS or name.endswith("_") and not name.endswith("__"):
         return True
     try:
@@ -239,6 +249,27 @@ def is_in_place(node: Node) -> bool:
     except (TypeError, ValueError):  # a function in C, or a method: those have underscores
         return False
     return bool(bound.arguments.get("inplace"))
+
+
+def states_of(graph: Graph) -> dict[Node, tuple[Any, ...]]:
+    """For each node whether gradients are on, and in which contexts (autocast, a transform) it is called."""
+    found: dict[Node, tuple[Any, ...]] = {}
+    grad, contexts = True, list[Node]()
+    for node in graph.nodes:
+        name = called(node)
+        if name == "_set_grad_enabled":
+            grad = node.args[0]
+        elif name.startswith("_enter_") or name.endswith("_increment_nesting"):
+            contexts.append(node)
+        elif name.startswith("_exit_") or name.endswith("_decrement_nesting"):
+            del contexts[-1:]
+        found[node] = grad, *contexts
+    return found
+
+
+def called(node: Node) -> str:
+    """The name of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
 
 
 class Memory:
@@ -250,39 +281,61 @@ class Memory:
 
     def __init__(self, graph: Graph) -> None:
         self.at = {node: i for i, node in enumerate(graph.nodes)}
-        self._of: dict[Node, set[int]] = {}
+        self._of: dict[Node, set[int] | None] = {}  # None: it cannot be told, as of a transform's tensors
         self._sharing: dict[int, list[Node]] = defaultdict(list)
         for node in graph.nodes:
-            self._of[node] = {
-                leaf.untyped_storage()._cdata
-                for leaf in tree_leaves(tensor_of(node))
-                if isinstance(leaf, Tensor) and leaf.layout == torch.strided
-            }
-            for storage in self._of[node]:
+            self._of[node] = _storages(tensor_of(node))
+            for storage in self._of[node] or ():
                 self._sharing[storage].append(node)
 
     def shared(self, one: Node, others: Iterable[Node]) -> bool:
-        return any(self._of[one] & self._of[other] for other in others)
+        """Whether a value may have the memory of one of others."""
+        mine = self._of[one]
+        theirs = [self._of[other] for other in others]
+        return any(mine is None or their is None or mine & their for their in theirs)
 
     def is_private(self, writer: Node) -> bool:
         """Whether what a node writes is read by nobody but through what the node gives."""
-        family = {node for storage in self._of[writer] for node in self._sharing[storage]}
+        family = {node for storage in self._of[writer] or () for node in self._sharing[storage]}
         earlier = {node for node in family if self.at[node] < self.at[writer]}
-        return all(
+        return self._of[writer] is not None and all(
             node.op not in ("placeholder", "get_attr") and {*earlier, writer} >= node.users.keys() for node in earlier
         )
 
     def may_write(self, node: Node, tensors: Iterable[Node]) -> bool:
         """Whether the node may change one of `tensors`."""
-        tensors, inputs = list(tensors), inputs_of(node)
-        touched = [taken for taken in inputs if self.shared(taken, tensors)]
+        tensors = list(tensors)
+        touched = [taken for taken in inputs_of(node) if self.shared(taken, tensors)]
         if not touched:
             return False
-        if is_in_place(node):
-            return inputs[0] in touched
         if (norm := norm_of(node)) is not None:
             return norm.arguments["training"] and any(tensor in touched for tensor in norm.tensors)
-        home = getattr(node.target, "__module__", None) or ""
-        known = node.op == "call_method" or home.split(".")[0] in ("torch", "_operator")
-        higher = isinstance(node.target, torch._ops.HigherOrderOperator)
-        return not known or higher or "out" in node.kwargs
+        if is_in_place(node):
+            first: list[Node] = []
+            map_arg(node.args[:1], first.append)
+            return any(taken in touched for taken in first)
+        return not _only_reads(node)
+
+
+# Functions of torch that write what they are given without saying so in their names.
+_UPDATING = {"batch_norm", "native_batch_norm", "instance_norm", "embedding", "embedding_bag"}
+
+
+def _only_reads(node: Node) -> bool:
+    """Whether a node that is not in place surely writes nothing."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return not node.target._schema.is_mutable
+    home = (getattr(node.target, "__module__", None) or "").split(".")[:2]
+    plain = node.op == "call_method" or inspect.isroutine(node.target) and home[0] in ("torch", "_operator")
+    return plain and "out" not in node.kwargs and called(node) not in _UPDATING
+
+
+def _storages(value: Any) -> set[int] | None:
+    found = set()
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            try:
+                found.add(leaf.untyped_storage()._cdata)
+            except (NotImplementedError, RuntimeError):
+                return None
+    return found

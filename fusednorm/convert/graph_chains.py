@@ -20,12 +20,15 @@ from .graph import (
     Norm,
     Stage,
     alike,
+    called,
     inputs_of,
     is_in_place,
     is_lone_dropout,
+    keeps_layout,
     norm_of,
     silu_of,
     stage_of,
+    states_of,
     tensor_of,
     tensors_of,
 )
@@ -94,6 +97,7 @@ class Search:
 
     def __init__(self, graph: Graph) -> None:
         self.memory = Memory(graph)
+        self.states = states_of(graph)
         self.nodes = list(graph.nodes)
         self.claimed: set[Node] = set()
 
@@ -169,10 +173,12 @@ class Search:
         """Why the chain does not take in the stage, "" where that goes without saying; None: it does."""
         if stage.kind != "nothing" and stage.kind in {s.kind for s in chain.stages}:
             return ""
+        if any(self.states[node] != self.states[chain.norm.node] for node in stage.nodes):
+            return f"{called(stage.nodes[-1])} is called with gradients or autocast switched otherwise"
         if not alike(stage.nodes[-1], chain.norm.node):
-            return f"{_called(stage.nodes[-1])} gives another shape or dtype"
+            return f"{called(stage.nodes[-1])} gives another shape, layout or dtype"
         if stage.kind == "add" and not alike(stage.also, chain.norm.node):  # type: ignore[arg-type]
-            return "what is added to it has another shape or dtype"
+            return "what is added to it has another shape, layout or dtype"
         # What a norm has given is written by its chain alone.
         apart = stage.writes is not None and (ahead or stage.writes is stage.also)
         if apart and not self.memory.is_private(stage.nodes[-1]):
@@ -200,7 +206,9 @@ def _unfit(norm: Norm) -> str | None:
         return f"its input is a {type(value).__name__}"
     if value.dtype not in functional.DTYPES:
         return f"its input is of {value.dtype}"
-    return None if 2 <= value.dim() <= 5 else f"its input has {value.dim()} dimensions"
+    if not 2 <= value.dim() <= 5:
+        return f"its input has {value.dim()} dimensions"
+    return None if keeps_layout(norm) else "the function gives another layout than the operator"
 
 
 def follow_in_place(graph: Graph) -> None:
@@ -290,7 +298,7 @@ def _fuse_dropouts(part: GraphModule, report: Report) -> None:
 
 # ---- alone, for its times --------------------------------------------------------------------------------------------
 def _too_small(chain: Chain, small: Small) -> str | None:
-    constants: Any = [(_called(n), str(map_arg((n.args, n.kwargs), lambda _: None))) for n in chain.nodes]
+    constants: Any = [(called(n), str(map_arg((n.args, n.kwargs), lambda _: None))) for n in chain.nodes]
     training = chain.norm.arguments["training"] and torch.is_grad_enabled()
 
     def make() -> tuple[GraphModule, GraphModule, list[Tensor]]:
@@ -330,11 +338,6 @@ def _module_of(node: Node) -> str:
     return re.sub(r"\._modules\['([^']+)'\]", r".\1", re.sub(r"^[LG]\['\w+'\]\.?", "", name))
 
 
-def _called(node: Node) -> str:
-    """The name of the function or method that a node calls."""
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
-
-
 def _row(chain: Chain, left: str | None) -> Row:
     name = _module_of(chain.norm.node) or chain.norm.node.name
     key = next(
@@ -343,5 +346,5 @@ def _row(chain: Chain, left: str | None) -> Row:
     if left is not None:
         return Row(name, None, (), left, key)
     ends = [stage.nodes[-1] for stage in chain.stages]
-    taken = tuple(" ".join(filter(None, (_called(node), _module_of(node)))) for node in ends)
+    taken = tuple(" ".join(filter(None, (called(node), _module_of(node)))) for node in ends)
     return Row(name, chain.order, taken, chain.reason, key)

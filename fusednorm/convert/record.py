@@ -2,25 +2,28 @@
 
 Modules that mean something to a conversion are leaves: what happens inside them is their own. Of everything else the
 functions are recorded. Every tensor has a number, and nothing ever gives a tensor that it took: where it would (an
-activation in place, nn.Identity, a dropout in evaluation) it is made to give another one of the same memory. So to use
-a tensor from before such a call is not to use what the call gave.
+activation in place, nn.Identity, a dropout) it is made to give another one of the same memory. So to use a tensor from
+before such a call is not to use what the call gave. No dropout draws: what comes out is the model's but for its noise.
 """
 
 import copy
+import gc
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .. import _children
 from ..modules import _CONTAINERS
 from . import foreign
 from .measure import Like
@@ -35,6 +38,8 @@ _FACTS = {
     ),
 }
 
+_NOISE = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
+
 Place = tuple[nn.Module, str]  # a parent, and the name in it
 
 
@@ -47,14 +52,33 @@ class Call:
     takes: tuple[int, ...]
     gives: tuple[int, ...]
     likes: tuple[Like, Like] | None = None  # of a leaf: the first tensor taken, and the first given
+    writes: tuple[int, ...] = ()  # those taken that it changed
+    modes: tuple[bool, ...] = ()  # of autograd and autocast, in which it was made
 
 
 class Record:
-    """The calls of a forward, in their order, and who took what each gave."""
+    """The calls of a forward, in their order, and who took what each gave.
 
-    def __init__(self, calls: list[Call], results: set[int]) -> None:
+    Args:
+        results: the tensors that somebody has hold of when the forward is over: what the model gives, or keeps.
+        memory: whose memory each tensor has, by a number.
+        numbers: of tensors, by their id.
+        values: what came out, and the buffers as they were then.
+    """
+
+    def __init__(
+        self,
+        calls: list[Call],
+        results: set[int],
+        memory: Mapping[int, int] | None = None,
+        numbers: Mapping[int, int] | None = None,
+        values: Sequence[Tensor] = (),
+    ) -> None:
         self.calls = calls
-        self.results = results  # what the model itself gives
+        self.results = results
+        self.values = values
+        self._memory, self._numbers = memory or {}, numbers or {}
+        self._at = {id(call): i for i, call in enumerate(calls)}
         self.takers: dict[int, list[Call]] = defaultdict(list)
         self.makers: dict[int, Call] = {}
         self._of: dict[int, list[Call]] = defaultdict(list)
@@ -68,13 +92,37 @@ class Record:
     def calls_of(self, module: nn.Module) -> list[Call]:
         return self._of[id(module)]
 
+    def reads(self, tensor: Tensor) -> bool:
+        """Whether some call takes this tensor."""
+        return bool(self.takers[self._numbers.get(id(tensor), -1)])
+
+    def _family(self, value: int) -> set[int]:
+        """The values of one memory."""
+        home = self._memory.get(value)
+        return {value} if home is None else {other for other, at in self._memory.items() if at == home}
+
+    def is_private(self, writer: Call) -> bool:
+        """Whether what a call writes is seen by nobody but through what it gives."""
+        at, (value,) = self._at[id(writer)], writer.takes
+        makers = {v: self.makers.get(v) for v in self._family(value)}
+        earlier = {v for v, maker in makers.items() if maker is None or self._at[id(maker)] < at}
+        if any(makers[v] is None or v in self.results for v in earlier):
+            return False
+        return all(taker is writer or {*taker.gives} <= earlier for v in earlier for taker in self.takers[v])
+
+    def written_between(self, value: int, first: Call, last: Call) -> bool:
+        """Whether a call between two others changes a value."""
+        family = self._family(value)
+        between = self.calls[self._at[id(first)] + 1 : self._at[id(last)]]
+        return any(family & {*call.writes} for call in between)
+
 
 class _Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self.is_leaf = is_leaf
         self.calls: list[Call] = []
-        self._stack: list[nn.Module] = []
+        self._stack: list[tuple[nn.Module, list[int]]] = []  # what is being called, and what it took
         self._inside = 0  # how many leaves are being called, one in another
         self._numbers: dict[int, int] = {}
         self._alive: list[Tensor] = []  # so that no two have the same id
@@ -97,46 +145,53 @@ class _Watch(TorchFunctionMode):
     def numbers(self, tree: Any) -> tuple[int, ...]:
         return tuple(self.number(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
-    def record(self, what: Any, place: Place | None, taken: Any, given: Any) -> Any:
-        """Notes the call; returns `given`, of tensors that are not among those taken."""
+    def record(self, what: Any, place: Place | None, taken: Any, before: list[int], given: Any) -> Any:
+        """Notes the call; returns `given`, of tensors that are not among those taken.
+
+        Args:
+            before: the versions of what was taken, before the call.
+        """
         takes = self.numbers(taken)
+        # A hook may have changed what the module takes: then there is nothing to compare.
+        writes = tuple(n for n, a, b in zip(takes, before, _versions(taken), strict=False) if a != b)
         known = set(takes)
 
         def apart(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and self.number(leaf) in known:
-                with torch._C.DisableTorchFunction():
-                    return leaf.view_as(leaf)
+                with torch._C.DisableTorchFunction():  # a view would have hold of its base, and count as a use
+                    return leaf.view_as(leaf) if leaf.requires_grad else leaf.data
             return leaf
 
         given = tree_map(apart, given)
         gives = self.numbers(given)
         ends = [self._alive[values[0]] for values in (takes, gives) if values and isinstance(what, nn.Module)]
         likes = (Like.of(ends[0]), Like.of(ends[1])) if len(ends) == 2 else None
-        self.calls.append(Call(what, place, takes, gives, likes))
+        self.calls.append(Call(what, place, takes, gives, likes, writes, _modes()))
         return given
 
     # ---- functions
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = function(*args, **kwargs)
+        before = _versions((args, kwargs))
+        given = (args[0] if args else kwargs["input"]) if function in _NOISE else function(*args, **kwargs)
         if self._inside or function in _FACTS:
             return given
-        return self.record(function, None, (args, kwargs), given)
+        return self.record(function, None, (args, kwargs), before, given)
 
     # ---- modules
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if id(module) in self._seen_in and not self._inside:
             self.calls.append(Call("hooks", None, self.numbers((args, kwargs)), ()))
-        self._stack.append(module)
+        self._stack.append((module, _versions((args, kwargs))))
         self._inside += self.is_leaf(module)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, given: Any) -> Any:
-        self._stack.pop()
+        _, before = self._stack.pop()
         self._inside -= self.is_leaf(module)
         if self._inside:
             return None
         if self.is_leaf(module):
-            return self.record(module, self._place(module), (args, kwargs), given)
+            return self.record(module, self._place(module), (args, kwargs), before, given)
         if id(module) in self._seen_out:
             self.calls.append(Call("hooks", None, self.numbers(given), ()))
         return None
@@ -144,27 +199,63 @@ class _Watch(TorchFunctionMode):
     def _place(self, module: nn.Module) -> Place | None:
         """Where a module stands that is being called: in the caller, if there, or else in the one place that it has."""
         places = self._places[id(module)]
-        near = [place for place in places if self._stack and place[0] is self._stack[-1]]
+        near = [place for place in places if self._stack and place[0] is self._stack[-1][0]]
         found = near or places
         return found[0] if len(found) == 1 else None
+
+    def held(self) -> set[int]:
+        """The tensors that somebody else has hold of."""
+        gc.collect(1)  # what the forward has left in circles
+        mine = _references([torch.empty(0)])
+        return {n for n, count in enumerate(_references(self._alive)) if count > mine[0]}
+
+    def memory(self) -> dict[int, int]:
+        """Whose memory each tensor has."""
+        known = {n: t for n, t in enumerate(self._alive) if t.layout == torch.strided}
+        return {n: t.untyped_storage()._cdata for n, t in known.items()}
+
+
+def _modes() -> tuple[bool, ...]:
+    casts = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *casts
+
+
+def _references(tensors: list[Tensor]) -> list[int]:
+    return [sys.getrefcount(tensors[i]) for i in range(len(tensors))]
+
+
+def _versions(tree: Any) -> list[int]:
+    """How often each tensor has been written."""
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    with torch._C.DisableTorchFunction():  # or else the watch would see it
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Buffers, modes, generators and what modules keep as attributes come back as they were."""
+    """Buffers, modes, generators and what modules keep as attributes come back as they were.
+
+    Meanwhile no parameter asks for a gradient, so that none are computed, though the model finds them switched on.
+    """
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     buffers = {id(b): (b, b.detach().clone()) for b in model.buffers()}
-    owners = [(module, dict(module._buffers), _attributes(module)) for module in model.modules()]
+    owners = [(module, dict(module._buffers), _attributes(module)) for module in _own(model)]
     numpy = sys.modules.get("numpy")
     state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type not in ("cpu", "meta")}
     try:
+        for parameter in learned:
+            parameter.requires_grad_(False)
         with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.random.fork_rng(devices=[]))
             for kind in {device.type for device in devices}:
                 of_kind = [device for device in devices if device.type == kind]
                 stack.enter_context(torch.random.fork_rng(devices=of_kind, device_type=kind))
             yield
     finally:
+        for parameter in learned:
+            parameter.requires_grad_()
         random.setstate(state)
         if numpy:
             numpy.random.set_state(numpy_state)
@@ -191,33 +282,44 @@ def call_with(model: nn.Module, example: Any) -> Any:
     return model(*example) if isinstance(example, (tuple, list)) else model(example)
 
 
-def observe(model: nn.Module, example: Any, is_leaf: Callable[[nn.Module], bool]) -> Record:
+def observe(model: nn.Module, example: Any, is_leaf: Callable[[nn.Module], bool], other_mode: bool = False) -> Record:
     """What happens in `model(example)`, after which buffers, modes and random generators are as they were.
+
+    Args:
+        other_mode: in evaluation, if the model is training, and the other way round.
 
     Raises:
         What the model raises.
     """
+    example = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, example)
     watch = _Watch(model, is_leaf)
     with ExitStack() as stack:
         stack.enter_context(_unchanged(model))
-        stack.enter_context(torch.no_grad())
-        for module in model.modules():
+        if other_mode:
+            model.train(not model.training)
+        for module in _own(model):
+            if _children.noise_of(module) is not None:
+                module.training = False
             # Not torch's hooks for all modules: these leave a trace when they are removed.
             for handle in (
                 module.register_forward_pre_hook(watch.enter, with_kwargs=True, prepend=True),
                 module.register_forward_hook(watch.leave, with_kwargs=True, prepend=True),
             ):
                 stack.callback(handle.remove)
-        stack.enter_context(watch)
-        results = call_with(model, example)
-        # What the model gives, and what it keeps: attributes of its modules may be read by whoever trains it.
-        kept = [list(_attributes(module).values()) for module in model.modules()]
-        used = {watch.number(tensor) for tensor in _tensors([results, kept])}
-    return Record(watch.calls, used)
+        with watch:
+            results = call_with(model, example)
+        values = [tensor.detach().clone() for tensor in (*_tensors(results), *model.buffers())]
+        used = watch.held()  # while the results are there
+    return Record(watch.calls, used, watch.memory(), watch._numbers, values)
+
+
+def _own(model: nn.Module) -> list[nn.Module]:
+    """Its modules that are Python."""
+    return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
 
 
 def _tensors(tree: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """All tensors in a tree, and in the attributes of what torch does not know to be one."""
+    """The tensors in a tree, and in the attributes of what torch does not know to be one."""
     seen = set() if seen is None else seen
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):

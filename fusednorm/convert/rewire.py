@@ -121,6 +121,7 @@ def unfuse(model: nn.Module) -> nn.Module:
                 setattr(layer, kind, None)
                 setattr(place[0], place[1], stage)
         model = replace(model, layer, _stock(layer))
+    model.__dict__.pop("fusednorm_report", None)
     return model
 
 
