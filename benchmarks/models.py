@@ -102,11 +102,19 @@ def stop_compiling() -> None:
     """Ends what Inductor may still compile in processes of its own, beside what is timed next."""
     from torch._inductor.async_compile import shutdown_compile_workers
 
+    working = list(descendants(os.getpid()))
     shutdown_compile_workers()
-    tasks = Path("/proc/self/task").glob("*/children")
-    for child in {int(child) for task in tasks for child in task.read_text().split()}:
+    for process in working:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+            os.kill(process, signal.SIGKILL)
+
+
+def descendants(process: int) -> Iterator[int]:
+    """The processes that a process has begun, and those that these have."""
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            yield child
+            yield from descendants(child)
 
 
 def timed(turns: dict[str, Trained], seconds: float) -> dict:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from fuse_models import (
     FUNCTIONS,
-    Case,
     ActFirst,
     ActTwice,
     Apart,
+    Case,
     ConvNormAct,
     Counting,
     Features,
