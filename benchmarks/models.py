@@ -30,7 +30,7 @@ import torch  # noqa: E402  (found through the line above, as is what follows)
 from benchmarks import census_packages, machine, memory, models_convert, models_table, models_zoo, plot, publish, table  # noqa: E402
 
 CONTESTANTS = ("stock", "fuse", "backend", "compile")
-STARTS_IN = 75  # seconds at most that each has to be converted or compiled, and for two steps
+STARTS_IN = 45  # seconds at most that each has to be converted or compiled, and for two steps
 CHECKED_FOR = 400  # and one model's check
 SAMPLES = 4  # of a batch, where models are compared in float64
 
@@ -64,11 +64,11 @@ def at_most(seconds: int, what: str) -> Iterator[None]:
         raise TimeoutError(f"{what} took more than {seconds} s")
 
     signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 3)  # again, if somebody on the way has caught it
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def sentence(error: Exception) -> str:
@@ -100,13 +100,14 @@ def contestants(stock: torch.nn.Module, inputs: tuple, failed: dict) -> dict[str
 
 def stop_compiling() -> None:
     """Ends what Inductor may still compile in processes of its own, beside what is timed next."""
-    from torch._inductor.async_compile import shutdown_compile_workers
+    from torch._inductor.async_compile import AsyncCompile, shutdown_compile_workers
 
     working = list(descendants(os.getpid()))
     shutdown_compile_workers()
     for process in working:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
+    AsyncCompile.warm_pool()
 
 
 def descendants(process: int) -> Iterator[int]:
@@ -225,9 +226,9 @@ def main() -> int:
     for row in rows_of(entries, work):
         rows.append(row)
         console.print(models_table.line(row), markup=False, highlight=False)
+        if args.json:
+            Path(args.json).write_text(publish.compact({"machine": facts, "rows": rows}))
     console.print(models_table.render(rows))
-    if args.json:
-        Path(args.json).write_text(publish.compact({"machine": facts, "rows": rows}))
     if args.plot:
         plot.models([row for row in rows if "ratio" in row], facts, Path(args.plot))
     return int(bool(models_table.wrong(rows)))
