@@ -293,7 +293,10 @@ class Tour:
 
     def fold_and_export(self) -> dict[str, float]:
         folded = fusednorm.fold(self.fused.eval(), self.example)
-        print(f"{len(folded.fusednorm_report.fused)} of {len(folded.fusednorm_report.rows)} BatchNorms folded")
+        report = folded.fusednorm_report
+        print(f"{len(report.fused)} of {len(report.rows)} BatchNorms folded")
+        if not report.fused:  # whose outputs would be the trained model's all the same
+            self.failed.append(f"fold left all BatchNorms as they are: {report.rows[0].reason}.")
         self.compare("folded", folded, ROUNDING)
         with tempfile.TemporaryDirectory() as folder:
             exported = in_onnxruntime(folded, self.example, folder)
