@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402  (found through the line above, as is what follows)
+from torch._inductor.async_compile import AsyncCompile, shutdown_compile_workers  # noqa: E402
 
 from benchmarks import census_packages, machine, memory, models_convert, models_table, models_zoo, plot, publish, table  # noqa: E402
 
@@ -88,6 +89,7 @@ def contestants(stock: torch.nn.Module, inputs: tuple, failed: dict) -> dict[str
                 if name == "backend":
                     run, _ = models_convert.compiled(ours)
                 elif name == "compile":
+                    AsyncCompile.warm_pool()  # again, if stop_compiling has ended the last one
                     run = torch.compile(ours)
                 step = Trained(run, ours, inputs)
                 step(), step()
@@ -100,14 +102,11 @@ def contestants(stock: torch.nn.Module, inputs: tuple, failed: dict) -> dict[str
 
 def stop_compiling() -> None:
     """Ends what Inductor may still compile in processes of its own, beside what is timed next."""
-    from torch._inductor.async_compile import AsyncCompile, shutdown_compile_workers
-
     working = list(descendants(os.getpid()))
     shutdown_compile_workers()
     for process in working:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-    AsyncCompile.warm_pool()
 
 
 def descendants(process: int) -> Iterator[int]:
