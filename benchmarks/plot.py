@@ -122,6 +122,7 @@ def models(rows: list[dict], facts: dict, path: Path) -> Path:
     _groups(
         axis, rows, tuple(MODEL_COLOURS), lambda row, way: row["ratio"].get(way), "{:.2f}x", lambda row: row["model"]
     )
+    axis.margins(y=0.01)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xlabel("stock's training step / this one's (right of 1: faster; n/a: did not run)")
     axis.set_title(f"Training steps of whole models\n{_machine(facts)}", fontsize=10)
