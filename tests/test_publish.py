@@ -46,7 +46,7 @@ def test_rows_find_their_files(publish, monkeypatch, tmp_path):
         json.dumps({"machine": {"cpu": "x"}, "rows": [row for part in found for row in part["rows"]]})
     )
     assert run(publish, monkeypatch, "new", everything) == 0
-    for suffix, part in zip(("", "-orders", "-census"), found, strict=True):
+    for suffix, part in zip(("", "-orders", "-census", "-models"), found, strict=True):
         assert json.loads((tmp_path / f"new{suffix}.json").read_text()) == {
             "machine": {"cpu": "x"},
             "rows": part["rows"],
