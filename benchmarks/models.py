@@ -72,10 +72,6 @@ def at_most(seconds: int, what: str) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 def contestants(names: Iterable[str], stock: torch.nn.Module, inputs: tuple, failed: dict) -> dict[str, Trained]:
     """Those of `names` that this model can be; of others `failed` has the reason. Each has made two steps."""
     made: dict[str, Trained] = {}
@@ -95,7 +91,7 @@ def contestants(names: Iterable[str], stock: torch.nn.Module, inputs: tuple, fai
                 step(), step()
             made[name] = step
         except Exception as error:
-            failed[name] = sentence(error)
+            failed[name] = models_convert.sentence(error)
     return made
 
 
@@ -189,7 +185,7 @@ def rows_of(entries: Iterable[models_zoo.Entry], work: Callable[[Callable, tuple
         try:
             row = work(build, inputs)
         except Exception as error:
-            row = {"reason": sentence(error)}
+            row = {"reason": models_convert.sentence(error)}
         yield {"model": name, **row, "seconds": round(time.perf_counter() - start, 1)}
 
 

@@ -20,22 +20,24 @@ from torch.utils._pytree import tree_leaves
 
 import fusednorm
 from benchmarks.census_record import Recorder
+from benchmarks.models_table import WAYS
 from fusednorm import functional
 from fusednorm.convert import Report
 from fusednorm.convert.chains import order_of
 from fusednorm.modules import _FusedBatchNorm
 
-WAYS = ("fuse", "backend")
+
+def sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def tensors(inputs: tuple, most: int | None = None, dtype: torch.dtype | None = None) -> tuple:
+def tensors(inputs: tuple, most: int | None = None) -> tuple:
     """Values for a model's inputs, which are shapes or functions; `most` samples where all are shapes."""
     cut = most is not None and all(isinstance(given, tuple) for given in inputs)
-    made = [
+    return tuple(
         torch.randn(min(given[0], most or 0) if cut else given[0], *given[1:]) if isinstance(given, tuple) else given()
         for given in inputs
-    ]
-    return tuple(x.to(dtype) if dtype and x.is_floating_point() else x for x in made)
+    )
 
 
 def loss_of(model: Callable, inputs: tuple) -> tuple[Tensor, list[Tensor]]:
@@ -197,5 +199,5 @@ def checked(build: Callable[[], nn.Module], inputs: tuple, most: int | None = No
             with silent():
                 row[way]["error"] = _error(way, stock, doubled, wanted)
         except Exception as error:
-            row[way] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+            row[way] = {"failed": sentence(error)}
     return row

@@ -55,13 +55,10 @@ def _checked(options: dict[str, Any], mode: Any) -> tuple[Any, Callable[[Report]
     if mode is not None:
         raise ValueError(f"mode: expected None, as modes are the inner compiler's, but got {mode!r}")
     if options:
-        raise ValueError(f"options: expected 'inner', 'report', 'small' and 'dropouts', but got {_listed(options)}")
+        others = ", ".join(map(repr, options))
+        raise ValueError(f"options: expected 'inner', 'report', 'small' and 'dropouts', but got {others}")
     if report is not None and not callable(report):
         raise TypeError(f"options['report']: expected a function, but got {type(report).__name__}")
     if not isinstance(inner, str) and not callable(inner):
         raise TypeError(f"options['inner']: expected a backend's name or function, but got {inner!r}")
     return inner, report, check_small(small, "options['small']"), bool(dropouts)
-
-
-def _listed(names: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, names))

@@ -25,9 +25,8 @@ def _norm_act(module: Any) -> nn.Module:
     act, drop = module.act, module.drop
     drop = None if type(drop) is nn.Identity else drop
     layer = modules.FusedBatchNorm2d.from_torch(norm, act=act, drop=drop, order="norm-drop-act")
-    layer.__dict__ |= {
-        name: module.__dict__[name].copy() for name in _HOOKS
-    }  # which see what the module takes and gives
+    # They see what the module takes and gives, as before.
+    layer.__dict__ |= {name: module.__dict__[name].copy() for name in _HOOKS}
     return layer
 
 

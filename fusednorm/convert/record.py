@@ -172,18 +172,18 @@ class _Watch(TorchFunctionMode):
     # ---- functions
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = _versions((args, kwargs))
+        noted = not self._inside and function not in _FACTS
+        before = _versions((args, kwargs)) if noted else []
         given = (args[0] if args else kwargs["input"]) if function in _NOISE else function(*args, **kwargs)
-        if self._inside or function in _FACTS:
-            return given
-        return self.record(function, None, (args, kwargs), before, given)
+        return self.record(function, None, (args, kwargs), before, given) if noted else given
 
     # ---- modules
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if id(module) in self._seen_in and not self._inside:
             self.calls.append(Call("hooks", None, self.numbers((args, kwargs)), ()))
-        self._stack.append((module, _versions((args, kwargs))))
-        self._inside += self.is_leaf(module)
+        leaf = self.is_leaf(module)
+        self._stack.append((module, _versions((args, kwargs)) if leaf and not self._inside else []))
+        self._inside += leaf
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, given: Any) -> Any:
         _, before = self._stack.pop()

@@ -94,13 +94,13 @@ def unfuse(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a layer that has no stock counterpart yet, as of its `to_torch`; nothing has changed then.
     """
-    stand_ins = [module for module in model.modules() if foreign.was(module) is not None]
-    inside = {id(module) for stand_in in stand_ins for module in stand_in.modules()}
+    stand_ins = [(module, original) for module in model.modules() if (original := foreign.was(module)) is not None]
+    inside = {id(module) for stand_in, _ in stand_ins for module in stand_in.modules()}
     layers: list[Any] = [m for m in model.modules() if isinstance(m, modules._FusedBatchNorm) and id(m) not in inside]
     for layer in layers:
         layer.to_torch()  # raises before anything has changed
-    for stand_in in stand_ins:
-        model = replace(model, stand_in, foreign.was(stand_in))  # type: ignore[arg-type]
+    for stand_in, original in stand_ins:
+        model = replace(model, stand_in, original)
     for module in model.modules():
         if type(module) is noises.Dropout:
             module.__class__ = nn.Dropout  # type: ignore[assignment]
