@@ -139,7 +139,7 @@ class FastaiTabular(nn.Module):
         super().__init__()
         from fastai.tabular.model import TabularModel
 
-        self.net = TabularModel([(20, 10)] * 4, 24, 2, [200, 100], ps=0.1, embed_p=0.04)
+        self.net = TabularModel([(20, 10)] * 4, 24, 2, [1000, 500], ps=0.1, embed_p=0.04)
 
     def forward(self, x):
         return self.net(torch.zeros(len(x), 4, dtype=torch.long), x)
@@ -178,7 +178,7 @@ def _pictures(batch: int, size: int) -> tuple:
 
 
 Entry = tuple[str, Callable[[], nn.Module], tuple]  # name, build, inputs
-_eeg, _volume = ((64, 22, 1000),), ((2, 1, 32, 32, 32),)
+_eeg, _volume = ((16, 22, 1000),), ((2, 1, 32, 32, 32),)
 _graph = ((50_000, 128), partial(_edges, 50_000))
 MODELS: list[Entry] = [
     ("torchvision resnet18", partial(torchvision, "resnet18"), _pictures(8, 224)),

@@ -48,14 +48,14 @@ class Matrix {
       tile_rows_ = std::clamp<int64_t>(elements / (channels_ * cycle_), 1, kMaxTileRows);
     } else {
       const int64_t largest = staged ? kStageColumns : kBlockColumns;
-      const int64_t blocks = (channels_ + largest - 1) / largest;
-      block_ = padded((channels_ + blocks - 1) / blocks);
+      block_ = even_share(channels_, largest, 32);
       tile_rows_ = std::clamp<int64_t>(elements / block_ / 8 * 8, 8, kMaxTileRows);
     }
     blocks_ = (channels_ + block_ - 1) / block_;
     const int64_t panel =
         std::clamp(ld() * rows_ / kPanels, kLeastPanelElements, repeats() ? kShortPanelElements : kPanelElements);
-    chunk_ = std::max<int64_t>(panel / (block_ * repeat_ * cycle_) / kMaxTileRows * kMaxTileRows, kMaxTileRows);
+    const int64_t most = std::max<int64_t>(panel / (block_ * repeat_ * cycle_) / kMaxTileRows, 1) * kMaxTileRows;
+    chunk_ = even_share(rows_, most, kMaxTileRows);
     chunks_ = (rows_ + chunk_ - 1) / chunk_ + (rest_ > 0);
     const int64_t threads = at::get_num_threads();
     shares_blocks_ = serial() || blocks_ % threads == 0 || blocks_ >= 4 * threads;

@@ -107,6 +107,14 @@ void for_tasks(int64_t n, bool serial, bool descending, const F& f) {
   }
 }
 
+// The share of each, but for the last, where n are cut into as few as there are at `most` for each: all about as large,
+// so that none who has one waits for another. In whole units; `most` is some of these.
+constexpr int64_t even_share(int64_t n, int64_t most, int64_t unit) {
+  const int64_t shares = std::max<int64_t>((n + most - 1) / most, 1), share = (n + shares - 1) / shares;
+  return (share + unit - 1) / unit * unit;
+}
+static_assert(even_share(1024, 960, 64) == 512 && even_share(24, 16, 1) == 12 && even_share(5, 8, 1) == 5);
+
 // Per-channel vectors of opmath type that kernels read 32 at a time.
 constexpr int64_t padded(int64_t channels) { return (channels + 31) / 32 * 32; }
 

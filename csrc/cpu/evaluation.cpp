@@ -19,8 +19,8 @@ void forward_in_order(const Call& call, const ForwardPointers<T>& p) {
 
   // A tile has some rows of a sample, or a piece of one.
   const int64_t largest = plan.tile_elements(kTile), pieces = (S + largest - 1) / largest;
-  const int64_t cols = pieces > 1 ? padded((S + pieces - 1) / pieces) : S;
-  const int64_t rows = std::clamp<int64_t>(largest / padded(cols), 1, std::min<int64_t>(C, kMaxTileRows));
+  const int64_t cols = pieces > 1 ? even_share(S, largest, 32) : S;
+  const int64_t rows = even_share(C, std::clamp<int64_t>(largest / padded(cols), 1, kMaxTileRows), 1);
   const int64_t groups = (C + rows - 1) / rows;
   const bool past = outgrows_caches(call, sizeof(T));
   const int64_t ahead = past ? kBytesAhead / static_cast<int64_t>(sizeof(T)) : 0;

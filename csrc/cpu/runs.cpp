@@ -32,8 +32,7 @@ class Channels {
       : shape_(call.shape), noise_(call.chain, call.seed, call.shape.S, call.first_row) {
     const PieceLayout pieces = piece_layout(shape_);
     length_ = pieces.length;
-    tiles_per_piece_ = (length_ + largest - 1) / largest;
-    tile_ = padded((length_ + tiles_per_piece_ - 1) / tiles_per_piece_);
+    tile_ = even_share(length_, largest, 32);
     tiles_per_piece_ = (length_ + tile_ - 1) / tile_;
     tiles_ = pieces.count * tiles_per_piece_;
     in_place_ = length_ == shape_.S || whole();
@@ -58,7 +57,7 @@ class Channels {
     const int64_t most =
         whole() ? 1 : std::clamp<int64_t>(std::min(kStretch / piece, kResident / (piece * shape_.N)), 1, 64);
     for (int64_t group = most; 2 * group >= most; --group) {
-      if ((shape_.C + group - 1) / group % threads == 0) return group;
+      if ((shape_.C + group - 1) / group % threads == 0) return even_share(shape_.C, group, 1);
     }
     return most;
   }
