@@ -119,7 +119,7 @@ def descendants(process: int) -> Iterator[int]:
 def timed(turns: dict[str, Trained], seconds: float) -> dict:
     """Median milliseconds of each, and the median ratio of stock's to it."""
     first = sum(step() for step in turns.values())
-    rounds = max(5, min(100, int(seconds / first)))
+    rounds = max(9, min(100, int(seconds / first)))
     names, taken = list(turns), []
     for i in range(rounds):
         order = names[i % len(names) :] + names[: i % len(names)]

@@ -205,8 +205,8 @@ MODELS: list[Entry] = [
     ("PyG DeepGCN, 7 layers", partial(DeepGCN, 64, 7), ((20_000, 64), partial(_edges, 20_000))),
     ("TabNet", partial(TabNet, 32, 128), ((4096, 32),)),
     ("speechbrain ECAPA-TDNN", ecapa, ((16, 300, 80),)),
-    ("torchaudio Tacotron2", Tacotron2, ((16, 80, 60),)),
-    ("torchaudio Tacotron2's postnet", tacotron2_postnet, ((32, 80, 400),)),
+    ("torchaudio Tacotron2", Tacotron2, ((8, 80, 60),)),
+    ("torchaudio Tacotron2's postnet", tacotron2_postnet, ((16, 80, 400),)),
 ]
 # Small ones, for the tests.
 QUICK: list[Entry] = [

@@ -5,62 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from common import generator
+from backend_models import Block, Case, compiled, same, values
 from torch import nn
 
 import fusednorm
 from fusednorm.convert import Report
 
 pytestmark = pytest.mark.cpu
-
-
-def values(*shape, dtype=torch.float64):
-    return torch.randn(shape or (4, 6, 5, 5), generator=generator(1), dtype=dtype)
-
-
-class Case(nn.Module):
-    """A function of some layers and an input."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.function = function
-        self.bn = nn.BatchNorm2d(6)
-        self.conv = nn.Conv2d(6, 6, 3, padding=1)
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-def compiled(model, report=None, **options):
-    torch._dynamo.reset()
-    options = {"small": "always"} | options | ({} if report is None else {"report": report.add})
-    return torch.compile(model, backend=fusednorm.backend, options=options)
-
-
-def step(run, model, x):
-    x = x.clone().requires_grad_()
-    output = run(x)
-    (output.square().sum() + output.sum()).backward()
-    return [output.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
-
-
-def same(model, x=None, steps=2, **options):
-    """Trains stock and compiled, evaluates both, and asks for equality; the report of the first graph."""
-    x = values() if x is None else x
-    stock = model.double()
-    ours = copy.deepcopy(stock)
-    report = Report()
-    run = compiled(ours, report, **options)
-    for _ in range(steps):
-        for a, b in zip(step(stock, stock, x), step(run, ours, x), strict=True):
-            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
-    rows = list(report.rows)
-    stock.eval(), ours.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(run(x), stock(x), rtol=1e-9, atol=1e-9)
-    return rows
 
 
 def add_to_branch(m, x):
@@ -337,16 +288,6 @@ def test_live_dropout_in_evaluation():
 
 
 # ---- around the graph ------------------------------------------------------------------------------------------------
-class Block(nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6, **options)
-        self.act = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        return self.act(self.bn(self.conv(x)) + x)
-
-
 def graphs_of(backend, calls):
     """How many graphs a sequence of calls needs."""
     torch._dynamo.reset()
@@ -490,116 +431,3 @@ def test_what_the_operator_does_not_take(x):
             compiled(function)(x)
     else:
         torch.testing.assert_close(compiled(function)(x), expected)
-
-
-# ---- options ---------------------------------------------------------------------------------------------------------
-def test_the_name():
-    """A checkout has its entry points as an installed package does: `make build` writes them."""
-    torch._dynamo.reset()
-    model = nn.Sequential(Block())
-    report = Report()
-    torch.compile(model, backend="fusednorm", options={"report": report.add})(values(dtype=torch.float32))
-    assert [row.name for row in report.rows] == ["0.bn"]
-
-
-def test_on_to_inductor():
-    model, x = nn.Sequential(Block(), Block(), nn.Dropout(0.0)).double(), values()
-    stock, report = copy.deepcopy(model), Report()
-    run = compiled(model, report, inner="inductor")
-    for a, b in zip(step(stock, stock, x), step(run, model, x), strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
-    assert [row.order for row in report.rows] == ["norm-add-act"] * 2
-    model.eval(), stock.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(run(x), stock(x))
-    assert report.rows[0].reason == "in evaluation it is left to the inner compiler"
-
-
-def test_noise_through_inductor():
-    model = Case(lambda m, x: F.dropout(F.relu(m.bn(x)), 0.5, m.training))
-    run, x = compiled(model, inner="inductor"), values(64, 6, 5, 5, dtype=torch.float32).requires_grad_()
-    first, second = run(x), run(x)
-    assert not torch.equal(first, second)
-    share = (first == 0).float().mean().item()
-    assert abs(share - 0.75) < 0.05
-    first.sum().backward()
-    assert x.grad.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"iner": "eager"}, "expected 'inner', 'report', 'small' and 'dropouts', but got 'iner'"),
-        ({"inner": 3}, r"options\['inner'\]: expected a backend's name or function, but got 3"),
-        ({"report": []}, r"options\['report'\]: expected a function, but got list"),
-        ({"small": "no"}, r"options\['small'\]: expected one of 'measure', 'always', 'never', but got 'no'"),
-        ({"inner": "nonesuch"}, "nonesuch"),
-    ],
-)
-def test_bad_options(options, words):
-    torch._dynamo.reset()
-    with pytest.raises(Exception, match=words):
-        torch.compile(Block(), backend=fusednorm.backend, options=options)(values(dtype=torch.float32))
-
-
-def test_a_mode_is_the_inner_compilers():
-    with pytest.raises(ValueError, match="mode: expected None"):
-        fusednorm.backend(torch.fx.symbolic_trace(nn.Identity()), [], mode="max-autotune")
-
-
-@pytest.mark.parametrize("faster", ["stock", "ours"])
-def test_slower_chains_are_left(faster, monkeypatch):
-    from fusednorm.convert import measure
-
-    timed = []
-
-    def measured(stock, ours, tensors, training):
-        with torch.no_grad():
-            torch.testing.assert_close(ours(*tensors), stock(*tensors), rtol=1e-4, atol=1e-4)
-        timed.append(training)
-        return (0.1, 0.2) if faster == "stock" else (0.2, 0.1)
-
-    monkeypatch.setattr(measure, "_measured", measured)
-    monkeypatch.setattr(measure, "_known", {})
-    parts = Block(), Block(), nn.SiLU(inplace=True), nn.BatchNorm2d(6)
-    report, model = Report(), nn.Sequential(*parts, Case(writes_a_sum))
-    state = torch.get_rng_state()
-    compiled(model, report, small="measure")(values(dtype=torch.float32))
-    assert torch.equal(state, torch.get_rng_state())
-    assert timed == [True, True, True]  # the two blocks are alike
-    if faster == "stock":
-        assert {row.reason for row in report.rows} == {"stock is faster for (4, 6, 5, 5): 0.100 ms against 0.200"}
-    assert len(report.fused) == (0 if faster == "stock" else 4)
-
-
-def test_small_ones_without_measuring():
-    report = Report()
-    compiled(Block(), report, small="never")(values(dtype=torch.float32))
-    assert report.rows[0].reason == "it is small: 600 values, and up to 1048576 are left as they are"
-
-
-# ---- dropouts --------------------------------------------------------------------------------------------------------
-def test_dropouts_outside_chains():
-    def function(m, x):
-        x = F.dropout(m.conv(x), p=0.25, training=m.training)
-        return m.lone(x.flatten(1)), F.dropout(x, 0.5, m.training, True)
-
-    model, report, x = Case(function, lone=nn.Dropout(0.5)), Report(), values(64, 6, 5, 5, dtype=torch.float32)
-    run = compiled(model, report, dropouts=True)
-    torch.manual_seed(1)
-    one, other = run(x)
-    assert len(report.dropouts) == 2 and report.dropouts[1] == "lone"  # the last one writes what it takes
-    assert abs((one == 0).float().mean().item() - 0.625) < 0.02
-    torch.manual_seed(1)
-    assert torch.equal(run(x)[0], one)
-    model.eval()
-    torch.testing.assert_close(run(x)[0], model(x)[0])
-
-
-def test_dropouts_stay_torchs_where_not_asked_for():
-    model, report = nn.Sequential(nn.Dropout(0.5)), Report()
-    x = torch.ones(1000)
-    torch.manual_seed(1)
-    expected = model(x)
-    torch.manual_seed(1)
-    assert torch.equal(compiled(model, report)(x), expected) and report.dropouts == []

@@ -38,15 +38,31 @@ def backend(
     """
     from torch._dynamo.backends.registry import lookup_backend
 
-    from . import graph_chains  # slow to import, as torch.fx's symbolic shapes are
+    from . import graph_fuse  # slow to import, as torch.fx's symbolic shapes are
 
     inner, report, small, dropouts = _checked(dict(options or {}), mode)
     eager = inner == "eager"
-    found = graph_chains.fuse_graphs(gm, small if eager else "always", dropouts, evaluation=eager)
+    found = graph_fuse.fuse_graphs(gm, small if eager else "always", dropouts, evaluation=eager)
     if report is not None:
         report(found)
     compile_inner: Any = lookup_backend(inner)
-    return compile_inner(gm, inputs)  # type: ignore[no-any-return]
+    compiled = compile_inner(gm, inputs)
+    return _with_room(compiled, len(gm.graph.nodes)) if eager and found.fused else compiled  # type: ignore[no-any-return]
+
+
+def _with_room(function: Callable[..., Any], variables: int) -> Callable[..., Any]:
+    """A function of so many variables, and a piece of Python's stack that holds them and what it calls.
+
+    Where a piece ends, a call maps a new one and unmaps it: 20 us, each time that it is made from there
+    (python/cpython#142183, mended in later releases only). Fused calls go some functions deep.
+    """
+
+    def call(*inputs: Any) -> Any:
+        return function(*inputs)
+
+    # A frame that fits into no ordinary piece gets one of twice its size or more.
+    call.__code__ = call.__code__.replace(co_stacksize=2 ** (variables + 1024).bit_length())
+    return call
 
 
 def _checked(options: dict[str, Any], mode: Any) -> tuple[Any, Callable[[Report], Any] | None, Small, bool]:
