@@ -47,7 +47,7 @@ def backend(
         report(found)
     compile_inner: Any = lookup_backend(inner)
     compiled = compile_inner(gm, inputs)
-    return _with_room(compiled, len(gm.graph.nodes)) if eager and found.fused else compiled  # type: ignore[no-any-return]
+    return _with_room(compiled, len(gm.graph.nodes)) if eager and found.fused else compiled
 
 
 def _with_room(function: Callable[..., Any], variables: int) -> Callable[..., Any]:
