@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")  # writes files; there may be no display
 
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
+from matplotlib.patheffects import withStroke  # noqa: E402
 from matplotlib.ticker import FixedLocator, NullLocator  # noqa: E402
 
 from benchmarks.census_classes import PATTERNS, pattern_class, pixels  # noqa: E402
@@ -44,7 +45,8 @@ def _groups(axis, rows, names, value, form, title=_title) -> None:
         values = [value(row, name) for row in rows]
         bars = axis.barh(positions, [v or 0 for v in values], height, label=NAMES.get(name, name), color=COLOURS[name])
         labels = ["n/a" if v is None else form.format(v) for v in values]
-        axis.bar_label(bars, labels, padding=2, fontsize=7)
+        edge = withStroke(linewidth=2, foreground="white")  # where a line crosses them
+        axis.bar_label(bars, labels, padding=2, fontsize=7, path_effects=[edge])
     axis.set_yticks(range(len(rows)), [title(row) for row in rows], fontsize=7)
     axis.invert_yaxis()
     axis.margins(x=0.12)
