@@ -233,3 +233,43 @@ def test_inplace():
     expected = model(x)
     assert fold(model, inplace=True) is model
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- layers that are not what they look like -------------------------------------------------------------------------
+class ReadsBias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.conv.bias.sum()
+
+
+def doubled(self, x):
+    return 2 * nn.functional.conv2d(x, self.weight, self.bias)
+
+
+def with_forward_of_its_own():
+    row = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6))
+    row[0].forward = doubled.__get__(row[0])
+    return row
+
+
+@pytest.mark.parametrize(
+    "build, shape, reason",
+    [
+        (lambda: nn.Sequential(nn.Conv1d(3, 6, 1), nn.BatchNorm1d(6)), (3, 6), "in another dimension"),
+        (lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Conv1d(3, 6, 1)), (3, 6), "in another dimension"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm1d(6)), (3, 6, 6), "in another dimension"),
+        (ReadsBias, (2, 3, 4, 4), "a weight that is not its alone"),
+        (with_forward_of_its_own, (2, 3, 4, 4), "a forward of its own"),
+    ],
+)
+def test_layers_that_are_not_what_they_look_like(build, shape, reason):
+    model, x = build().double().eval(), torch.randn(shape, dtype=torch.float64)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 2)
+    folded = fold(model, x)
+    assert torch.equal(folded(x), model(x))
+    assert reason in folded.fusednorm_report.rows[0].reason

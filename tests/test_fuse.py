@@ -374,3 +374,28 @@ class TestUnfuseByHand:
         with pytest.raises(ValueError, match="knows its size"):
             unfuse(model)
         assert type(model[1]) is FusedBatchNorm2d
+
+
+@pytest.mark.parametrize("ahead", [nn.ReLU(), nn.Tanh()])
+@pytest.mark.parametrize("way", ["fuse", "backend"])
+def test_a_stage_whose_input_is_written_later(way, ahead):
+    """Stock keeps what the activation gives, and trains; a layer with it ahead would keep what is written."""
+
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(8, 8, 1)
+            self.body = nn.Sequential(ahead, nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
+
+        def forward(self, x):
+            x = self.stem(x)
+            x += self.body(x)
+            return x
+
+    model, x = Adds().double(), torch.randn(4, 8, 5, 5, dtype=torch.float64)
+    if way == "fuse":
+        run = fusednorm.fuse(model, x, small="always")
+    else:
+        torch._dynamo.reset()
+        run = torch.compile(model, backend=fusednorm.backend, options={"small": "always"})
+    run(x).square().sum().backward()

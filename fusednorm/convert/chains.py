@@ -48,8 +48,10 @@ def _stays_ahead(record: Record, stage: Call, norm: Call) -> str | None:
     """Why a stage ahead of the norm cannot be computed where the norm is."""
     if getattr(stage.what, "inplace", False):
         return None if record.is_private(stage) else "what the activation ahead of it writes has other readers"
-    if record.written_between(stage.takes[0], stage, norm):
-        return "what the stage ahead of it takes is written before the norm is called"
+    if record.written_after(
+        stage.takes[0], stage
+    ):  # stock may keep what the stage gives; the layer keeps what it takes
+        return "what the stage ahead of it takes is written later"
     return None
 
 

@@ -138,18 +138,21 @@ def _into(record: Record, weights: Sequence[Tensor], called: nn.Module, norm: An
 
 def _shared(record: Record, weights: Sequence[Tensor], layer: Any) -> str | None:
     """Why a layer cannot take a norm in."""
-    if isinstance(layer, nn.Linear):
-        (call,) = record.calls_of(layer)[:1]
-        if call.likes is None:
-            return "without an example it cannot be told whether the features of the Linear beside it are its channels"
-        if len(call.likes[0].shape) != 2:
-            return "the Linear beside it has its features in another dimension"
+    name = type(layer).__name__
+    likes = record.calls_of(layer)[0].likes
+    if isinstance(layer, nn.Linear) and likes is None:
+        return "without an example it cannot be told whether the features of the Linear beside it are its channels"
+    if likes is not None and len(likes[0].shape) != layer.weight.dim():  # of a convolution: one sample, without a batch
+        return f"the {name} beside it has its features in another dimension"
     if len(record.calls_of(layer)) > 1:
-        return f"the {type(layer).__name__} beside it is called several times"
+        return f"the {name} beside it is called several times"
     if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "parametrizations"):
-        return f"the {type(layer).__name__} beside it has hooks or parametrisations"
-    if sum(w is layer.weight for w in weights) > 1 or record.reads(layer.weight):
-        return f"the {type(layer).__name__} beside it has a weight that is not its alone"
+        return f"the {name} beside it has hooks or parametrisations"
+    if {"forward", "_conv_forward"} & vars(layer).keys():
+        return f"the {name} beside it has a forward of its own"
+    own = [weight for weight in (layer.weight, layer.bias) if weight is not None]
+    if any(sum(w is weight for w in weights) > 1 or record.reads(weight) for weight in own):
+        return f"the {name} beside it has a weight that is not its alone"
     return None
 
 

@@ -189,6 +189,14 @@ class Search:
             there = [read for read in reads if at[read] < at[node]]  # and not what the node helps to make
             if self.memory.may_write(node, there) or any(self.memory.shared(taken, moves) for taken in inputs_of(node)):
                 return f"{node.name} comes between, and writes what it reads"
+        # What its backward reads, and that of the stages need not.
+        kinds = [stage.kind for stage in chain.after]
+        kept = [chain.input] if chain.before else []
+        if "add" in kinds and "act" in kinds[kinds.index("add") :]:
+            kept += [stage.also for stage in chain.after if stage.kind == "add" and stage.also is not None]
+        for node in self.nodes[at[nodes[-1]] + 1 :] if kept else ():
+            if node.op != "output" and self.memory.may_write(node, kept):
+                return f"{node.name} writes later what it would keep"
         return None
 
 

@@ -110,11 +110,10 @@ class Record:
             return False
         return all(taker is writer or {*taker.gives} <= earlier for v in earlier for taker in self.takers[v])
 
-    def written_between(self, value: int, first: Call, last: Call) -> bool:
-        """Whether a call between two others changes a value."""
+    def written_after(self, value: int, call: Call) -> bool:
+        """Whether a later call changes a value."""
         family = self._family(value)
-        between = self.calls[self._at[id(first)] + 1 : self._at[id(last)]]
-        return any(family & {*call.writes} for call in between)
+        return any(family & {*later.writes} for later in self.calls[self._at[id(call)] + 1 :])
 
 
 class _Watch(TorchFunctionMode):
