@@ -44,13 +44,12 @@ def order_of(layer: Any) -> str:
     return "-".join(stage for stage in layer.order.split("-") if stage in there)
 
 
-def _stays_ahead(record: Record, stage: Call, norm: Call) -> str | None:
+def _stays_ahead(record: Record, stage: Call) -> str | None:
     """Why a stage ahead of the norm cannot be computed where the norm is."""
     if getattr(stage.what, "inplace", False):
         return None if record.is_private(stage) else "what the activation ahead of it writes has other readers"
-    if record.written_after(
-        stage.takes[0], stage
-    ):  # stock may keep what the stage gives; the layer keeps what it takes
+    # Stock may keep for backward what the stage gives; the layer keeps what it takes.
+    if record.written_after(stage.takes[0], stage):
         return "what the stage ahead of it takes is written later"
     return None
 
@@ -134,7 +133,7 @@ def _walk(record: Record, norm: Call, forward: bool, taken: set[str]) -> tuple[l
             return stages, None
         if call.modes != norm.modes:
             return stages, f"{type(stage.module).__name__} is called with gradients or autocast switched otherwise"
-        if not forward and (reason := _stays_ahead(record, call, norm)) is not None:
+        if not forward and (reason := _stays_ahead(record, call)) is not None:
             return stages, reason
         kinds.add(stage.kind)
         stages.append(stage)

@@ -306,7 +306,7 @@ class Memory:
         """Whether the node may change one of `tensors`."""
         tensors = list(tensors)
         touched = [taken for taken in inputs_of(node) if self.shared(taken, tensors)]
-        if not touched:
+        if not touched or node.op == "output":
             return False
         if (norm := norm_of(node)) is not None:
             return norm.arguments["training"] and any(tensor in touched for tensor in norm.tensors)

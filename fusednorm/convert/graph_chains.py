@@ -177,9 +177,10 @@ class Search:
         if apart and not self.memory.is_private(stage.nodes[-1]):
             return "what is written in place has other readers"
         longer = Chain(chain.norm, stages if ahead else chain.before, chain.after if ahead else stages)
-        return self._moved(longer)
+        return self._moved(longer) or self._kept(longer)
 
     def _moved(self, chain: Chain) -> str | None:
+        """Why it cannot be computed where its last node stands."""
         nodes = chain.nodes
         own, reads, moves = set(nodes), chain.reads, chain.moves
         at = self.memory.at
@@ -189,13 +190,16 @@ class Search:
             there = [read for read in reads if at[read] < at[node]]  # and not what the node helps to make
             if self.memory.may_write(node, there) or any(self.memory.shared(taken, moves) for taken in inputs_of(node)):
                 return f"{node.name} comes between, and writes what it reads"
-        # What its backward reads, and that of the stages need not.
+        return None
+
+    def _kept(self, chain: Chain) -> str | None:
+        """Why it cannot keep what its backward reads, and that of its stages need not."""
         kinds = [stage.kind for stage in chain.after]
         kept = [chain.input] if chain.before else []
         if "add" in kinds and "act" in kinds[kinds.index("add") :]:
             kept += [stage.also for stage in chain.after if stage.kind == "add" and stage.also is not None]
-        for node in self.nodes[at[nodes[-1]] + 1 :] if kept else ():
-            if node.op != "output" and self.memory.may_write(node, kept):
+        for node in self.nodes[self.memory.at[chain.nodes[-1]] + 1 :] if kept else ():
+            if self.memory.may_write(node, kept):
                 return f"{node.name} writes later what it would keep"
         return None
 

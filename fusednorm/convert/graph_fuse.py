@@ -145,9 +145,8 @@ def _module_of(node: Node) -> str:
 
 def _row(chain: Chain, left: str | None) -> Row:
     name = _module_of(chain.norm.node) or chain.norm.node.name
-    key = next(
-        reversed(chain.norm.node.meta.get("nn_module_stack") or {"": ""})
-    )  # names begin anew behind a graph break
+    # Names begin anew behind a graph break.
+    key = next(reversed(chain.norm.node.meta.get("nn_module_stack") or {"": ""}))
     if left is not None:
         return Row(name, None, (), left, key)
     ends = [stage.nodes[-1] for stage in chain.stages]
