@@ -29,10 +29,10 @@ class Case(nn.Module):
         return self.function(self, x)
 
 
-def compiled(model, report=None, **options):
+def compiled(model, report=None, fullgraph=False, **options):
     torch._dynamo.reset()
     options = {"small": "always"} | options | ({} if report is None else {"report": report.add})
-    return torch.compile(model, backend=fusednorm.backend, options=options)
+    return torch.compile(model, backend=fusednorm.backend, fullgraph=fullgraph, options=options)
 
 
 def step(run, model, x):

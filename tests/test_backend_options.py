@@ -179,3 +179,13 @@ def test_what_is_not_fused_runs_as_eagerly(model, roomy, monkeypatch):
     monkeypatch.setattr(sys.modules[fusednorm.backend.__module__], "_with_room", with_room)
     compiled(model)(values(dtype=torch.float32))
     assert bool(asked) == roomy and all(n > 3 for n in asked)
+
+
+def test_what_is_compiled_ahead_of_time():
+    """There torch wants an object that it could store."""
+    model, x = nn.Sequential(Block(), Block()).eval(), values(dtype=torch.float32)
+    report = Report()
+    with torch._dynamo.config.patch(enable_aot_compile=True):
+        run = compiled(model, report, fullgraph=True).forward.aot_compile(((x,), {}))
+    assert [row.order for row in report.rows] == ["norm-add-act"] * 2
+    torch.testing.assert_close(run(x), model(x))

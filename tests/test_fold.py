@@ -245,6 +245,38 @@ class ReadsBias(nn.Module):
         return self.bn(self.conv(x)) + self.conv.bias.sum()
 
 
+class Asks(nn.Module):
+    """A norm whose own code, or the model's, wants something of it that no layer beside it has."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.bn, self.function = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), function
+        self.kept = [self.bn]
+
+    def forward(self, x):
+        return self.function(self, self.conv(x))
+
+
+def by_reference(m, x):
+    return m.kept[0](x)
+
+
+def reads_weight(m, x):
+    return m.bn(x) * m.bn.weight.sum()
+
+
+def reads_statistics(m, x):
+    return m.bn(x) + m.bn.running_mean.view(-1, 1, 1)
+
+
+def reads_eps(m, x):
+    return m.bn(x) + m.bn.eps
+
+
+def asks_its_type(m, x):
+    return m.bn(x) * (2 if isinstance(m.bn, nn.BatchNorm2d) else 3)
+
+
 def doubled(self, x):
     return 2 * nn.functional.conv2d(x, self.weight, self.bias)
 
@@ -263,6 +295,11 @@ def with_forward_of_its_own():
         (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm1d(6)), (3, 6, 6), "in another dimension"),
         (ReadsBias, (2, 3, 4, 4), "a weight that is not its alone"),
         (with_forward_of_its_own, (2, 3, 4, 4), "a forward of its own"),
+        (lambda: Asks(reads_weight), (2, 3, 4, 4), "reads its tensors elsewhere"),
+        (lambda: Asks(reads_statistics), (2, 3, 4, 4), "reads its tensors elsewhere"),
+        (lambda: Asks(reads_eps), (2, 3, 4, 4), "code fails without it"),
+        (lambda: Asks(asks_its_type), (2, 3, 4, 4), "gives something else without it"),
+        (lambda: Asks(by_reference), (2, 3, 4, 4), "gives something else without it"),
     ],
 )
 def test_layers_that_are_not_what_they_look_like(build, shape, reason):
@@ -270,6 +307,25 @@ def test_layers_that_are_not_what_they_look_like(build, shape, reason):
     for name, buffer in model.named_buffers():
         if "running" in name:
             buffer.uniform_(0.5, 2)
+    modules = [(name, type(module)) for name, module in model.named_modules()]
     folded = fold(model, x)
     assert torch.equal(folded(x), model(x))
     assert reason in folded.fusednorm_report.rows[0].reason
+    assert [(name, type(module)) for name, module in folded.named_modules()] == modules
+
+
+@pytest.mark.parametrize(
+    "modules, shape",
+    [
+        ((nn.Conv2d(3, 6, 1), nn.BatchNorm1d(4)), (3, 4, 4)),
+        ((nn.Conv2d(3, 6, 1), nn.BatchNorm1d(6)), (3, 6, 4)),
+        ((nn.Conv1d(3, 6, 1), nn.BatchNorm1d(4)), (3, 4)),
+        ((nn.BatchNorm1d(5), nn.Conv1d(3, 6, 1)), (3, 5)),
+    ],
+)
+def test_one_sample_without_an_example(modules, shape):
+    """What a convolution without a batch gives has its channels where the norm has the batch."""
+    model, x = prepared(row(*modules)), torch.randn(shape)
+    folded = fold(model)
+    assert torch.equal(folded(x), model(x))
+    assert "in another dimension" in folded.fusednorm_report.rows[0].reason

@@ -217,6 +217,16 @@ class TestHooks:
         expected = stock.bn(stock.conv(picture()))
         torch.testing.assert_close(seen[0], expected if which == "bn" else stock.act(expected))
 
+    def test_of_an_identity(self):
+        """It sees what the norm gives: an activation behind it cannot move ahead of it."""
+        model = nn.Sequential(nn.BatchNorm2d(3), nn.Identity(), nn.ReLU()).double()
+        model[1].register_forward_hook(lambda module, args, output: 2 * output - 1)
+        expected = model(picture())
+        for example in (None, picture()):
+            ours = fuse(model, example)
+            assert ours.fusednorm_report.rows[0].order == "norm"
+            torch.testing.assert_close(ours(picture()), expected)
+
     def test_of_a_block(self):
         """A hook sees what the block gives: an activation behind it cannot move in."""
         model = Apart().double()
@@ -376,8 +386,10 @@ class TestUnfuseByHand:
         assert type(model[1]) is FusedBatchNorm2d
 
 
-@pytest.mark.parametrize("ahead", [nn.ReLU(), nn.Tanh()])
-@pytest.mark.parametrize("way", ["fuse", "backend"])
+@pytest.mark.parametrize(
+    "ahead", [[nn.ReLU()], [nn.Tanh()], [nn.Identity(), nn.ReLU()], [nn.Flatten(2), nn.Unflatten(2, (5, 5)), nn.ReLU()]]
+)
+@pytest.mark.parametrize("way", ["fuse", "without example", "backend"])
 def test_a_stage_whose_input_is_written_later(way, ahead):
     """Stock keeps what the activation gives, and trains; a layer with it ahead would keep what is written."""
 
@@ -385,7 +397,7 @@ def test_a_stage_whose_input_is_written_later(way, ahead):
         def __init__(self):
             super().__init__()
             self.stem = nn.Conv2d(8, 8, 1)
-            self.body = nn.Sequential(ahead, nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
+            self.body = nn.Sequential(*ahead, nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
 
         def forward(self, x):
             x = self.stem(x)
@@ -393,8 +405,9 @@ def test_a_stage_whose_input_is_written_later(way, ahead):
             return x
 
     model, x = Adds().double(), torch.randn(4, 8, 5, 5, dtype=torch.float64)
-    if way == "fuse":
-        run = fusednorm.fuse(model, x, small="always")
+    if way != "backend":
+        run = fusednorm.fuse(model, x if way == "fuse" else None, small="always")
+        assert [row.order for row in run.fusednorm_report.rows] == ["norm"]
     else:
         torch._dynamo.reset()
         run = torch.compile(model, backend=fusednorm.backend, options={"small": "always"})

@@ -4,6 +4,7 @@ What torch.compile captures has functional calls and additions in it as well as 
 :func:`fuse` does, and changes nothing of the model. What is not fused runs as it is, or goes on to another compiler.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,9 @@ def backend(
         report(found)
     compile_inner: Any = lookup_backend(inner)
     compiled = compile_inner(gm, inputs)
-    return _with_room(compiled, len(gm.graph.nodes)) if eager and found.fused else compiled
+    # Where torch compiles ahead of time, it is an object that can be stored, and has to come back as that.
+    roomy = eager and found.fused and inspect.ismethod(compiled)
+    return _with_room(compiled, len(gm.graph.nodes)) if roomy else compiled
 
 
 def _with_room(function: Callable[..., Any], variables: int) -> Callable[..., Any]:

@@ -98,7 +98,7 @@ def _stage(call: Call) -> Stage | str | None:
         return "a hook looks at what comes out"
     if found is None and getattr(call.what, "__name__", "").strip("_") in _FUNCTIONS:
         return f"{call.what.__name__.strip('_')} in the model's own code comes next"
-    if found not in ("act", "drop"):
+    if found not in ("act", "drop", "nothing"):
         return None
     if call.place is None:
         return f"{type(call.what).__name__} stands in several places, and which of them is called cannot be told"
@@ -124,7 +124,7 @@ def _walk(record: Record, norm: Call, forward: bool, taken: set[str]) -> tuple[l
         if uses != 1 or not takers:
             return stages, f"what it gives is used {uses} times" if forward and uses > 1 and not stages else None
         call = takers[0] if forward else maker  # type: ignore[assignment]  # there is one, as of above
-        if kind(call.what) == "nothing":
+        if kind(call.what) == "nothing" and _children._is_plain(call.what):
             continue
         stage = _stage(call)
         if not isinstance(stage, Stage):

@@ -5,22 +5,26 @@ weight and b * s_o + t_o of its bias; one ahead makes W * s_i, and b + sum W t_i
 the norm never shifts the zeros, and what its t gives is less at the border. A map of what it gives is added then.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import modules
 from . import foreign
-from .chains import kind, outermost
-from .record import Call, Record, study
+from .chains import NORMS, kind, outermost
+from .compare import differ
+from .record import Call, Record, observe
 from .report import Report, Row
 from .rewire import replace
+from .study import study
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 _LINEAR = *_CONVOLUTIONS, *_TRANSPOSED, nn.Linear
+
+Into: TypeAlias = tuple[Any, bool] | str  # the layer that takes a norm in, and whether the norm is behind; or why none
 
 
 class ShiftedConv(nn.Module):
@@ -52,11 +56,13 @@ def fold(model: nn.Module, example: Any = None, *, inplace: bool = False) -> nn.
 
     A norm goes into the layer that it follows, or else into the one that follows it, where what stands between them
     has no other use; an activation between them ends it. Of a fused layer the activation stays, as a stock module.
-    Outputs are those of `model.eval()` up to rounding.
+    Outputs are those of `model.eval()` up to rounding: with an example the folded model is tried, and all is as it was
+    where it gives anything else.
 
     Args:
         model: in evaluation: a norm that is training is left as it is.
-        example: as in :func:`fuse`; without one, only what follows one another in an nn.Sequential is found.
+        example: as in :func:`fuse`; without one, only what follows one another in an nn.Sequential is found, and
+            convolutions are taken to be given batches.
         inplace: change `model` itself. Its weights are changed then.
 
     Returns:
@@ -72,6 +78,25 @@ def fold(model: nn.Module, example: Any = None, *, inplace: bool = False) -> nn.
     norms = [m for m in outermost(model) if kind(m) in ("norm", "whole") or isinstance(m, modules._FusedBatchNorm)]
     opened = {id(norm): foreign.opened(norm) for norm in norms}
     found = {id(norm): _into(record, weights, norm, opened[id(norm)]) for norm in norms}
+    original, held = model, [(module, module._parameters.copy(), module._modules.copy()) for module in model.modules()]
+    model = _folded(model, norms, opened, found)
+    if example is not None and (wrong := _found_wrong(model, example, record)) is not None:
+        for module, parameters, children in held:
+            module._parameters.update(parameters)
+            module._modules.update(children)
+        model, found = original, {norm: into if isinstance(into, str) else wrong for norm, into in found.items()}
+    rows = []
+    for norm in norms:
+        into = found[id(norm)]
+        name = names[id(norm)]
+        rows.append(Row(name, None, (), into) if isinstance(into, str) else Row(name, "folded", (names[id(into[0])],)))
+    model.fusednorm_report = Report(rows)  # type: ignore[assignment]
+    return model
+
+
+def _folded(
+    model: nn.Module, norms: Sequence[nn.Module], opened: Mapping[int, Any], found: Mapping[int, Into]
+) -> nn.Module:
     # Those behind a layer first: they scale what a map of the border adds, too.
     for norm in sorted(norms, key=lambda norm: isinstance(into := found[id(norm)], tuple) and not into[1]):
         into = found[id(norm)]
@@ -82,20 +107,23 @@ def fold(model: nn.Module, example: Any = None, *, inplace: bool = False) -> nn.
             else:
                 model = _fold_ahead(model, layer, opened[id(norm)])
             model = replace(model, norm, _left_of(opened[id(norm)]))
-    rows = []
-    for norm in norms:
-        into = found[id(norm)]
-        name = names[id(norm)]
-        rows.append(Row(name, None, (), into) if isinstance(into, str) else Row(name, "folded", (names[id(into[0])],)))
-    model.fusednorm_report = Report(rows)  # type: ignore[assignment]
     return model
+
+
+def _found_wrong(model: nn.Module, example: Any, stock: Record) -> str | None:
+    """Why the model is not to be folded, if a forward of what it would be shows that."""
+    try:
+        found = observe(model, example, _is_leaf)
+    except Exception as error:  # of the model: it looked at what it calls
+        return f"the model's own code fails without it: {error}"
+    return "the model gives something else without it" if differ(stock.values, found.values) else None
 
 
 def _is_leaf(module: nn.Module) -> bool:
     return kind(module) is not None or type(module) in _LINEAR
 
 
-def _into(record: Record, weights: Sequence[Tensor], called: nn.Module, norm: Any) -> tuple[Any, bool] | str:
+def _into(record: Record, weights: Sequence[Tensor], called: nn.Module, norm: Any) -> Into:
     """The layer that takes the norm in, and whether the norm is behind it; or why there is none.
 
     Args:
@@ -111,6 +139,8 @@ def _into(record: Record, weights: Sequence[Tensor], called: nn.Module, norm: An
     ours = isinstance(norm, modules._FusedBatchNorm)
     if called._forward_hooks or called._forward_pre_hooks:
         return "it has hooks"
+    if any(record.reads(tensor) for tensor in (*called.parameters(), *called.buffers())):
+        return "the model reads its tensors elsewhere, too"
     if ours and norm.drop is not None and norm.drop.training:
         return "its dropout is live"
     order = norm.order.split("-") if ours else ["norm"]
@@ -124,7 +154,7 @@ def _into(record: Record, weights: Sequence[Tensor], called: nn.Module, norm: An
         if maker is not None and type(maker.what) in _LINEAR:
             if len(record.takers[call.takes[0]]) > 1 or call.takes[0] in record.results:
                 reason = "what the layer ahead of it gives has other uses"
-            elif (problem := _shared(record, weights, maker.what)) is not None:
+            elif (problem := _unfit(record, weights, maker.what, norm, True)) is not None:
                 reason = problem
             else:
                 return maker.what, True
@@ -132,17 +162,28 @@ def _into(record: Record, weights: Sequence[Tensor], called: nn.Module, norm: An
         takers = record.takers[call.gives[0]]
         layer = takers[0].what if len(takers) == 1 else None
         if type(layer) in (*_CONVOLUTIONS, nn.Linear) and call.gives[0] not in record.results:
-            return _shared(record, weights, layer) or _does_not_pay(layer, norm, takers[0]) or (layer, False)
+            return (
+                _unfit(record, weights, layer, norm, False) or _does_not_pay(layer, norm, takers[0]) or (layer, False)
+            )
     return reason
 
 
-def _shared(record: Record, weights: Sequence[Tensor], layer: Any) -> str | None:
-    """Why a layer cannot take a norm in."""
+def _unfit(record: Record, weights: Sequence[Tensor], layer: Any, norm: Any, behind: bool) -> str | None:
+    """Why a layer cannot take a norm in, which is behind it or ahead."""
     name = type(layer).__name__
     likes = record.calls_of(layer)[0].likes
-    if isinstance(layer, nn.Linear) and likes is None:
-        return "without an example it cannot be told whether the features of the Linear beside it are its channels"
-    if likes is not None and len(likes[0].shape) != layer.weight.dim():  # of a convolution: one sample, without a batch
+    if isinstance(layer, nn.Linear):
+        if likes is None:
+            return "without an example it cannot be told whether the features of the Linear beside it are its channels"
+        channels = layer.out_features if behind else layer.in_features
+    else:
+        channels = layer.out_channels if behind else layer.in_channels
+    # A convolution of one sample, without a batch, has as many dimensions as its norm, but not the same.
+    if likes is not None:
+        elsewhere = len(likes[0].shape) != layer.weight.dim()
+    else:
+        elsewhere = any(isinstance(norm, stock) and not name.endswith(rank) for stock, rank in NORMS.items())
+    if elsewhere or channels != norm.num_features:
         return f"the {name} beside it has its features in another dimension"
     if len(record.calls_of(layer)) > 1:
         return f"the {name} beside it is called several times"

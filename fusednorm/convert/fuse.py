@@ -1,20 +1,21 @@
 """`fuse`: the BatchNorms of a model, with what stands around them, as fused layers."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from .. import _children, modules, noises
 from .chains import Chain, find, is_leaf, kind, order_of, outermost
+from .compare import differ
 from .measure import SMALL, Small, check_small, why_not
-from .record import Call, Record, observe, study
+from .record import Call, Record, observe
 from .report import Report, Row
 from .rewire import fuse_chain, layer_of
+from .study import study
 
 Done: TypeAlias = tuple[Chain, nn.Module, Callable[[], None]]  # a chain, its layer, and the way back
 Pick: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
@@ -185,27 +186,11 @@ def _found_wrong(
         if strays or twice:
             elsewhere = "the model calls it, or a stage of it, by a reference of its own"
             return {id(chain.norm): elsewhere for chain in strays + twice}
-        differ = _differ(stock.values, record.values)
-        if other is not None:
-            differ = differ or _differ(other.values, again(model, other_mode=True).values)
+        wrong = _differ(stock, record) or (other is not None and _differ(other, again(model, other_mode=True)))
     except Exception as error:  # of the model: it looked at what it calls
         return {id(chain.norm): f"the model's own code fails with it: {error}" for chain in everyone}
-    return {id(chain.norm): "the model gives something else with it" for chain in everyone} if differ else {}
+    return {id(chain.norm): "the model gives something else with it" for chain in everyone} if wrong else {}
 
 
-_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-2}  # and what else is there, a tenth: to tell it from a mistake
-
-
-def _differ(expected: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
-    """Whether results differ by more than rounding does, which grows through a deep model."""
-    if [(t.shape, t.dtype) for t in expected] != [(t.shape, t.dtype) for t in found]:
-        return True
-    for a, b in zip(expected, found, strict=True):
-        if not a.is_floating_point() or a.numel() == 0 or a.is_meta:
-            continue
-        limit, wide = _ROUNDING.get(a.dtype, 0.1), torch.float64 if a.dtype == torch.float64 else torch.float32
-        a, b = a.to(wide).nan_to_num(), b.to(wide).nan_to_num()
-        scale = a.square().mean().sqrt()
-        if not (b - a).square().mean().sqrt() <= limit * (scale + 1e-2):
-            return True
-    return False
+def _differ(stock: Record, fused: Record) -> bool:
+    return differ([*stock.values, *stock.buffers], [*fused.values, *fused.buffers])

@@ -6,12 +6,11 @@ activation in place, nn.Identity, a dropout) it is made to give another one of t
 before such a call is not to use what the call gave. No dropout draws: what comes out is the model's but for its noise.
 """
 
-import copy
 import gc
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,23 +18,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import _children
 from ..modules import _CONTAINERS
-from . import foreign
 from .measure import Like
 
-# Asking these of a tensor is no use of its values.
+# Asking these of a tensor is no use of its values. `requires_grad` is: parameters are frozen here, and who asks may be
+# about to hang a hook on the tensor.
 _FACTS = {
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "nelement", "stride", "ndimension", "__len__")),
     *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "is_contiguous")),
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_meta", "grad_fn")
-    ),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
 }
 
 _NOISE = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
@@ -63,7 +58,8 @@ class Record:
         results: the tensors that somebody has hold of when the forward is over: what the model gives, or keeps.
         memory: whose memory each tensor has, by a number.
         numbers: of tensors, by their id.
-        values: what came out, and the buffers as they were then.
+        values: what came out.
+        buffers: as they were then.
     """
 
     def __init__(
@@ -73,10 +69,11 @@ class Record:
         memory: Mapping[int, int] | None = None,
         numbers: Mapping[int, int] | None = None,
         values: Sequence[Tensor] = (),
+        buffers: Sequence[Tensor] = (),
     ) -> None:
         self.calls = calls
         self.results = results
-        self.values = values
+        self.values, self.buffers = values, buffers
         self._memory, self._numbers = memory or {}, numbers or {}
         self._at = {id(call): i for i, call in enumerate(calls)}
         self.takers: dict[int, list[Call]] = defaultdict(list)
@@ -307,9 +304,10 @@ def observe(model: nn.Module, example: Any, is_leaf: Callable[[nn.Module], bool]
                 stack.callback(handle.remove)
         with watch:
             results = call_with(model, example)
-        values = [tensor.detach().clone() for tensor in (*_tensors(results), *model.buffers())]
+        values = [tensor.detach().clone() for tensor in _tensors(results)]
+        buffers = [buffer.detach().clone() for buffer in model.buffers()]
         used = watch.held()  # while the results are there
-    return Record(watch.calls, used, watch.memory(), watch._numbers, values)
+    return Record(watch.calls, used, watch.memory(), watch._numbers, values, buffers)
 
 
 def _own(model: nn.Module) -> list[nn.Module]:
@@ -326,71 +324,3 @@ def _tensors(tree: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in seen:
             seen.add(id(leaf))
             yield from _tensors(list(vars(leaf).values()), seen)
-
-
-def _in_rows(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Record:
-    """The calls that are sure without a forward: modules of an nn.Sequential, one after the other."""
-    calls: list[Call] = []
-    value = 0
-    rows = [module for module in model.modules() if _is_row(module)]
-    inner = {id(child) for row in rows for child in row._modules.values() if _is_row(child) and not _is_seen(child)}
-    for module in rows:
-        if id(module) in inner:
-            continue
-        for parent, name in _flat(module):
-            child: Any = parent._modules[name]
-            within = foreign.inner_norm(child)
-            if within is not None and not _is_seen(child):
-                parent, name, child = child, within, child._modules[within]
-            calls.append(Call(child if is_leaf(child) else type(child), (parent, name), (value,), (value + 1,)))
-            value += 1
-        calls.append(Call(type(module), None, (value,), ()))  # whoever calls the row gets what it gives
-        value += 1
-    return Record(calls, set())
-
-
-def _is_row(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
-def _is_seen(row: Any) -> bool:
-    return bool(row._forward_hooks or row._forward_pre_hooks or row._backward_hooks or row._backward_pre_hooks)
-
-
-def _flat(row: nn.Module) -> Iterable[tuple[nn.Module, str]]:
-    for name, child in row._modules.items():
-        if child is not None and _is_row(child) and not _is_seen(child):
-            yield from _flat(child)
-        else:
-            yield row, name
-
-
-def _check(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, but got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model: expected one that is not scripted; fuse it first, then script it")
-    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError("model: expected one that knows its sizes; call it once before")
-    dynamo = sys.modules.get("torch._dynamo")  # which is slow to import, and was if it has compiled anything
-    for module in model.modules():
-        if module._compiled_call_impl is not None or (dynamo and isinstance(module, dynamo.OptimizedModule)):
-            raise TypeError("model: expected one that is not compiled; fuse it first, then compile it")
-
-
-def study(
-    model: nn.Module, example: Any, inplace: bool, is_leaf: Callable[[nn.Module], bool]
-) -> tuple[nn.Module, dict[int, str], Record]:
-    """What every conversion begins with: the model or a copy of it, its modules' names by id, and who calls them.
-
-    Raises:
-        TypeError, ValueError: a model that cannot be converted.
-        What the model raises.
-    """
-    _check(model)
-    if not inplace:
-        model = copy.deepcopy(model)
-    names: dict[int, str] = {}
-    for name, module in model.named_modules():
-        names.setdefault(id(module), name)
-    return model, names, _in_rows(model, is_leaf) if example is None else observe(model, example, is_leaf)
