@@ -20,7 +20,9 @@ import torch
 # In a function that reads eps or num_features, names that tell what for.
 _REBUILDS = re.compile(r"running_(mean|var)|\w*(Group|Instance|Layer|Sync|Frozen|RMS|Ghost)\w*Norm\w*")
 # In a function that sets modes, names that tell of a norm.
-_NORMS = re.compile(r"(?i)\w*batch_?norm\w*|(\w+_)?bns?\d*(_\w+)?|(\w+_)?norms?\d*|norm_layers?")
+_NORMS = re.compile(
+    r"(?i)\w*batch_?norm\w*|(\w+_)?bns?\d*(_\w+)?|(\w+_)?norms?\d*|norm_\w+|running_(mean|var)|track_running_stats"
+)
 
 
 def guarded(name: str) -> Any:
@@ -52,7 +54,10 @@ def means_norm_alone(layer: Any, frame: FrameType | None) -> bool:
     loops = False
     while frame is not None:
         code = frame.f_code
-        if _names(code, _NORMS, code.co_varnames):
+        inner = [
+            c for c in code.co_consts if isinstance(c, CodeType)
+        ]  # the condition may be a lambda or a comprehension
+        if any(_names(c, _NORMS, c.co_varnames) for c in (code, *inner)):
             return True
         loops = loops or dis.opmap["FOR_ITER"] in code.co_code[::2]
         if code.co_name not in ("<listcomp>", "<setcomp>", "<genexpr>"):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from common import generator
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def picture(*shape):
@@ -141,6 +142,32 @@ class InAList(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+class BeginsAsNothing(nn.Module):
+    """Asks what its activation is, in a branch whose norm begins with a weight of 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
+        nn.init.zeros_(self.bn.weight)
+
+    def forward(self, x):
+        return inspected(self, x) + x
+
+
+class Logs(nn.Module):
+    """Keeps things in a list, a dict and a generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
+        self.seen, self.counts, self.generator = [], {"calls": 0}, torch.Generator()
+
+    def forward(self, x):
+        self.seen.append(len(self.seen))
+        self.counts["calls"] += 1
+        return self.act(self.bn(x + torch.rand((), generator=self.generator)))
 
 
 class TwoPlaces(nn.Module):
@@ -326,6 +353,17 @@ def by_mode(m, x):
     return m.act(y) + (0 if m.training else y)
 
 
+def checkpointed(m, x):
+    """What the function takes is kept for its backward, and what the activation gives is written."""
+
+    def body(y):
+        y = m.act(y)
+        y += 1.0
+        return y * 2
+
+    return checkpoint(body, m.bn(x), use_reentrant=False)
+
+
 def hooked(m, x):
     """The hook's gradient is that of what the norm gives."""
     y = m.bn(x)
@@ -346,6 +384,7 @@ FUNCTIONS = {  # what stands in the way of -> the activation, and what becomes o
     inspected: (nn.ReLU, None),
     by_mode: (nn.ReLU, None),
     hooked: (nn.ReLU, "norm"),
+    checkpointed: (nn.SiLU, "norm"),
 }
 
 

@@ -299,7 +299,7 @@ def with_forward_of_its_own():
         (lambda: Asks(reads_statistics), (2, 3, 4, 4), "reads its tensors elsewhere"),
         (lambda: Asks(reads_eps), (2, 3, 4, 4), "code fails without it"),
         (lambda: Asks(asks_its_type), (2, 3, 4, 4), "gives something else without it"),
-        (lambda: Asks(by_reference), (2, 3, 4, 4), "gives something else without it"),
+        (lambda: Asks(by_reference), (2, 3, 4, 4), "by a reference of its own"),
     ],
 )
 def test_layers_that_are_not_what_they_look_like(build, shape, reason):
@@ -312,6 +312,44 @@ def test_layers_that_are_not_what_they_look_like(build, shape, reason):
     assert torch.equal(folded(x), model(x))
     assert reason in folded.fusednorm_report.rows[0].reason
     assert [(name, type(module)) for name, module in folded.named_modules()] == modules
+
+
+def norm_with_a_forward_of_its_own(model):
+    model[1].forward = lambda x: 2 * x
+
+
+def row_with_a_forward_of_its_own(model):
+    model.forward = lambda x: model[1](model[0](x) + 1)
+
+
+def conv_that_stands_elsewhere(model):
+    return nn.ModuleDict({"row": model, "conv": model[0]})
+
+
+@pytest.mark.parametrize(
+    "change", [norm_with_a_forward_of_its_own, row_with_a_forward_of_its_own, conv_that_stands_elsewhere]
+)
+def test_without_an_example(change):
+    model = prepared(row(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)))
+    model = change(model) or model
+    folded = fold(model)
+    assert len(norms(folded)) == 1 and "with this example" not in folded.fusednorm_report.rows[0].reason
+
+
+@pytest.mark.parametrize("given", [None, torch.empty(2, 3, 8, 8, device="meta")])
+def test_meta_device(given):
+    with torch.device("meta"):
+        model = row(nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 1, 3, padding=1)).eval()
+    folded = fold(model, given)
+    assert len(norms(folded)) == (given is None)
+
+
+def test_what_is_left_can_be_scripted_and_traced():
+    model, x = prepared(row(nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3, padding=1))), torch.randn(2, 4, 8, 8)
+    folded = fold(model, x)
+    assert norms(folded) == []
+    for run in (torch.jit.script(folded), torch.fx.symbolic_trace(folded)):
+        torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

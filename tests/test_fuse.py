@@ -14,6 +14,7 @@ from fuse_models import (
     ActFirst,
     ActTwice,
     Apart,
+    BeginsAsNothing,
     Case,
     ConvNormAct,
     Counting,
@@ -22,6 +23,7 @@ from fuse_models import (
     InAList,
     InPlaceIgnored,
     Keeps,
+    Logs,
     Looks,
     OwnOutput,
     Recurrent,
@@ -67,6 +69,7 @@ CASES = {
     "recurrent": (Recurrent, {"block.bn": "norm-act"}),
     "counting": (Counting, {"bn": "norm-act"}),
     "remembers": (Remembers, {"bn": "norm-act"}),
+    "begins as nothing": (BeginsAsNothing, {"bn": None}),
 } | {f.__name__: (lambda f=f, act=act: Case(f, act()), {"bn": order}) for f, (act, order) in FUNCTIONS.items()}
 cases = pytest.mark.parametrize("name", CASES)
 
@@ -180,6 +183,33 @@ def test_observing_changes_nothing(name, training):
     assert all(p.grad is None for p in stock.parameters())
 
 
+def test_what_modules_keep_is_as_before():
+    stock = Logs().double()
+    state = stock.generator.get_state()
+    ours = fuse(stock, picture(), inplace=True)
+    assert ours.fusednorm_report.rows[0].order == "norm-act"
+    assert (ours.seen, ours.counts) == ([], {"calls": 0})
+    assert torch.equal(ours.generator.get_state(), state)
+
+
+def test_an_example_of_a_class_of_its_own():
+    """As PyTorch Geometric's batches, which models write."""
+
+    class Batch:
+        def __init__(self, x):
+            self.x = x
+
+    class Writes(ConvNormAct):
+        def forward(self, batch):
+            batch.x = super().forward(batch.x)
+            return batch.x
+
+    batch = Batch(picture())
+    given = batch.x
+    assert fuse(Writes().double(), batch).fusednorm_report.rows[0].order == "norm-act"
+    assert batch.x is given
+
+
 class TestWithoutExample:
     def test_rows(self):
         ours = fuse(without_noise(sequence().double()))
@@ -195,6 +225,25 @@ class TestWithoutExample:
         model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.ReLU())
         model[0].register_forward_hook(lambda module, args, output: None)
         assert fuse(model).fusednorm_report.rows[0].order == "norm"
+
+    def test_a_row_with_code_of_its_own(self):
+        model = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+        model[0].forward = lambda x: model[0][1](model[0][0](x) + x)
+        assert fuse(model).fusednorm_report.rows[0].order is None
+
+    @pytest.mark.parametrize("function", [lambda m, x: m.row(x) + m.part(x), lambda m, x: m.row(x) + m.part[0](x)])
+    def test_what_stands_elsewhere_too(self, function):
+        class Elsewhere(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.part = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
+                self.row = nn.Sequential(self.part[0], nn.ReLU(), nn.Sequential(nn.ReLU(), self.part), nn.ReLU())
+
+            def forward(self, x):
+                return function(self, x)
+
+        stock = Elsewhere().double().eval()
+        torch.testing.assert_close(fuse(stock)(picture()), stock(picture()))
 
     def test_own_code_is_left_alone(self):
         row = fuse(ConvNormAct()).fusednorm_report.rows[0]

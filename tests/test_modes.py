@@ -53,6 +53,26 @@ def freeze(m):
         m.eval()
 
 
+NORM_TYPES = nn.BatchNorm1d, nn.BatchNorm2d
+
+
+def walk_by_types(net):
+    for m in net.modules():
+        if isinstance(m, NORM_TYPES):
+            m.eval()
+
+
+def walk_by_statistics(net):
+    for m in net.modules():
+        if hasattr(m, "running_mean"):
+            m.eval()
+
+
+def walk_of_a_filter(net):
+    for m in filter(lambda m: isinstance(m, nn.BatchNorm1d), net.modules()):
+        m.eval()
+
+
 class OwnTrain(nn.Sequential):
     def train(self, mode=True):
         super().train(mode)
@@ -82,6 +102,9 @@ IDIOMS = {
     "walk of norms behind eval": lambda net: walk_of_norms(net.eval(), True),
     "walk by class name": walk_by_class_name,
     "in a comprehension": lambda net: [m.eval() for m in net.modules() if isinstance(m, nn.BatchNorm1d)],
+    "walk by types": walk_by_types,
+    "walk by statistics": walk_by_statistics,
+    "walk of a filter": walk_of_a_filter,
     "applied": lambda net: net.apply(freeze),
     "train applied": lambda net: net.eval().apply(lambda m: m.train()),
     "picked": lambda net: net[1].eval() and None,

@@ -132,7 +132,10 @@ def _walk(record: Record, norm: Call, forward: bool, taken: set[str]) -> tuple[l
         if stage.kind in kinds:
             return stages, None
         if call.modes != norm.modes:
-            return stages, f"{type(stage.module).__name__} is called with gradients or autocast switched otherwise"
+            return (
+                stages,
+                f"{type(stage.module).__name__} is called in another mode (gradients, autocast, a checkpoint)",
+            )
         if not forward and (reason := _stays_ahead(record, call)) is not None:
             return stages, reason
         kinds.add(stage.kind)

@@ -8,10 +8,10 @@ the norm never shifts the zeros, and what its t gives is less at the border. A m
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
-from .. import modules
+from .. import _children, modules
 from . import foreign
 from .chains import NORMS, kind, outermost
 from .compare import differ
@@ -20,7 +20,7 @@ from .report import Report, Row
 from .rewire import replace
 from .study import study
 
-_CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 _TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 _LINEAR = *_CONVOLUTIONS, *_TRANSPOSED, nn.Linear
 
@@ -37,18 +37,15 @@ class ShiftedConv(nn.Module):
     Shape: that of `conv`.
     """
 
-    taps: Tensor
-
-    def __init__(self, conv: nn.Module, taps: Tensor) -> None:
+    def __init__(self, conv: Any, taps: Tensor) -> None:
         super().__init__()
+        same = conv.kernel_size, conv.stride, conv.padding, conv.dilation
         self.conv = conv
-        self.register_buffer("taps", taps)
+        self.border = type(conv)(1, len(taps), *same, bias=False, device="meta")
+        self.border.weight = nn.Parameter(taps, requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        conv: Any = self.conv
-        ones = self.taps.new_ones(1, 1, *input.shape[2:])
-        border = _CONVOLUTIONS[type(conv)](ones, self.taps, None, conv.stride, conv.padding, conv.dilation)
-        return conv(input) + border  # type: ignore[no-any-return]
+        return self.conv(input) + self.border(torch.ones_like(input[:1, :1]))  # type: ignore[no-any-return]
 
 
 def fold(model: nn.Module, example: Any = None, *, inplace: bool = False) -> nn.Module:
@@ -80,7 +77,9 @@ def fold(model: nn.Module, example: Any = None, *, inplace: bool = False) -> nn.
     found = {id(norm): _into(record, weights, norm, opened[id(norm)]) for norm in norms}
     original, held = model, [(module, module._parameters.copy(), module._modules.copy()) for module in model.modules()]
     model = _folded(model, norms, opened, found)
-    if example is not None and (wrong := _found_wrong(model, example, record)) is not None:
+    folded = [names[id(norm)] for norm in norms if isinstance(found[id(norm)], tuple)]
+    wrong = _found_wrong(model, example, record, folded) if folded and example is not None else None
+    if wrong is not None:
         for module, parameters, children in held:
             module._parameters.update(parameters)
             module._modules.update(children)
@@ -110,13 +109,19 @@ def _folded(
     return model
 
 
-def _found_wrong(model: nn.Module, example: Any, stock: Record) -> str | None:
+def _found_wrong(model: nn.Module, example: Any, stock: Record, folded: Sequence[str]) -> str | None:
     """Why the model is not to be folded, if a forward of what it would be shows that."""
     try:
         found = observe(model, example, _is_leaf)
     except Exception as error:  # of the model: it looked at what it calls
-        return f"the model's own code fails without it: {error}"
-    return "the model gives something else without it" if differ(stock.values, found.values) else None
+        return f"the model's own code fails without {_all(folded)}: {error}"
+    if not all(found.calls_of(model.get_submodule(name)) for name in folded):
+        return f"the model calls {_all(folded)} by a reference of its own"
+    return f"the model gives something else without {_all(folded)}" if differ(stock.values, found.values) else None
+
+
+def _all(norms: Sequence[str]) -> str:
+    return "it" if len(norms) == 1 else "it or others"  # and which of them is to blame cannot be told
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -131,14 +136,14 @@ def _into(record: Record, weights: Sequence[Tensor], called: nn.Module, norm: An
     """
     own = record.calls_of(called)
     if len(own) != 1:
-        return "it is not called with this example" if not own else "it is called several times"
+        return "it is called several times" if own else record.uncalled
     if norm.running_mean is None:
         return "it has no running statistics"
     if norm.training:
         return "it normalises by the batch: call eval() first"
     ours = isinstance(norm, modules._FusedBatchNorm)
-    if called._forward_hooks or called._forward_pre_hooks:
-        return "it has hooks"
+    if not _children._is_plain(called):
+        return "it has hooks or a forward of its own"
     if any(record.reads(tensor) for tensor in (*called.parameters(), *called.buffers())):
         return "the model reads its tensors elsewhere, too"
     if ours and norm.drop is not None and norm.drop.training:
@@ -208,12 +213,20 @@ def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
 def _pads_with_zeros(layer: Any) -> bool:
     if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros":
         return False
-    return layer.padding == "same" or (layer.padding != "valid" and any(layer.padding))
+    if isinstance(layer.padding, str):
+        return layer.padding == "same" and any(size > 1 for size in layer.kernel_size)
+    return any(layer.padding)
+
+
+def _shifts(norm: Any) -> bool:
+    """Whether it makes something else of zeros; of values that are not known, it may."""
+    shift = _scale_and_shift(norm)[1]
+    return shift.is_meta or bool(shift.any())
 
 
 def _does_not_pay(layer: Any, norm: Any, call: Call) -> str | None:
     """Why a norm ahead of a convolution with zero padding stays: the map is a pass over the output."""
-    if not _pads_with_zeros(layer) or not _scale_and_shift(norm)[1].any():
+    if not _pads_with_zeros(layer) or not _shifts(norm):
         return None
     if call.likes is None:
         return "the convolution behind it pads with zeros, and without an example it cannot be told whether that pays"
@@ -248,7 +261,7 @@ def _fold_ahead(model: nn.Module, layer: Any, norm: Any) -> nn.Module:
         taps = (grouped * shift.view(by_input)).sum(2).view(out, 1, *kernel)
         given = taps.flatten(1).sum(1)
     old = None if layer.bias is None else layer.bias.detach().double()
-    if _pads_with_zeros(layer) and shift.any():
+    if _pads_with_zeros(layer) and _shifts(norm):
         _set(layer, scaled, old)
         return replace(model, layer, ShiftedConv(layer, taps.to(layer.weight)))
     _set(layer, scaled, given if old is None else old + given)

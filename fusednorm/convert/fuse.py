@@ -60,7 +60,8 @@ def fuse(
     Raises:
         TypeError: `model` is no module, is scripted or compiled; `include` or `exclude` is neither.
         ValueError: `model` is lazy, and has seen no input yet; `small` is none of these.
-        What the model raises with `example`; it is unchanged then.
+        What the model raises with `example`, which does not ask for gradients; it is unchanged then.
+        What `copy.deepcopy` raises, as for the old `weight_norm`: convert such a model `inplace`.
     """
     wanted = _picker("include", include, True), _picker("exclude", exclude, False)
     check_small(small)
@@ -104,9 +105,7 @@ def _why_not(chain: Chain, record: Record, blind: bool, small: Small, training: 
     calls = record.calls_of(chain.norm)
     if calls:
         return _too_small(chain, calls[0], small, training)
-    if not blind:
-        return "not called"
-    return None if kind(chain.norm) == "whole" else "outside nn.Sequential only an example shows who calls it"
+    return None if blind and kind(chain.norm) == "whole" else record.uncalled
 
 
 def _too_small(chain: Chain, call: Call, small: Small, training: bool) -> str | None:
@@ -188,8 +187,14 @@ def _found_wrong(
             return {id(chain.norm): elsewhere for chain in strays + twice}
         wrong = _differ(stock, record) or (other is not None and _differ(other, again(model, other_mode=True)))
     except Exception as error:  # of the model: it looked at what it calls
-        return {id(chain.norm): f"the model's own code fails with it: {error}" for chain in everyone}
-    return {id(chain.norm): "the model gives something else with it" for chain in everyone} if wrong else {}
+        return {id(chain.norm): f"the model's own code fails with {_all(everyone)}: {error}" for chain in everyone}
+    return (
+        {id(chain.norm): f"the model gives something else with {_all(everyone)}" for chain in everyone} if wrong else {}
+    )
+
+
+def _all(chains: list[Chain]) -> str:
+    return "it" if len(chains) == 1 else "it and others"  # and which of them is to blame cannot be told
 
 
 def _differ(stock: Record, fused: Record) -> bool:

@@ -6,10 +6,11 @@ activation in place, nn.Identity, a dropout) it is made to give another one of t
 before such a call is not to use what the call gave. No dropout draws: what comes out is the model's but for its noise.
 """
 
+import copy
 import gc
 import random
 import sys
-from collections import defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -48,7 +50,7 @@ class Call:
     gives: tuple[int, ...]
     likes: tuple[Like, Like] | None = None  # of a leaf: the first tensor taken, and the first given
     writes: tuple[int, ...] = ()  # those taken that it changed
-    modes: tuple[bool, ...] = ()  # of autograd and autocast, in which it was made
+    modes: tuple[Any, ...] = ()  # of autograd and autocast, in which it was made, and what keeps tensors for backward
 
 
 class Record:
@@ -60,6 +62,7 @@ class Record:
         numbers: of tensors, by their id.
         values: what came out.
         buffers: as they were then.
+        uncalled: what is to be said of a module without a call.
     """
 
     def __init__(
@@ -70,10 +73,12 @@ class Record:
         numbers: Mapping[int, int] | None = None,
         values: Sequence[Tensor] = (),
         buffers: Sequence[Tensor] = (),
+        uncalled: str = "it is not called with this example",
     ) -> None:
         self.calls = calls
         self.results = results
         self.values, self.buffers = values, buffers
+        self.uncalled = uncalled
         self._memory, self._numbers = memory or {}, numbers or {}
         self._at = {id(call): i for i, call in enumerate(calls)}
         self.takers: dict[int, list[Call]] = defaultdict(list)
@@ -105,7 +110,9 @@ class Record:
         earlier = {v for v, maker in makers.items() if maker is None or self._at[id(maker)] < at}
         if any(makers[v] is None or v in self.results for v in earlier):
             return False
-        return all(taker is writer or {*taker.gives} <= earlier for v in earlier for taker in self.takers[v])
+        # What gives no tensor, as numpy() does, may have given hold of the memory.
+        takers = [taker for v in earlier for taker in self.takers[v] if taker is not writer]
+        return all(taker.gives and {*taker.gives} <= earlier for taker in takers)
 
     def written_after(self, value: int, call: Call) -> bool:
         """Whether a later call changes a value."""
@@ -211,9 +218,10 @@ class _Watch(TorchFunctionMode):
         return {n: t.untyped_storage()._cdata for n, t in known.items()}
 
 
-def _modes() -> tuple[bool, ...]:
+def _modes() -> tuple[Any, ...]:
     casts = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *casts
+    keepers = torch._C._autograd._top_saved_tensors_default_hooks(True)  # a checkpoint has its own
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *casts, keepers
 
 
 def _references(tensors: list[Tensor]) -> list[int]:
@@ -231,17 +239,24 @@ def _versions(tree: Any) -> list[int]:
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Buffers, modes, generators and what modules keep as attributes come back as they were.
 
-    Meanwhile no parameter asks for a gradient, so that none are computed, though the model finds them switched on.
+    Meanwhile no parameter asks for a gradient, so that none are computed, though the model finds them switched on. And
+    a norm's weight is not all 0, as it is where a branch begins as nothing: what is tried there would not show.
     """
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     buffers = {id(b): (b, b.detach().clone()) for b in model.buffers()}
     owners = [(module, dict(module._buffers), _attributes(module)) for module in _own(model)]
+    kept = [undo for _, _, held in owners for value in held.values() if (undo := _kept(value)) is not None]
+    silent = [
+        (w, w.data) for m in _own(model) if isinstance(m, _NormBase) if (w := m.weight) is not None and _is_zero(w)
+    ]
     numpy = sys.modules.get("numpy")
     state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type not in ("cpu", "meta")}
     try:
         for parameter in learned:
             parameter.requires_grad_(False)
+        for weight, zeros in silent:
+            weight.data = torch.ones_like(zeros)
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -252,6 +267,10 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learned:
             parameter.requires_grad_()
+        for weight, zeros in silent:
+            weight.data = zeros
+        for undo in kept:
+            undo()
         random.setstate(state)
         if numpy:
             numpy.random.set_state(numpy_state)
@@ -271,6 +290,25 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _CONTAINERS}
 
 
+def _kept(value: Any) -> Callable[[], Any] | None:
+    """What gives a container, or a generator, back what is in it now."""
+    exact = type(value)
+    if exact in (list, deque):
+        held = list(value)
+        return lambda: (value.clear(), value.extend(held))
+    if exact in (dict, set, defaultdict, OrderedDict, Counter):
+        copied: Any = value.copy()
+        return lambda: (value.clear(), value.update(copied))
+    if exact is torch.Generator:
+        state = value.get_state()
+        return lambda: value.set_state(state)
+    return None
+
+
+def _is_zero(weight: Tensor) -> bool:
+    return not weight.is_meta and not weight.any()
+
+
 def call_with(model: nn.Module, example: Any) -> Any:
     """model(example): a tuple or list are its arguments, a dict its keywords."""
     if isinstance(example, dict):
@@ -287,7 +325,7 @@ def observe(model: nn.Module, example: Any, is_leaf: Callable[[nn.Module], bool]
     Raises:
         What the model raises.
     """
-    example = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, example)
+    example = tree_map(_copy, example)
     watch = _Watch(model, is_leaf)
     with ExitStack() as stack:
         stack.enter_context(_unchanged(model))
@@ -308,6 +346,16 @@ def observe(model: nn.Module, example: Any, is_leaf: Callable[[nn.Module], bool]
         buffers = [buffer.detach().clone() for buffer in model.buffers()]
         used = watch.held()  # while the results are there
     return Record(watch.calls, used, watch.memory(), watch._numbers, values, buffers)
+
+
+def _copy(leaf: Any) -> Any:
+    """Of something in an example, which the model may write."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone()
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # it has no copies
+        return leaf
 
 
 def _own(model: nn.Module) -> list[nn.Module]:

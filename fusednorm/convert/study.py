@@ -52,37 +52,43 @@ def _in_rows(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Record:
     calls: list[Call] = []
     value, memory = 0, {0: 0}
     rows = [module for module in model.modules() if _is_row(module)]
+    # What stands elsewhere, too, may be called from there.
+    others = [module for module in model.modules() if not _is_row(module)]
+    elsewhere = {id(child) for module in others for child in module._modules.values()}
     inner = {id(child) for row in rows for child in row._modules.values() if _is_row(child) and not _is_seen(child)}
     for module in rows:
-        if id(module) in inner:
+        if id(module) in inner - elsewhere:
             continue
         first = memory[value] = value
-        for parent, name in _flat(module):
+        for parent, name in _flat(module, elsewhere):
             child: Any = parent._modules[name]
-            within = foreign.inner_norm(child)
+            within, alone = foreign.inner_norm(child), id(child) not in elsewhere
             if within is not None and not _is_seen(child):
                 parent, name, child = child, within, child._modules[within]
-            calls.append(Call(child if is_leaf(child) else type(child), (parent, name), (value,), (value + 1,)))
+            calls.append(
+                Call(child if alone and is_leaf(child) else type(child), (parent, name), (value,), (value + 1,))
+            )
             fresh = next(child.parameters(), None) is not None  # or else it may give what it takes, or a view
             memory[value + 1] = value + 1 if fresh else memory[value]
             value += 1
         # Whoever calls the row gets what it gives, and may then write what it took.
         calls.append(Call(type(module), None, (value,), (), writes=(first,)))
         value += 1
-    return Record(calls, set(), memory)
+    return Record(calls, set(), memory, uncalled="outside nn.Sequential only an example shows who calls it")
 
 
 def _is_row(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return plain and "forward" not in vars(module)
 
 
 def _is_seen(row: Any) -> bool:
     return bool(row._forward_hooks or row._forward_pre_hooks or row._backward_hooks or row._backward_pre_hooks)
 
 
-def _flat(row: nn.Module) -> Iterable[tuple[nn.Module, str]]:
+def _flat(row: nn.Module, elsewhere: set[int]) -> Iterable[tuple[nn.Module, str]]:
     for name, child in row._modules.items():
-        if child is not None and _is_row(child) and not _is_seen(child):
-            yield from _flat(child)
+        if child is not None and _is_row(child) and not _is_seen(child) and id(child) not in elsewhere:
+            yield from _flat(child, elsewhere)
         else:
             yield row, name
