@@ -158,7 +158,7 @@ cuda:
 	|| { echo "nvcc is needed, of the CUDA that $(CUDA_TORCH) is built with: put it on the PATH or set CUDA_HOME"; exit 1; }
 	@$(MAKE) -s VENV=$(CUDA_VENV) TORCH='$(CUDA_TORCH)' cuda-library
 
-cuda-library: $(TOOLS)
+cuda-library: $(TOOLS) $(if $(VENV),$(VENV)/.cuda-tools-installed)
 	$(call say,Compiling the operators with their CUDA kernels for $(TORCH_CUDA_ARCH_LIST))
 	@start=$$(date +%s); \
 	FUSEDNORM_CUDA=1 TORCH_CUDA_ARCH_LIST='$(TORCH_CUDA_ARCH_LIST)' $(PY) setup.py --quiet build \
@@ -166,6 +166,15 @@ cuda-library: $(TOOLS)
 	$(call say,Checking that library)
 	@PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH $(PY) tests/check_cuda_build.py \
 		--architectures '$(TORCH_CUDA_ARCH_LIST)' $(if $(filter-out 0,$(REPORT)),--every)
+	$(call say,Executing its machine code)
+	@FUSEDNORM_CUDA_LIBRARY=$(CUDA_BUILD)/fusednorm/_ops.so PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH \
+		$(PY) -m pytest -q tests/test_cuda_machine.py
+	$(if $(filter-out 0,$(REPORT)),$(call say,Counting instructions and sectors)
+	@PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH $(PY) benchmarks/cuda_counts.py --library $(CUDA_BUILD)/fusednorm/_ops.so)
+
+$(VENV)/.cuda-tools-installed: requirements-cuda.txt $(TORCH_INSTALLED)
+	@$(PY) -m pip install --quiet -r requirements-cuda.txt
+	@touch $@
 
 interpreter:
 	$(call need,torch setuptools)

@@ -6,15 +6,13 @@ costs speed. Ends with a table of registers. What the kernels compute is for oth
 """
 
 import argparse
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 import torch
+from cuda_machine.building import tool
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm
@@ -95,24 +93,10 @@ def check_cpu():
 
 
 # ---- machine code --------------------------------------------------------------------------------------------------
-def find_cuobjdump():
-    """The disassembler's front: from the toolkit, or the one that Triton brings, as torch's CUDA builds do."""
-    try:
-        import triton
-
-        beside = str(Path(triton.__file__).parent / "backends/nvidia/bin")
-    except ImportError:
-        beside = ""
-    places = [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin", beside]
-    found = shutil.which("cuobjdump", path=os.pathsep.join(filter(None, places)))
-    return found or sys.exit("cuobjdump is needed, to read registers from the library: it comes with CUDA or Triton")
-
-
 def machine_code(library):
     """Architectures ("9.0", and "9.0+PTX" where that is kept) and {(architecture, kernel): (registers, stack)}."""
-    dump = subprocess.run(
-        [find_cuobjdump(), "--dump-resource-usage", library], capture_output=True, text=True, check=True
-    )
+    cuobjdump = tool("cuobjdump") or sys.exit("cuobjdump is needed, to read registers from the library")
+    dump = subprocess.run([cuobjdump, "--dump-resource-usage", library], capture_output=True, text=True, check=True)
     names = subprocess.run(["c++filt"], input=dump.stdout, capture_output=True, text=True, check=True).stdout
     architectures, kernels = set(), {}
     for part in re.split(r"^Fatbin ", names, flags=re.M)[1:]:

@@ -92,8 +92,8 @@ FN_DEVICE void apply_tile(const ForwardArguments<T>& q, const Team<T, V>& team, 
                           const Tile& tile, Fragment<T, V>& x) {
   const Draws draws = team.draw(q.stages, seed, tile);
   if (q.p.mask) {
-    uint8_t* saved = mask_byte(q.p.mask, q.chunks.rows, team.visits.row(tile), team.c);
-    if (saved) *saved = static_cast<uint8_t>(draws.byte);
+    const SavedBytes<uint8_t> saved(q.p.mask, q.chunks.rows, team.c, team.visits.end);
+    if (saved.there(tile)) *saved.at(tile) = static_cast<uint8_t>(draws.byte);
   }
   const uint32_t keep = draws.template fragment<V>(team.samples, tile);
   A v[kFragment];
@@ -117,8 +117,8 @@ FN_DEVICE Seed seed_unless_saved(const BackwardArguments<T>& q) {
 template <class T, int V>
 FN_DEVICE uint32_t decisions(const BackwardArguments<T>& q, const Team<T, V>& team, Seed seed, const Tile& tile) {
   if (!q.p.mask) return team.draw(q.stages, seed, tile).template fragment<V>(team.samples, tile);
-  const uint8_t* saved = mask_byte(q.p.mask, q.chunks.rows, team.visits.row(tile), team.c);
-  return Draws(saved ? *saved : 0).template fragment<V>(team.samples, tile);
+  const SavedBytes<const uint8_t> saved(q.p.mask, q.chunks.rows, team.c, team.visits.end);
+  return Draws(saved.there(tile) ? *saved.at(tile) : 0).template fragment<V>(team.samples, tile);
 }
 
 // dz of a fragment.

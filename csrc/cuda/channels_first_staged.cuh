@@ -63,13 +63,13 @@ struct StagedTeam {
   // What a saved mask holds for the fragment: the thread's byte, and its bits.
   template <class Arguments>
   FN_DEVICE uint32_t saved(const Arguments& q, const Tile& tile) const {
-    const uint8_t* byte = mask_byte<const uint8_t>(q.p.mask, window.rows, visits.row(tile), c);
-    return Draws(byte ? uint32_t{*byte} : 0u).template fragment<V>(samples, tile);
+    const SavedBytes<const uint8_t> bytes(q.p.mask, window.rows, c, visits.end);
+    return Draws(bytes.there(tile) ? uint32_t{*bytes.at(tile)} : 0u).template fragment<V>(samples, tile);
   }
   template <class Arguments>
   FN_DEVICE void save(const Arguments& q, const Tile& tile, uint32_t byte) const {
-    uint8_t* to = mask_byte(q.p.mask, window.rows, visits.row(tile), c);
-    if (to) *to = static_cast<uint8_t>(byte);
+    const SavedBytes<uint8_t> bytes(q.p.mask, window.rows, c, visits.end);
+    if (bytes.there(tile)) *bytes.at(tile) = static_cast<uint8_t>(byte);
   }
   FN_DEVICE Drawn draw(const Program<A>& program, Seed seed, const Tile& tile, A (&m)[kFragment]) const {
     return draw_fragment<V>(program, seed, samples, tile, visits.row(tile), c, m);

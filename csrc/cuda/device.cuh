@@ -73,7 +73,13 @@ FN_DEVICE Pack<T, V> load(const T* p) {
 }
 template <int V, class T>
 FN_DEVICE void store(T* p, const Pack<T, V>& pack) {
-  *reinterpret_cast<Pack<T, V>*>(p) = pack;
+  if constexpr (sizeof(pack) == 16) {  // under a condition nvcc would make four stores of it
+    const uint4 v = *reinterpret_cast<const uint4*>(&pack);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+  } else {
+    *reinterpret_cast<Pack<T, V>*>(p) = pack;
+  }
 }
 
 FN_DEVICE float half_of(uint32_t word, int half, BFloat16) {
@@ -134,6 +140,10 @@ FN_DEVICE T* shared_memory(int offset = 0) {
   extern __shared__ __align__(16) unsigned char bytes[];
   return reinterpret_cast<T*>(bytes + offset);
 }
+
+// a / b to two units in the last place: a division in full has a way for every b.
+FN_DEVICE float ratio(float a, float b) { return __fdividef(a, b); }
+FN_DEVICE double ratio(double a, double b) { return a / b; }
 
 FN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 

@@ -28,7 +28,7 @@ struct Cut {
 
 // Blocks of 256 threads that a multiprocessor holds at once, which is what the kernels are compiled for: 80 registers a
 // thread forward, channels-first, and 128 elsewhere.
-constexpr int kForwardBlocks = 3, kBackwardBlocks = 2, kColumnBlocks = 2;
+inline constexpr int kForwardBlocks = 3, kBackwardBlocks = 2, kColumnBlocks = 2;
 constexpr int kTileRows = 256;  // channels-first, a warp's unit
 constexpr int kMaxChunks = 65535;
 constexpr int64_t kMaxChunkRows = 1 << 30;

@@ -97,11 +97,11 @@ FN_DEVICE void merge_fragment(Moments<A>& m, const A (&v)[8]) {
   A m2 = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) m2 = math::fma(v[i] - mean, v[i] - mean, m2);
-  m = math::merge(m, Moments<A>{A(8), mean, m2}, A(8) / (m.count + A(8)));
+  m = math::merge(m, Moments<A>{A(8), mean, m2}, ratio(A(8), m.count + A(8)));
 }
 template <class A>
 FN_DEVICE void merge_value(Moments<A>& m, A v) {
-  m = math::merge(m, Moments<A>{A(1), v, A(0)}, A(1) / (m.count + A(1)));
+  m = math::merge(m, Moments<A>{A(1), v, A(0)}, ratio(A(1), m.count + A(1)));
 }
 
 // What a part of a set adds to the two sums from which the moments of the set follow:

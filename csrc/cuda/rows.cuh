@@ -314,11 +314,16 @@ FN_DEVICE uint32_t byte_of_fragments(uint32_t bits) {
   return byte;
 }
 
-// Where the thread's byte of a saved mask (C, ceil(rows / 8)) is, or null beyond the last row.
+// A channel's bytes of a saved mask (C, ceil(rows / 8)), one for each Philox call: those of a chunk that ends before
+// the row `end`. Tiles begin at multiples of 8 rows, so a tile's first byte lies as far before the last one as it has
+// bytes left.
 template <class Byte>
-FN_DEVICE Byte* mask_byte(Byte* mask, int64_t rows, int64_t row, int64_t c) {
-  const int64_t own = row + lane() * math::kRowsPerCall;
-  return own < rows ? mask + c * ((rows + 7) / 8) + own / 8 : nullptr;
-}
+struct SavedBytes {
+  Byte* own;  // the thread's, if a tile began at the end
+  FN_DEVICE SavedBytes(Byte* mask, int64_t rows, int64_t c, int64_t end)
+      : own(mask + c * ((rows + 7) / 8) + (end + 7) / 8 + lane()) {}
+  FN_DEVICE Byte* at(const Tile& tile) const { return own - (tile.left + 7 >> 3); }
+  FN_DEVICE bool there(const Tile& tile) const { return lane() * math::kRowsPerCall < tile.left; }
+};
 
 }  // namespace fusednorm::cuda

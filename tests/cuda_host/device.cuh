@@ -160,6 +160,9 @@ FN_DEVICE T* shared_memory(int offset = 0, FN_SITE) {
   return reinterpret_cast<T*>(host::shared(offset, site));
 }
 
+FN_DEVICE float ratio(float a, float b) { return a / b; }
+FN_DEVICE double ratio(double a, double b) { return a / b; }
+
 FN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
 }
@@ -201,7 +204,8 @@ void launch(const char* name, const Launch& at, void (*kernel)(Arguments), const
     const Bound* bound = static_cast<const Bound*>(p);
     bound->kernel(bound->arguments);
   };
-  host::run(name, {at.grid, at.block, at.shared, at.cluster}, body, &bound);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  host::run({name, body, &bound, function, &arguments, sizeof arguments}, {at.grid, at.block, at.shared, at.cluster});
 }
 
 }  // namespace fusednorm::cuda

@@ -128,7 +128,14 @@ MUTATIONS = (
         "kResidentScratch + 2 * fragments",
         "kResidentScratch + fragments",
     ),
-    Mutation("mask_too_far", "rows.cuh", "return own < rows ?", "return own <= rows + 8 ?", "asan", OVERFLOW),
+    Mutation(
+        "mask_too_far",
+        "rows.cuh",
+        "lane() * math::kRowsPerCall < tile.left",
+        "lane() * math::kRowsPerCall <= tile.left + 8",
+        "asan",
+        OVERFLOW,
+    ),
     # Noise.
     Mutation(
         "wrong_lane", "rows.cuh", "shuffle(byte, i / math::kRowsPerCall)", "shuffle(byte, i % math::kRowsPerCall)"

@@ -536,11 +536,14 @@ void report(Site site, const char* format, ...) {
 }
 
 // ---- launches -------------------------------------------------------------------------------------------------------
-void run(const char* kernel, const Grid& grid, void (*body)(const void*), const void* arguments) {
-  running.kernel = kernel;
+void forget_memory() {}
+void give_memory(const void*, size_t) {}
+
+void run(const Kernel& kernel, const Grid& grid) {
+  running.kernel = kernel.name;
   running.grid = &grid;
-  running.body = body;
-  running.arguments = arguments;
+  running.body = kernel.body;
+  running.arguments = kernel.bound;
   running.random = settings.seed;
   check_launch(grid);
   set_alarm(settings.seconds);
@@ -598,7 +601,7 @@ void run(const char* kernel, const Grid& grid, void (*body)(const void*), const 
   for (auto& cluster : running.old_clusters) free_cluster(std::move(cluster));
   running.old_clusters.clear();
   set_alarm(0);
-  launched.insert(kernel);
+  launched.insert(kernel.name);
 }
 
 void set_order(const char* name) {

@@ -46,9 +46,22 @@ struct Grid {
   size_t shared;
   unsigned cluster;  // blocks along grid.y
 };
-// Runs body(arguments) on every thread of the grid, to the end.
-void run(const char* kernel, const Grid& grid, void (*body)(const void*), const void* arguments);
+struct Kernel {
+  const char* name;
+  void (*body)(const void*);  // for one thread,
+  const void* bound;          // of this
+  // What tests/cuda_machine has instead, which executes the same kernel's machine code.
+  const void* function;
+  const void* arguments;
+  size_t bytes;
+};
+// Runs the kernel on every thread of the grid, to the end.
+void run(const Kernel& kernel, const Grid& grid);
 extern std::set<std::string> launched;  // the kernels that ran so far
+
+// Global memory: of a case that begins there is none, then what it is given. A sanitizer knows that by itself.
+void forget_memory();
+void give_memory(const void* from, size_t bytes);
 
 // ---- settings -------------------------------------------------------------------------------------------------------
 enum class Order { forward, reverse, random };
