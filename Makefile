@@ -168,11 +168,9 @@ cuda-library: $(TOOLS) $(if $(VENV),$(VENV)/.cuda-tools-installed)
 		--architectures '$(TORCH_CUDA_ARCH_LIST)' $(if $(filter-out 0,$(REPORT)),--every)
 	$(call say,Executing its machine code)
 	@FUSEDNORM_CUDA_LIBRARY=$(CUDA_BUILD)/fusednorm/_ops.so PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH \
-		$(PY) -m pytest -q tests/test_cuda_machine.py
-ifneq ($(filter-out 0,$(REPORT)),)
-	$(call say,Counting instructions and sectors)
+		$(PY) -P -m pytest -q tests/test_cuda_machine.py
+	$(call say,Counting its instructions and sectors)
 	@PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH $(PY) benchmarks/cuda_counts.py --library $(CUDA_BUILD)/fusednorm/_ops.so
-endif
 
 $(VENV)/.cuda-tools-installed: requirements-cuda.txt $(TORCH_INSTALLED)
 	@$(PY) -m pip install --quiet -r requirements-cuda.txt

@@ -1,5 +1,5 @@
 """The CUDA kernels on the rows of the GPU benchmark, without a GPU: instructions, sectors and bytes in flight, counted
-in their machine code, and the times that follow from them. `make cuda REPORT=1` prints both.
+in their machine code, and the times that follow from them. `make cuda` prints both.
 
 A few blocks of each launch are executed (tests/cuda_machine) and stand for the others. Counted, and predicted from
 counts: none of it is measured.
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path += [str(ROOT), str(ROOT / "tests")]  # behind the package that is to be tested
 
 from cuda_host import compiling  # noqa: E402
 from cuda_host.cases import NUMBER, Machine  # noqa: E402
@@ -99,8 +99,8 @@ class Counter:
                 moved[opcode[0]] += 32 * parts
                 useful += asked
 
-        def of(pipe: frozenset[str]) -> float:
-            return scale * sum(count for opcode, count in opcodes.items() if opcode in pipe)
+        def of(pipe: frozenset[str]) -> int:
+            return round(scale * sum(count for opcode, count in opcodes.items() if opcode in pipe))
 
         return cuda_model.Counted(
             launch["kernel"],
@@ -108,13 +108,13 @@ class Counter:
             registers=self.registers[launch["kernel"]],
             shared=launch["shared"],
             blocks=math.prod(launch["grid"]),
-            issued=scale * opcodes.total(),
+            issued=round(scale * opcodes.total()),
             alu=of(cuda_model.ALU),
             multiply=of(cuda_model.MULTIPLY),
             float_=of(cuda_model.FLOAT),
-            loaded=scale * moved["L"],
-            stored=scale * moved["S"],
-            useful=scale * useful,
+            loaded=round(scale * moved["L"]),
+            stored=round(scale * moved["S"]),
+            useful=round(scale * useful),
             in_flight=launch["in_flight"],
         )
 

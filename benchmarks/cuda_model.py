@@ -66,13 +66,13 @@ class Counted:
     registers: int
     shared: int
     blocks: int
-    issued: float
-    alu: float
-    multiply: float
-    float_: float
-    loaded: float
-    stored: float
-    useful: float
+    issued: int
+    alu: int
+    multiply: int
+    float_: int
+    loaded: int
+    stored: int
+    useful: int
     in_flight: int
 
     @property

@@ -17,13 +17,13 @@ constexpr int kVector = 16 / sizeof(T);
 
 // Whether all of the tensors can be accessed V values at a time: their addresses, and the length of what is contiguous.
 // Channels-last, a mask is read and written V bytes at a time.
-template <class T>
+template <int V, class T>
 bool vectorises(const Shape& shape, std::initializer_list<const T*> tensors, const uint8_t* mask) {
-  if (shape.channels_last && reinterpret_cast<uintptr_t>(mask) % kVector<T> != 0) return false;
+  if (shape.channels_last && reinterpret_cast<uintptr_t>(mask) % V != 0) return false;
   for (const T* p : tensors) {
-    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
+    if (reinterpret_cast<uintptr_t>(p) % (V * sizeof(T)) != 0) return false;
   }
-  return (shape.channels_last ? shape.C : shape.S) % kVector<T> == 0;
+  return (shape.channels_last ? shape.C : shape.S) % V == 0;
 }
 
 template <class A>
@@ -210,8 +210,10 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
 }
 
 // ---- programs -----------------------------------------------------------------------------------------------------
-// Resident where rows go in packs, as on most maps; staged kernels of single values would spill.
-//
+// Resident where rows go in packs of 8 bytes or more, as on most maps: staged kernels of less would spill.
+template <class T, int V>
+constexpr bool kStagedResident = V > 1 && V * sizeof(T) >= 8;
+
 // What forward, backward and noise have in common.
 template <class Arguments, class T>
 Arguments staged_arguments(const Call& call) {
@@ -265,7 +267,7 @@ void forward_staged(const Context& context, const Call& call, const Forward<T>& 
     return;
   }
   const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
-  if constexpr (V > 1) {
+  if constexpr (kStagedResident<T, V>) {
     if (q.training && run_resident<T>(context, "channels_first_staged_resident_forward", q.shape, part, 1,
                                       channels_first_staged_resident_forward<T, V>, q, set)) {
       return;
@@ -313,7 +315,7 @@ void backward_staged(const Context& context, const Call& call, const Backward<T>
     return;
   }
   const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
-  if constexpr (V > 1) {
+  if constexpr (kStagedResident<T, V>) {
     if (gathers && elements && part.groups == 1 &&
         run_resident<T>(context, "channels_first_staged_resident_backward", q.shape, part, 2,
                         channels_first_staged_resident_backward<T, V>, q, set)) {
@@ -351,13 +353,13 @@ void noise_alone(const Context& context, const Call& call, const T* x, T* y) {
 }
 
 // ---- what backend.h offers ----------------------------------------------------------------------------------------
-// f(V) with as many values at a time as the tensors allow, V or one.
-template <int V, class T, class F>
+// f(V) with as many values at a time as the tensors allow, `Most` or half of that, and so on down to one.
+template <int Most, class T, class F>
 void with_vector(const Shape& shape, std::initializer_list<const T*> tensors, const uint8_t* mask, F f) {
-  if constexpr (V > 1) {
-    if (vectorises<T>(shape, tensors, mask)) return f(std::integral_constant<int, V>{});
+  if constexpr (Most > 1) {
+    if (!vectorises<Most>(shape, tensors, mask)) return with_vector<Most / 2, T>(shape, tensors, mask, f);
   }
-  f(std::integral_constant<int, 1>{});
+  f(std::integral_constant<int, Most>{});
 }
 // Programs in float64 are there for completeness.
 template <class T>

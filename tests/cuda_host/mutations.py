@@ -105,11 +105,11 @@ MUTATIONS = (
     Mutation("row_too_far", "channels_last.cuh", "row + i < end ? load", "row + i <= end ? load", "asan", OVERFLOW),
     Mutation("group_too_few", "channels_last.cuh", "+ kRows - 1) / kRows;", ") / kRows;"),
     # Packs and memory.
-    Mutation("misaligned", "backend.cuh", "% 16 != 0", "% 4 != 0", says="no multiple of that"),
+    Mutation("misaligned", "backend.cuh", "% (V * sizeof(T)) != 0", "% 4 != 0", says="no multiple of that"),
     Mutation(
         "odd_samples_in_packs",
         "backend.cuh",
-        "(shape.channels_last ? shape.C : shape.S) % kVector<T> == 0",
+        "(shape.channels_last ? shape.C : shape.S) % V == 0",
         "true",
         says="no multiple",
     ),

@@ -149,7 +149,21 @@ def all_cases():
         Statistics(70, torch.float32, torch.float32, 12, momentum, 3, groups=groups, last_count=last_count)
         for momentum, groups, last_count in ((0.1, 2, 5), (None, 9, 1), (0.3, 4, 12))
     ]
-    return cases + [DrawSeed(7, 8), DrawSeed(-1, 2**40, 12)]
+    return cases + widths(FLOATS) + [DrawSeed(7, 8), DrawSeed(-1, 2**40, 12)]
+
+
+def widths(dtypes):
+    """Lengths of samples and numbers of channels that 4 divides, or 2, but not 8."""
+    cases = []
+    for dtype in dtypes:
+        for length, channels in ((260, 12), (130, 6)):
+            shape = (4, 2, length)
+            for machine in (STREAMING, FOURS):
+                cases.append(Layer(shape, False, dtype, "relu", 0.3, machine=machine, mask=True))
+                cases.append(Layer(shape, False, dtype, "prelu", 0.3, order="norm-add-drop-act", machine=machine))
+            cases.append(Layer((5, channels, 13), True, dtype, "relu", 0.3, mask=True))
+            cases.append(NoiseItself((2, 3, length), dtype, 0.3, times_x=True))
+    return cases
 
 
 def few_staged(dtype, other):
