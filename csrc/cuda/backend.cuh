@@ -210,9 +210,9 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
 }
 
 // ---- programs -----------------------------------------------------------------------------------------------------
-// Resident where rows go in packs of 8 bytes or more, as on most maps: staged kernels of less would spill.
-template <class T, int V>
-constexpr bool kStagedResident = V > 1 && V * sizeof(T) >= 8;
+// Resident where 4 values go at a time or more, as on most maps: staged kernels of less would spill.
+template <int V>
+constexpr bool kStagedResident = V >= 4;
 
 // What forward, backward and noise have in common.
 template <class Arguments, class T>
@@ -267,7 +267,7 @@ void forward_staged(const Context& context, const Call& call, const Forward<T>& 
     return;
   }
   const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
-  if constexpr (kStagedResident<T, V>) {
+  if constexpr (kStagedResident<V>) {
     if (q.training && run_resident<T>(context, "channels_first_staged_resident_forward", q.shape, part, 1,
                                       channels_first_staged_resident_forward<T, V>, q, set)) {
       return;
@@ -315,7 +315,7 @@ void backward_staged(const Context& context, const Call& call, const Backward<T>
     return;
   }
   const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
-  if constexpr (kStagedResident<T, V>) {
+  if constexpr (kStagedResident<V>) {
     if (gathers && elements && part.groups == 1 &&
         run_resident<T>(context, "channels_first_staged_resident_backward", q.shape, part, 2,
                         channels_first_staged_resident_backward<T, V>, q, set)) {
