@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "tests")]  # behind the package that is to be tested
 
 from cuda_host import compiling  # noqa: E402
-from cuda_host.cases import NUMBER, Machine  # noqa: E402
+from cuda_host.cases import Case, Machine  # noqa: E402
 from cuda_machine import building  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -37,12 +37,11 @@ WORSE = 1.05  # than what is stored, and a row fails
 RESIDENCY = {"automatic": 0, "never": 1}
 
 
-def line(row: Workload, gpu: cuda_model.GPU, residency: str) -> bytes:
+def case(row: Workload, gpu: cuda_model.GPU, residency: str) -> Case:
     """The call as main.cpp of tests/cuda_host takes it, on zeros."""
     n, c, *spatial = row.shape
     s = torch.Size(spatial).numel()
     last = row.channels_last or not spatial
-    element, number = NUMBER[row.dtype], NUMBER[torch.float32]
     saves = row.p > 0 and row.dtype != torch.float32
     machine = Machine(gpu.multiprocessors, gpu.per_block, gpu.cluster, 256, RESIDENCY[residency])
     words = {
@@ -50,12 +49,11 @@ def line(row: Workload, gpu: cuda_model.GPU, residency: str) -> bytes:
         "granularity": row.granularity, "order": row.order, "ghost": 0, "training": 1, "eps": 1e-5, "shift": 0,
         **vars(machine),
     }  # fmt: skip
-    tensors = dict.fromkeys(("x", "g", "y", "dx"), (element, n * c * s)) | {"seed": (NUMBER[torch.int64], 1)}
-    tensors |= dict.fromkeys(("weight", "bias", "mean", "invstd", "stat_var", "dw", "db"), (number, c))
+    tensors = dict.fromkeys(("x", "g", "y", "dx"), ((n, c, s), row.dtype)) | {"seed": ((1,), torch.int64)}
+    tensors |= dict.fromkeys(("weight", "bias", "mean", "invstd", "stat_var", "dw", "db"), ((c,), torch.float32))
     if saves:
-        tensors["mask"] = (NUMBER[torch.uint8], -(-n * s // 8) * c)
-    text = ["layer", *(f"{k}={v}" for k, v in words.items()), *(f"blank:{k}:{d}:{m}" for k, (d, m) in tensors.items())]
-    return (" ".join(text) + "\n").encode()
+        tensors["mask"] = ((-(-n * s // 8), c), torch.uint8)
+    return Case("layer", words, blanks=tensors)
 
 
 def registers(listings: Iterable[Path]) -> dict[str, int]:
@@ -69,12 +67,14 @@ class Counter:
 
     def __init__(self, program: Path, listings: list[Path], room: Path) -> None:
         self.program, self.listings, self.room = program, listings, room
-        self.registers = {building.spelled([name]).pop(): count for name, count in registers(listings).items()}
+        by_symbol = registers(listings)
+        self.registers = {name: by_symbol[symbol] for symbol, name in building.spelled(by_symbol).items()}
 
     def count(self, row: Workload, gpu: cuda_model.GPU, residency: str) -> list[cuda_model.Counted]:
         """The launches of a training step, in order."""
         cases, found = self.room / "cases", self.room / "counts.json"
-        cases.write_bytes(line(row, gpu, residency))
+        with open(cases, "wb") as file:
+            case(row, gpu, residency).write(file)
         compiling.ENVIRONMENT |= {
             "FN_MACHINE_CODE": ":".join(map(str, self.listings)),
             "FN_MACHINE_COUNTS": str(found),

@@ -27,6 +27,7 @@ from cuda_host.compiling import (
     call,
     compile_or_fail,
     copy_sources,
+    plant,
     run,
 )
 from cuda_host.mutations import MUTATIONS, RACE
@@ -87,12 +88,8 @@ class Workshop:
     def _break(self, mutation, needed):
         build, unit = mutation.build, "state" if mutation.file == "state.cu" else "float32"
         tree = shutil.copytree(self.tree, self.room / f"{mutation.name}-{build}")
-        file = tree / "cuda" / mutation.file
         if mutation.old:
-            old = r"\s+".join(re.escape(word) for word in mutation.old.split())  # whatever the formatter does
-            text, count = re.subn(old, lambda _: mutation.new, file.read_text())
-            assert count, f"{mutation.file} has no longer the text that this mutation changes:\n{mutation.old}"
-            file.write_text(text)
+            plant(tree / "cuda" / mutation.file, mutation.old, mutation.new)
         changed = tree / f"{unit}.o"
         flags = ["-O0", *BUILDS[build][1:]]
         source = tree / "cuda" / f"{unit}.cu"

@@ -322,7 +322,7 @@ struct SavedBytes {
   Byte* own;  // the thread's, if a tile began at the end
   FN_DEVICE SavedBytes(Byte* mask, int64_t rows, int64_t c, int64_t end)
       : own(mask + c * ((rows + 7) / 8) + (end + 7) / 8 + lane()) {}
-  FN_DEVICE Byte* at(const Tile& tile) const { return own - (tile.left + 7 >> 3); }
+  FN_DEVICE Byte* at(const Tile& tile) const { return own - ((tile.left + 7) >> 3); }
   FN_DEVICE bool there(const Tile& tile) const { return lane() * math::kRowsPerCall < tile.left; }
 };
 

@@ -218,15 +218,14 @@ def _pads_with_zeros(layer: Any) -> bool:
     return any(layer.padding)
 
 
-def _shifts(norm: Any) -> bool:
-    """Whether it makes something else of zeros; of values that are not known, it may."""
-    shift = _scale_and_shift(norm)[1]
+def _shifts(shift: Tensor) -> bool:
+    """Whether a norm makes something else of zeros; of values that are not known, it may."""
     return shift.is_meta or bool(shift.any())
 
 
 def _does_not_pay(layer: Any, norm: Any, call: Call) -> str | None:
     """Why a norm ahead of a convolution with zero padding stays: the map is a pass over the output."""
-    if not _pads_with_zeros(layer) or not _shifts(norm):
+    if not _pads_with_zeros(layer) or not _shifts(_scale_and_shift(norm)[1]):
         return None
     if call.likes is None:
         return "the convolution behind it pads with zeros, and without an example it cannot be told whether that pays"
@@ -261,7 +260,7 @@ def _fold_ahead(model: nn.Module, layer: Any, norm: Any) -> nn.Module:
         taps = (grouped * shift.view(by_input)).sum(2).view(out, 1, *kernel)
         given = taps.flatten(1).sum(1)
     old = None if layer.bias is None else layer.bias.detach().double()
-    if _pads_with_zeros(layer) and _shifts(norm):
+    if _pads_with_zeros(layer) and _shifts(shift):
         _set(layer, scaled, old)
         return replace(model, layer, ShiftedConv(layer, taps.to(layer.weight)))
     _set(layer, scaled, given if old is None else old + given)

@@ -53,15 +53,18 @@ class Case:
     words: dict
     inputs: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)  # name: (shape in memory, dtype)
+    blanks: dict = field(default_factory=dict)  # likewise: zeros that nobody writes or reads
 
     def write(self, file):
         tensors = [
             f"{'io' if name in self.outputs else 'in'}:{name}:{NUMBER[t.dtype]}:{t.numel()}"
             for name, t in self.inputs.items()
         ]
+        others = {"out": self.outputs, "blank": self.blanks}
         tensors += [
-            f"out:{name}:{NUMBER[dtype]}:{math.prod(shape)}"
-            for name, (shape, dtype) in self.outputs.items()
+            f"{direction}:{name}:{NUMBER[dtype]}:{math.prod(shape)}"
+            for direction, those in others.items()
+            for name, (shape, dtype) in those.items()
             if name not in self.inputs
         ]
         words = [f"{key}={value}" for key, value in self.words.items()]

@@ -1,6 +1,7 @@
 """Compiles the kernels' sources with g++ and runs what comes out."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -38,15 +39,29 @@ def compile_or_fail(*arguments):
     assert child.returncode == 0, child.stderr.decode()[-4000:]
 
 
-def copy_sources(to):
-    """csrc as the kernels see it, with the tests' device.cuh in the place of the real one."""
-    shutil.copytree(SOURCES / "math", to / "math")
+def copy_kernels(to):
+    """What the kernels consist of."""
+    for folder in ("math", "cuda"):
+        shutil.copytree(SOURCES / folder, to / folder)
     shutil.copy(SOURCES / "call.h", to)
-    shutil.copytree(SOURCES / "cuda", to / "cuda")
+    return to
+
+
+def copy_sources(to):
+    """The kernels, with the tests' device.cuh in the place of the real one."""
+    copy_kernels(to)
     for pattern in ("*.cpp", "*.h", "*.cuh"):
         for file in HERE.glob(pattern):
             shutil.copy(file, to / "cuda")
     return to
+
+
+def plant(file, old, new):
+    """Changes a line of a source file."""
+    words = r"\s+".join(re.escape(word) for word in old.split())  # whatever the formatter does
+    text, count = re.subn(words, lambda _: new, file.read_text())
+    assert count, f"{file.name} has no longer the text that this mutation changes:\n{old}"
+    file.write_text(text)
 
 
 def fixed_addresses(program):

@@ -34,8 +34,6 @@
 namespace fusednorm::cuda::host {
 
 const Position* here = nullptr;
-Settings settings;
-std::set<std::string> launched;
 
 namespace {
 
@@ -602,13 +600,6 @@ void run(const Kernel& kernel, const Grid& grid) {
   running.old_clusters.clear();
   set_alarm(0);
   launched.insert(kernel.name);
-}
-
-void set_order(const char* name) {
-  settings.order = !strcmp(name, "forward")   ? Order::forward
-                   : !strcmp(name, "reverse") ? Order::reverse
-                                              : Order::random;
-  settings.seed = settings.order == Order::random ? strtoull(strchr(name, ':') + 1, nullptr, 10) : 0;
 }
 
 }  // namespace fusednorm::cuda::host

@@ -4,6 +4,8 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include <set>
 #include <string>
@@ -57,7 +59,7 @@ struct Kernel {
 };
 // Runs the kernel on every thread of the grid, to the end.
 void run(const Kernel& kernel, const Grid& grid);
-extern std::set<std::string> launched;  // the kernels that ran so far
+inline std::set<std::string> launched;  // the kernels that ran so far
 
 // Global memory: of a case that begins there is none, then what it is given. A sanitizer knows that by itself.
 void forget_memory();
@@ -74,7 +76,13 @@ struct Settings {
   int max_schedulable = 8;  // blocks of a cluster that find room, as where a process has a part of a GPU
   int seconds = 60;         // processor time that a launch may take
 };
-extern Settings settings;
-void set_order(const char* name);  // "forward", "reverse" or "random:SEED"
+inline Settings settings;
+// "forward", "reverse" or "random:SEED"
+inline void set_order(const char* name) {
+  settings.order = !strcmp(name, "forward")   ? Order::forward
+                   : !strcmp(name, "reverse") ? Order::reverse
+                                              : Order::random;
+  settings.seed = settings.order == Order::random ? strtoull(strchr(name, ':') + 1, nullptr, 10) : 0;
+}
 
 }  // namespace fusednorm::cuda::host

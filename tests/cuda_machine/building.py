@@ -69,10 +69,12 @@ def symbols(listing):
 
 
 def spelled(names):
-    """As the source spells them, and the executor: channels_first_apply<float,4>."""
+    """By symbol, as the source spells them, and the executor: channels_first_apply<float,4>."""
+    names = list(names)
     text = call(["c++filt"], input="\n".join(names).encode()).stdout.decode()
     words = [re.sub(r"^void |\(.*$|\s|fusednorm::cuda::", "", line) for line in text.splitlines()]
-    return {word.replace("__nv_bfloat16", "BFloat16").replace("__half", "Float16") for word in words}
+    words = [word.replace("__nv_bfloat16", "BFloat16").replace("__half", "Float16") for word in words]
+    return dict(zip(names, words, strict=True))
 
 
 def executor(room):

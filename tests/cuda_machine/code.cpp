@@ -7,6 +7,7 @@
 #include <fstream>
 #include <iostream>
 
+#include "../cuda/device.cuh"
 #include "instructions.h"
 
 namespace machine {
@@ -79,7 +80,7 @@ uint64_t number(const std::string& text, char type) {
   if (type == 'D') {
     memcpy(&bits, &value, 8);
   } else if (type == 'H') {
-    bits = half_bits(static_cast<float>(value));
+    bits = fusednorm::cuda::narrow<fusednorm::cuda::Float16>(static_cast<float>(value)).bits;
   } else {
     const float single = static_cast<float>(value);
     memcpy(&bits, &single, 4);
@@ -112,7 +113,6 @@ void read_address(const std::string& inside, Operand& to) {
 Operand read_operand(std::string text, char type) {
   using Kind = Operand::Kind;
   Operand found;
-  const std::string whole = text;
   if (const size_t reuse = text.find(".reuse"); reuse != std::string::npos) text.erase(reuse, 6);
   if (starts(text, "`(")) {
     found.kind = Kind::special;
@@ -184,7 +184,6 @@ Instruction read_instruction(uint32_t pc, const std::string& text) {
   }
   found.execute = handler(found.opcode);
   if (!found.execute) fail("unknown instruction " + found.opcode + ": " + text);
-  // Of a conversion from double precision no immediate is taken.
   const char type = found.opcode[0];
   rest = end == std::string::npos ? "" : trimmed(rest.substr(end));
   rest = trimmed(rest.substr(0, rest.find("(*")));  // a branch's targets
@@ -233,7 +232,6 @@ std::map<std::string, Kernel> read_listing(const std::string& path) {
       labels.clear();
       const std::string name = line.substr(at + 9, line.find(',') - at - 9);
       kernel = starts(name, ".text.") ? &kernels[name.substr(6)] : nullptr;
-      if (kernel) kernel->name = name.substr(6);
       data = nullptr;
       if (starts(name, ".nv.constant") && name[13] == '.' && name[12] != '0') {
         data = &kernels[name.substr(14)].constants[name[12] - '0'];

@@ -57,7 +57,6 @@ enum class Mod : int {
 };
 
 struct Kernel {
-  std::string name;                                     // as the linker has it
   std::vector<Instruction> code;                        // at pc / 16
   std::map<int, std::vector<unsigned char>> constants;  // of the banks behind that of the arguments
 };

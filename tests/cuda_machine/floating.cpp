@@ -5,12 +5,15 @@
 
 #include <algorithm>
 
+#include "../cuda/device.cuh"
 #include "instructions.h"
 
 namespace machine {
 namespace {
 
 using I = const Instruction&;
+using fusednorm::cuda::BFloat16;
+using fusednorm::cuda::Float16;
 
 float flushed(I in, float v) { return in.has(Mod::FTZ) && fpclassify(v) == FP_SUBNORMAL ? copysignf(0, v) : v; }
 
@@ -253,15 +256,14 @@ void frnd(Warp& w, I in, Mask active) {
   });
 }
 
-uint32_t bfloat16_bits(float v) {
-  if (isnan(v)) return 0x7fff;
-  const uint32_t bits = bits_of(v);
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+template <class T>
+uint32_t narrowed(float v) {
+  return fusednorm::cuda::narrow<T>(v).bits;
 }
 // Two floats, the first one into the upper half.
 void f2fp(Warp& w, I in, Mask active) {
   const Lanes a = w.read_float(in.operands[1]), b = w.read_float(in.operands[2]);
-  const auto narrow = in.has(Mod::BF16) ? bfloat16_bits : half_bits;
+  const auto narrow = in.has(Mod::BF16) ? narrowed<BFloat16> : narrowed<Float16>;
   Lanes found{};
   for_lanes(active, [&](int i) { found[i] = narrow(as_float(a[i])) << 16 | narrow(as_float(b[i])); });
   w.write(in.operands[0], found, active);
@@ -273,7 +275,7 @@ bool is_zero(const Operand& from) { return from.kind == Operand::Kind::general &
 void hadd2(Warp& w, I in, Mask active) {
   expect(in.has(Mod::F32) && is_zero(in.operands[1]) && in.operands[2].half >= 0, in, "does more than widen");
   const Lanes a = w.read(in.operands[2]);
-  singles(w, in, active, [&](int i) { return half_value(a[i]); });
+  singles(w, in, active, [&](int i) { return fusednorm::cuda::widen(Float16{static_cast<uint16_t>(a[i])}); });
 }
 void hfma2(Warp& w, I in, Mask active) {
   expect(is_zero(in.operands[1]) && is_zero(in.operands[2]), in, "does more than make a constant");
@@ -284,24 +286,6 @@ void hfma2(Warp& w, I in, Mask active) {
 }
 
 }  // namespace
-
-uint32_t half_bits(float v) {
-  if (isnan(v)) return 0x7fff;
-  const uint32_t sign = bits_of(v) >> 16 & 0x8000;
-  const float size = fabsf(v);
-  if (size >= 65520) return sign | 0x7c00;
-  const int exponent = std::max(size == 0 ? -14 : ilogbf(size), -14);
-  const uint32_t steps = static_cast<uint32_t>(rint(ldexp(size, 10 - exponent)));  // may carry into the exponent
-  return sign | ((static_cast<uint32_t>(exponent + 14) << 10) + steps);
-}
-float half_value(uint32_t bits) {
-  const int exponent = bits >> 10 & 31;
-  const uint32_t fraction = bits & 0x3ff;
-  float size = exponent == 31 ? (fraction ? NAN : INFINITY)
-               : exponent     ? ldexpf(static_cast<float>(fraction | 0x400), exponent - 25)
-                              : ldexpf(static_cast<float>(fraction), -24);
-  return bits & 0x8000 ? -size : size;
-}
 
 const Named* floating_instructions() {
   static const Named all[] = {

@@ -20,9 +20,6 @@ const Named* floating_instructions();
 const Named* memory_instructions();
 const Named* control_instructions();
 
-uint32_t half_bits(float value);  // rounds to nearest even
-float half_value(uint32_t bits);
-
 // What an instruction cannot be executed with: ends the process with its text.
 [[noreturn]] void refuse(const Instruction& instruction, const std::string& why);
 inline void expect(bool holds, const Instruction& instruction, const char* why) {

@@ -71,16 +71,7 @@ const std::map<std::string, Kernel>& listing() {
 
 namespace fusednorm::cuda::host {
 
-Settings settings;
-std::set<std::string> launched;
 const Position* here = nullptr;
-
-void set_order(const char* name) {
-  settings.order = strcmp(name, "forward") == 0   ? Order::forward
-                   : strcmp(name, "reverse") == 0 ? Order::reverse
-                                                  : Order::random;
-  if (settings.order == Order::random) settings.seed = strtoull(strchr(name, ':') + 1, nullptr, 10);
-}
 
 namespace {
 std::string kernel_name(const void* function) {
@@ -125,8 +116,7 @@ void run(const Kernel& kernel, const Grid& grid) {
     std::vector<Block> cluster(grid.cluster);
     for (unsigned rank = 0; rank < grid.cluster; ++rank) {
       Block& block = cluster[rank];
-      block = {{grid.grid.x, grid.grid.y},
-               {grid.block.x, grid.block.y},
+      block = {{grid.block.x, grid.block.y},
                {which % grid.grid.x, which / grid.grid.x * grid.cluster + rank},
                rank,
                &cluster,
@@ -145,7 +135,7 @@ void run(const Kernel& kernel, const Grid& grid) {
         }
       }
     }
-    machine::run(cluster, code->second, settings.seed + n);
+    machine::run(cluster, settings.seed + n);
   }
 }
 

@@ -22,7 +22,8 @@ std::map<uint64_t, size_t>& allowed() {
 }
 
 // ---- a cluster ------------------------------------------------------------------------------------------------------
-void step(Warp& w, const Kernel& kernel) {
+void step(Warp& w) {
+  const Kernel& kernel = *w.block->kernel;
   const Mask runs = w.in(State::runs);
   uint32_t pc = ~0u;
   for_lanes(runs, [&](int i) { pc = std::min(pc, w.pc[i]); });
@@ -63,7 +64,7 @@ bool release(std::vector<Block>& cluster) {
 
 }  // namespace
 
-void run(std::vector<Block>& cluster, const Kernel& kernel, uint64_t seed) {
+void run(std::vector<Block>& cluster, uint64_t seed) {
   std::mt19937_64 random(seed);
   using fusednorm::cuda::host::Order;
   const Order order = fusednorm::cuda::host::settings.order;
@@ -88,14 +89,11 @@ void run(std::vector<Block>& cluster, const Kernel& kernel, uint64_t seed) {
                                                    : random() % ready.size();
     Warp& w = *ready[which];
     while (w.in(State::runs)) {
-      step(w, kernel);
+      step(w);
       if (++w.steps > kMostSteps) fail(std::string(running) + ": does not end");
     }
-    for (Block& block : cluster) {
-      if (&block != w.block) continue;
-      block.ended = true;
-      for (const Warp& other : block.warps) block.ended = block.ended && all_wait(other, State::exited);
-    }
+    const std::vector<Warp>& own = w.block->warps;
+    w.block->ended = std::all_of(own.begin(), own.end(), [](const Warp& w) { return all_wait(w, State::exited); });
   }
 }
 
@@ -129,7 +127,7 @@ void report(const Warp& w, const Instruction& in, int lane, const std::string& w
 
 void allow(const void* from, size_t bytes) { allowed()[reinterpret_cast<uint64_t>(from)] = bytes; }
 void forget() { allowed().clear(); }
-unsigned char* global(const Instruction&, uint64_t address, size_t bytes) {
+unsigned char* global(uint64_t address, size_t bytes) {
   auto next = allowed().upper_bound(address);
   if (next == allowed().begin()) return nullptr;
   const auto [from, size] = *--next;

@@ -15,7 +15,7 @@ constexpr int kRankShift = 24;              // a shared address has the block's 
 constexpr uint32_t kSharedWindow = 0x7fff;  // upper half of a generic address in shared memory
 
 struct Block {
-  unsigned grid[2], size[2], id[2];
+  unsigned size[2], id[2];
   unsigned rank = 0;
   std::vector<Block>* cluster = nullptr;
   std::vector<unsigned char> shared;     // from kSharedStart on
@@ -26,13 +26,13 @@ struct Block {
 };
 
 // Runs a cluster's blocks to their end.
-void run(std::vector<Block>& cluster, const Kernel& kernel, uint64_t seed);
+void run(std::vector<Block>& cluster, uint64_t seed);
 extern const char* running;  // the kernel, for reports
 
 // Global memory that the kernels may touch.
 void allow(const void* from, size_t bytes);
 void forget();
-unsigned char* global(const Instruction& instruction, uint64_t address, size_t bytes);
+unsigned char* global(uint64_t address, size_t bytes);  // null where they may not
 
 // Names the instruction, the kernel, the block and the thread, and ends the process.
 [[noreturn]] void report(const Warp& warp, const Instruction& instruction, int lane, const std::string& what);

@@ -108,7 +108,7 @@ void at_generic(Warp& w, I in, const Operand& where, Mask active, Move move) {
       shares = true;
       move(i, shared(w, in, static_cast<uint32_t>(at[i]), i));
     } else {
-      unsigned char* place = global(in, at[i], width(in));
+      unsigned char* place = global(at[i], width(in));
       if (!place) report(w, in, i, "is outside of all tensors");
       move(i, place);
     }

@@ -3,11 +3,9 @@
 A few kernels are compiled with each: those of a default forward and backward in bfloat16, eight values at a time.
 """
 
-import re
-import shutil
 from dataclasses import dataclass
 
-from cuda_host.compiling import SOURCES
+from cuda_host.compiling import copy_kernels, plant
 
 FORWARD = ("channels_first_statistics", "channels_first_apply", "channels_first_resident_forward")
 BACKWARD = ("channels_first_gradient_sums", "channels_first_input_gradient", "channels_first_resident_backward")
@@ -23,14 +21,9 @@ class Mutation:
 
     def planted(self, room):
         """A source file with the bug in it."""
-        for folder in ("math", "cuda"):
-            shutil.copytree(SOURCES / folder, room / folder)
-        shutil.copy(SOURCES / "call.h", room)
+        copy_kernels(room)
         if self.old:
-            file = room / "cuda" / "device.cuh"
-            text, count = re.subn(re.escape(self.old), lambda _: self.new, file.read_text())
-            assert count, f"device.cuh has no longer the text that this mutation changes:\n{self.old}"
-            file.write_text(text)
+            plant(room / "cuda" / "device.cuh", self.old, self.new)
         lines = ['#include "channels_first_resident.cuh"', "namespace fusednorm::cuda {"]
         for names, arguments in ((FORWARD, "ForwardArguments"), (BACKWARD, "BackwardArguments")):
             lines += [f"template __global__ void {name}<BFloat16, 8>({arguments}<BFloat16>);" for name in names]
