@@ -31,7 +31,6 @@ from rich.table import Table  # noqa: E402
 from benchmarks import cuda_model, gpu_rows, publish, table  # noqa: E402
 from benchmarks.workloads import Workload  # noqa: E402
 
-STORED = ROOT / "benchmarks" / "results" / "cuda-counts-sm_90.json"
 CHUNKS = 4  # of the first channels: the blocks, or clusters, that are executed
 WORSE = 1.05  # than what is stored, and a row fails
 RESIDENCY = {"automatic": 0, "never": 1}
@@ -161,9 +160,8 @@ def render(rows: list[dict]) -> Table:
         shown.add_column(name)
     gpu = cuda_model.GPUS["H100"]
     for row in rows:
-        counted = cuda_model.Counted(**{f.name: row[f.name] for f in dataclasses.fields(cuda_model.Counted)})
-        seconds = counted.seconds(gpu)
-        bound = max(seconds, key=lambda term: seconds[term])
+        counted = cuda_model.Counted.of(row)
+        bound, longest = counted.bound(gpu)
         per_element = 32 / row["elements"]
         shown.add_row(
             row["row"],
@@ -174,7 +172,7 @@ def render(rows: list[dict]) -> Table:
             f"{counted.sectors:.2f}",
             f"{counted.in_flight * counted.resident_warps(gpu) / 1e3:.0f}",
             bound,
-            f"{seconds['memory'] / counted.sectors / seconds[bound]:.0%}",
+            f"{counted.seconds(gpu)['memory'] / counted.sectors / longest:.0%}",
         )
     return shown
 
@@ -182,7 +180,7 @@ def render(rows: list[dict]) -> Table:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", type=Path, help="that holds the machine code; without one, it is compiled")
-    parser.add_argument("--store", action="store_true", help=f"write {STORED.relative_to(ROOT)}")
+    parser.add_argument("--store", action="store_true", help=f"write {cuda_model.STORED.relative_to(ROOT)}")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         room = Path(folder)
@@ -190,9 +188,11 @@ def main() -> int:
         rows = list(rows_of(counter, cuda_model.GPUS["H100"]))
     table.console().print(render(rows))
     if args.store:
-        STORED.write_text(publish.compact({"machine": {"architecture": building.ARCHITECTURE}, "rows": rows}))
+        found = {"machine": {"architecture": building.ARCHITECTURE}, "rows": rows}
+        cuda_model.STORED.write_text(publish.compact(found))
         return 0
-    failed = worse(rows, json.loads(STORED.read_text())["rows"]) if STORED.exists() else []
+    stored = json.loads(cuda_model.STORED.read_text())["rows"] if cuda_model.STORED.exists() else []
+    failed = worse(rows, stored)
     print("\n".join(failed), file=sys.stderr)
     return int(bool(failed))
 

@@ -6,7 +6,11 @@ them with as many in flight as its warps ask for. Everything else (launches, par
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+# What cuda_counts.py has counted.
+STORED = Path(__file__).resolve().parent / "results" / "cuda-counts-sm_90.json"
 
 # Instructions by the pipe that takes them. What is in neither costs its issue alone.
 ALU = frozenset(
@@ -75,6 +79,11 @@ class Counted:
     useful: int
     in_flight: int
 
+    @classmethod
+    def of(cls, row: dict) -> Counted:
+        """From a row of STORED."""
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
+
     @property
     def sectors(self) -> float:
         """Bytes moved over those asked for, which are more where threads ask for the same."""
@@ -100,3 +109,7 @@ class Counted:
             "memory": moved,
             "latency": self.loaded * LATENCY / flying if flying else 0.0,
         }
+
+    def bound(self, gpu: GPU) -> tuple[str, float]:
+        """The term that decides, and its seconds."""
+        return max(self.seconds(gpu).items(), key=lambda term: term[1])
