@@ -5,6 +5,9 @@ Rows of one case share all of it, so that torch.compile compiles once and every 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+
 import torch
 
 from benchmarks import check, memory, rivals
@@ -18,6 +21,7 @@ class Case:
     dear (`strict` off), it is kept as `wrong` beside the figures instead. `sample` bounds the elements checked.
 
     `missing` says why a peer or a rival could not run (torch.compile needs a C++ compiler and Python's headers).
+    `attempt`, by a provider's name, is around what that one does: an error that it swallows costs only that provider.
     """
 
     def __init__(
@@ -29,6 +33,7 @@ class Case:
         strict=True,
         sample=None,
         against: tuple[str, ...] = (),
+        attempt: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         # All compiled layers share the code of nn.Sequential.forward, and torch.compile allows few variants of a code.
         torch._dynamo.reset()
@@ -37,32 +42,38 @@ class Case:
         self.inputs = (self.x, workload.randn(3, device).requires_grad_()) if workload.adds else (self.x,)
         self.modules = {"fused": build("fused", workload, p, device)}
         self.error, self.wrong = {}, None
-        try:
-            self.error = check.fused(self.modules["fused"], workload, p, self.inputs, workload.randn(1, device), sample)
-        except AssertionError as error:
-            if strict:
-                raise
-            self.wrong = str(error)
         self.out = torch.empty_like(self.x.detach())
         self.grads, self.saved, self.missing = {}, {}, {}
-        for provider in providers:
+        for provider in sorted(providers, key=lambda name: name != "fused"):  # a wrong one is told at once
             try:
-                self._prepare(provider)
+                with attempt(provider):
+                    if provider == "fused":
+                        self._check(strict, sample)
+                    self._prepare(provider)
             except Exception as error:
                 if provider != "compile":
                     raise
                 self.missing[provider] = f"{type(error).__name__}: {error}".splitlines()[0]
-        self.providers = tuple(provider for provider in providers if provider not in self.missing)
+        self.providers = tuple(provider for provider in providers if provider in self.saved)
         self.rivals = {}
         for name in against:
             try:
                 stock = build("eager", workload, p, device)
-                self.rivals[name] = OneDNN(name, workload, self.x, self._grad_like(self.x), stock)
+                self.rivals[name] = OneDNN(name, workload, self.x, self.grad_like(self.x), stock)
             except rivals.Unavailable as error:
                 self.missing["onednn"] = str(error)  # said once, for all of them
                 break
             except Exception as error:  # one that is wrong is not timed, and spoils nobody else's figures
                 self.missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+
+    def _check(self, strict: bool, sample: int | None) -> None:
+        grad = self.workload.randn(1, self.device)
+        try:
+            self.error = check.fused(self.modules["fused"], self.workload, self.p, self.inputs, grad, sample)
+        except AssertionError as error:
+            if strict:
+                raise
+            self.wrong = str(error)
 
     def inputs_of(self, provider: str) -> tuple[torch.Tensor, ...]:
         return self.inputs[:1] if provider == "default" else self.inputs
@@ -71,13 +82,13 @@ class Case:
         module = self.modules.get(provider) or build(provider, self.workload, self.p, self.device)
         inputs = self.inputs_of(provider)
         y = module(*inputs)
-        self.grads[provider] = self._grad_like(y)
+        self.grads[provider] = self.grad_like(y)
         y.backward(self.grads[provider])
         del y
         self.modules[provider] = module
         self.saved[provider] = memory.saved_bytes(module, *inputs, ignore=memory.vectors(self.workload.channels))
 
-    def _grad_like(self, y: torch.Tensor) -> torch.Tensor:
+    def grad_like(self, y: torch.Tensor) -> torch.Tensor:
         # In a model the gradient arrives in the layout of the layer's own output, and providers may differ in that.
         for grad in self.grads.values():
             if grad.stride() == y.stride():

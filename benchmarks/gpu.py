@@ -1,8 +1,9 @@
 """`make gpu OUT=dir`: build if need be, test and measure on this machine's GPU, in under nine minutes, with no network.
 
 The essential comes first, each part is a process of its own with a time limit, and all that a part finds is in `dir`
-as soon as it is found: a run that is cut off, or a part that fails, costs only what it had not done. The exit status is
-0 when every part passed. Nothing outside the standard library is imported here.
+as soon as it is found: a run that is cut off, or a part that fails, costs only what it had not done. A measuring
+process that hangs or dies is followed by another, which goes on without the row or the contestant that it was at. The
+exit status is 0 when every part passed. Nothing outside the standard library is imported here.
 
     report.txt   the parts and how they went, the table of figures with their targets
     results.json all figures; speed.png a picture of them
@@ -14,10 +15,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,9 +26,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import gpu_process, gpu_results  # noqa: E402
+from benchmarks.gpu_process import HUNG, KILLED, OUT_OF_TIME  # noqa: E402
+
 TOTAL = 510.0  # seconds, all parts
-GRACE = 10.0  # seconds from the interrupt to the kill
-MOST_TEXT = 8 << 20  # bytes of one log
+LEAST = 15.0  # seconds that a measuring process is worth starting for
+LAST_ROW = 8.0  # seconds before its end a stage begins no further row
+# Seconds of each part, in order: what a run that is cut off should have comes first. All are scaled to the time that is
+# left, so that a build shortens every part and none gets nothing. README.md says what they are spent on, by estimate.
+BUDGET = {"check": 40, "main": 150, "small": 35, "tests": 125, "sanitizer": 35, "rest": 60, "orders": 40}
 
 # Prints what the driver needs to know, or fails with the reason: does this library run on this GPU?
 PROBE = """
@@ -93,48 +102,8 @@ class Driver:
         # -P: not the current folder first, but the package that was chosen.
         return [sys.executable, "-P", *arguments]
 
-    def run(self, command: list[str], log: Path, limit: float, **environment: str) -> int:
-        """Runs with its output appended to `log`. 124: it was out of time; 137: it hung, too, and had to be killed."""
-        with open(log, "ab") as sink:
-            sink.write(f"\n$ {' '.join(command)[:2000]}\n".encode())
-            sink.flush()
-            child = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=self.environment(**environment),
-                start_new_session=True,
-            )
-            try:
-                return child.wait(timeout=max(1.0, limit))
-            except subprocess.TimeoutExpired:
-                # pytest ends with its summary on an interrupt. The whole group: a test runner has workers.
-                code = 137
-                for sent, grace in ((signal.SIGINT, GRACE), (signal.SIGKILL, 10)):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(child.pid, sent)
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        child.wait(timeout=grace)
-                        code = 124 if sent == signal.SIGINT else 137
-                        break
-                with contextlib.suppress(ProcessLookupError):  # what it may have left behind
-                    os.killpg(child.pid, signal.SIGKILL)
-                sink.write(f"\nstopped after {limit:.0f} s\n".encode())
-                return code
-            finally:
-                self.shorten(log)
-
-    @staticmethod
-    def shorten(log: Path) -> None:
-        size = log.stat().st_size
-        if size > MOST_TEXT:
-            with open(log, "rb") as source:
-                head = source.read(MOST_TEXT // 4)
-                source.seek(size - MOST_TEXT // 2)
-                tail = source.read()
-            log.write_bytes(head + b"\n... cut here ...\n" + tail)
+    def run(self, command: list[str], log: Path, limit: float, overdue=None, **environment: str) -> int:
+        return gpu_process.run(command, log, limit, overdue, cwd=ROOT, env=self.environment(**environment))
 
     @staticmethod
     def last(log: Path, count: int = 1, having: str = "") -> list[str]:
@@ -160,7 +129,7 @@ class Driver:
         self.report()
 
     def judge(self, part: Part, code: int, log: Path, having: str = "") -> None:
-        part.status = "ok" if code == 0 else "cut off" if code == 124 else "FAILED"
+        part.status = "ok" if code == 0 else "cut off" if code == OUT_OF_TIME else "FAILED"
         if code:
             part.notes.append(f"exit status {code}, see {log.name}")
         part.notes += self.last(log, 1, having)
@@ -213,64 +182,71 @@ class Driver:
             b.name for a, b in zip(files, theirs, strict=True) if not b.exists() or a.read_bytes() != b.read_bytes()
         ]
 
-    def check(self) -> None:
+    def check(self, seconds: float) -> None:
         log = self.out / "check.txt"
-        seconds = 2 if self.dry else 45
-        command = self.python("-m", "benchmarks.gpu_check", f"--seconds={seconds}", *["--dry-run"] * self.dry)
+        command = self.python("-m", "benchmarks.gpu_check", f"--seconds={2 if self.dry else seconds:.0f}")
         with self.part("quick check") as part:
-            self.judge(part, self.run(command, log, min(90.0, self.left())), log, "calls,")
+            code = self.run(command + ["--dry-run"] * self.dry, log, min(seconds + 25, self.left()))
+            self.judge(part, code, log, "calls,")
 
     def measure(self, stage: str, seconds: float) -> None:
-        """A stage of the benchmark. A process that dies is started again, behind the row that it died at."""
+        """A stage of the benchmark. A process that hangs or dies is followed by another one, which goes on without the
+        row or the contestant that it was at."""
         log, results = self.out / "bench.txt", self.out / "results.json"
         with self.part(f"benchmark, {stage} rows") as part:
             end = time.monotonic() + min(seconds, self.left() - 5)
-            part.status, code = "ok", 1
-            for attempt in range(4):
+            code, barren = None, 0
+            while barren < 2:
                 remaining = end - time.monotonic()
-                if remaining < 15:
-                    if attempt == 0:
-                        part.status = "not run"
+                if remaining < LEAST:
                     part.notes.append("no time left")
                     break
-                command = self.python("-m", "benchmarks.gpu_measure", f"--stage={stage}", f"--json={results}")
-                command += [f"--seconds={remaining - 12:.0f}", *["--dry-run"] * self.dry]
+                watch = gpu_process.Watch(results)
                 # The last row may run over: it is stopped with the time that the whole run has.
-                code = self.run(command, log, min(remaining + 20, self.left()))
-                if code in (0, 1, 124, 137):
+                limit = min(remaining + 20, self.left())
+                code = self.run(self.measuring(stage, remaining - LAST_ROW), log, limit, watch.overdue)
+                if code in (0, gpu_results.ROWS_FAILED, OUT_OF_TIME, KILLED):
                     break
-                part.notes.append(f"the process ended with status {code}; going on behind the row it was at")
-                part.status = "FAILED"
-            if code == 124 and part.status == "ok":
-                part.status = "cut off"
-            elif code:
-                part.status = "FAILED" if part.status == "ok" else part.status
+                barren = 0 if self.went_on(part, code, watch, results) else barren + 1
+            gpu_results.Place(results).forget()
+            if code is not None and part.status == "not run":
+                part.status = {0: "ok", OUT_OF_TIME: "cut off"}.get(code, "FAILED")
+            if part.status == "FAILED":
                 part.notes += self.last(log, 3, "FAILED") or self.last(log, 1)
             part.notes += self.last(log, 1, "not reached")
             self.show(part)
+
+    def measuring(self, stage: str, seconds: float) -> list[str]:
+        options = [f"--stage={stage}", f"--json={self.out / 'results.json'}", f"--seconds={seconds:.0f}"]
+        return self.python("-m", "benchmarks.gpu_measure", *options, *["--dry-run"] * self.dry)
+
+    def went_on(self, part: Part, code: int, watch: gpu_process.Watch, results: Path) -> bool:
+        """Notes how a measuring process ended; whether it had come to a row that the next one need not meet."""
+        part.status = "FAILED"
+        if code == gpu_results.LOST:  # it has written down why itself
+            part.notes += self.last(self.out / "bench.txt", 1, "lost")
+            return True
+        why = watch.why if code == HUNG else f"the process ended with status {code}"
+        said = gpu_results.ended(results, why, code == HUNG)
+        part.notes.append(said or f"{why}, at no row")
+        return said is not None
 
     def show(self, part: Part) -> None:
         """The report's table and the picture, from what there is."""
         results = self.out / "results.json"
         if not results.exists():
             return
-        table = self.out / "report.txt"
         command = self.python("-m", "benchmarks.gpu_report", str(results))
+        if importlib.util.find_spec("matplotlib") is None:
+            part.notes.append("no picture: matplotlib is missing")
+        else:
+            command.append(f"--png={self.out / 'speed.png'}")
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, env=self.environment(), check=False, timeout=60
         )
-        self.table = done.stdout if done.returncode == 0 else ""
+        self.table = done.stdout  # all of it, before the picture is begun
         if done.returncode:
-            part.notes.append(f"no table: {done.stderr.strip().splitlines()[-1:]}")
-        self.report()
-        assert table.exists()
-        if importlib.util.find_spec("matplotlib") is None:
-            part.notes.append("no picture: matplotlib is missing")
-            return
-        command.append(f"--png={self.out / 'speed.png'}")
-        code = self.run(command, self.out / "bench.txt", 60) if self.left() > 10 or self.dry else 0
-        if code:
-            part.notes.append("no picture, see bench.txt")
+            part.notes.append(f"the report ended with {done.stderr.strip().splitlines()[-1:]}")
 
     def tests(self, seconds: float) -> None:
         log = self.out / "tests.txt"
@@ -300,7 +276,7 @@ class Driver:
                     continue
                 code = self.run(pytest + arguments, log, remaining, **environment)
                 summary = self.last(log, 1, " passed") or self.last(log, 1)
-                whole = code != 124 or " failed" in summary[0]
+                whole = code != OUT_OF_TIME or " failed" in summary[0]
                 part.status = "ok" if code == 0 else "FAILED" if whole else "cut off"
                 part.notes += summary
                 part.notes += self.last(log, 8, "FAILED ") if part.status == "FAILED" else []
@@ -329,7 +305,7 @@ class Driver:
                     command += ["--report-api-errors", "no"] if check == "memcheck" else []
                     code = self.run(command + script, log, remaining, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
                     said = log.read_bytes()[mark:].decode(errors="replace")
-                    if "SUMMARY" in said or code in (124, 137):
+                    if "SUMMARY" in said or code in (OUT_OF_TIME, KILLED):
                         break
                 else:
                     part.status = "skipped"
@@ -338,7 +314,7 @@ class Driver:
                 if part.notes:
                     continue
                 clean = any(text in said for text in CLEAN)
-                cut = code in (124, 137) and (clean or "SUMMARY" not in said)
+                cut = code in (OUT_OF_TIME, KILLED) and (clean or "SUMMARY" not in said)
                 part.status = "ok" if clean and code == 0 else "cut off" if cut else "FAILED"
                 part.notes += [line for line in said.splitlines() if "SUMMARY" in line or "calls," in line][-2:]
 
@@ -355,7 +331,7 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="folder for the results, made if it is not there")
     parser.add_argument("--seconds", type=float, default=TOTAL, help="for all parts together")
-    parser.add_argument("--only", action="append", default=[], metavar="PART", choices=PARTS, help="/".join(PARTS))
+    parser.add_argument("--only", action="append", default=[], metavar="PART", choices=BUDGET, help="/".join(BUDGET))
     parser.add_argument("--dry-run", action="store_true", help="every part on the CPU with tiny sizes: no figures")
     args = parser.parse_args(arguments)
     driver = Driver(args)
@@ -363,28 +339,17 @@ def main(arguments=None) -> int:
         (driver.out / old).unlink(missing_ok=True)
 
     if driver.library():
-        wanted = set(args.only or PARTS)
-        # In this order: what a run that is cut off should have.
-        steps = (
-            ("check", driver.check),
-            ("main", lambda: driver.measure("main", 165)),
-            ("small", lambda: driver.measure("small", 45)),
-            ("tests", lambda: driver.tests(160)),
-            ("sanitizer", lambda: driver.sanitizer(60)),
-            ("rest", lambda: driver.measure("rest", driver.left() - 8)),
-            ("orders", lambda: driver.measure("orders", driver.left() - 8)),
-        )
-        for name, step in steps:
-            if name in wanted:
-                step()
+        steps = {"check": driver.check, "tests": driver.tests, "sanitizer": driver.sanitizer}
+        wanted = [name for name in BUDGET if name in (args.only or BUDGET)]
+        for i, name in enumerate(wanted):
+            share = BUDGET[name] / sum(BUDGET[other] for other in wanted[i:])
+            steps.get(name, functools.partial(driver.measure, name))(share * driver.left())
     driver.report()
     print(f"\n{driver.table[:9000]}" if driver.table else "\nno figures")
     print("\n".join(map(str, driver.parts)))
     print(f"{time.monotonic() - driver.start:.0f} s in all; results in {driver.out}")
     return 0 if all(part.status in ("ok", "skipped", "cut off") for part in driver.parts) else 1
 
-
-PARTS = ("check", "main", "small", "tests", "sanitizer", "rest", "orders")
 
 if __name__ == "__main__":
     sys.exit(main())

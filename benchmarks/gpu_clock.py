@@ -9,6 +9,7 @@ needs to queue the turn, so that launches on the host are not what is timed; hos
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import tempfile
@@ -20,12 +21,20 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 DEVICE_WORK = ("kernel", "gpu_memset", "gpu_memcpy")
+MARK = "spin_kernel"  # of `_sleep`, which no contestant calls
 
 
-def traced(trace: dict) -> list[dict]:
-    """Kernels, memsets and copies on the device in a chrome trace, in order: {"name", "us"}."""
+def traced(trace: dict, runs: int) -> list[list[dict]]:
+    """Kernels, memsets and copies on the device in a chrome trace, in order, by the run between whose two marks they
+    lie: {"name", "us"}. Nothing at all where a mark is missing: what else is missing then, nobody knows."""
     events = [event for event in trace["traceEvents"] if event.get("cat") in DEVICE_WORK]
-    return [{"name": e["name"], "us": float(e["dur"])} for e in sorted(events, key=lambda e: float(e["ts"]))]
+    parts = [[]]
+    for event in sorted(events, key=lambda e: float(e["ts"])):
+        if MARK in event["name"]:
+            parts.append([])
+        else:
+            parts[-1].append({"name": event["name"], "us": float(event["dur"])})
+    return parts[1::2] if len(parts) == 2 * runs + 1 else [[] for _ in range(runs)]
 
 
 class Gpu:
@@ -73,17 +82,34 @@ class Gpu:
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def kernels(self, run: Callable[[], object]) -> list[dict]:
-        """What one `run` puts on the device: {"name", "us"} each."""
-        self.flush()
+    def recover(self) -> bool:
+        """After an error: frees what the failed call held. False: the context is lost."""
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return False
+        return True
+
+    def kernels(self, *runs: Callable[[], object]) -> list[list[dict]]:
+        """What each of the runs puts on the device: {"name", "us"} each. One record for all of them, as a record takes
+        longer than they do."""
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
-            run()
+            for run in runs:
+                self.flush()
+                self.mark()
+                run()
+                self.mark()
             torch.cuda.synchronize()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             record.export_chrome_trace(str(path))
-            return traced(json.loads(path.read_text()))
+            return traced(json.loads(path.read_text()), len(runs))
+
+    @staticmethod
+    def mark() -> None:
+        torch.cuda._sleep(1)
 
     def captured(self, step: Callable[[], object], steps: int) -> Callable[[], object]:
         """Replays `steps` of them as one CUDA graph."""
@@ -124,9 +150,13 @@ class Dry:
 
     def synchronize(self) -> None: ...
 
-    def kernels(self, run: Callable[[], object]) -> list[dict]:
-        run()
-        return [{"name": "dry run", "us": 1.0}]
+    def recover(self) -> bool:
+        return True
+
+    def kernels(self, *runs: Callable[[], object]) -> list[list[dict]]:
+        for run in runs:
+            run()
+        return [[{"name": "dry run", "us": 1.0}] for _ in runs]
 
     def captured(self, step: Callable[[], object], steps: int) -> Callable[[], object]:
         def replay():
@@ -155,23 +185,39 @@ def host(clock: Clock, run: Callable[[], object], calls: int = 50, batches: int 
     return statistics.median(spent)
 
 
-def rotate(clock: Clock, turns: Sequence, rounds: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Device seconds per turn, the turns dealt in rotation; each has name, prepare(), run(), forget()."""
-    head_start = {}
-    for _ in range(warmup):
-        for turn in turns:
-            turn.prepare()
-            clock.synchronize()
-            start = time.perf_counter()
-            turn.run()
-            head_start[turn.name] = time.perf_counter() - start  # the last one: nothing is compiled or loaded then
-            clock.synchronize()
-            turn.forget()
-    seconds = {turn.name: [] for turn in turns}
-    for _ in range(rounds):
-        for turn in turns:
-            turn.prepare()
-            wait = min(1.5 * head_start[turn.name] + 5e-5, 5e-3)
-            seconds[turn.name].append(clock.seconds(turn.run, wait))
-            turn.forget()
+def rotate(
+    clock: Clock,
+    turns: Sequence,
+    rounds: int,
+    attempt: Callable[[str], contextlib.AbstractContextManager],
+    warmup: int = 3,
+) -> dict[str, list[float]]:
+    """Device seconds per turn, the turns dealt in rotation; each has name, prepare(), run(), forget(). One that fails,
+    which its `attempt` keeps from the others, is dealt no more and has no times."""
+    head_start, seconds = {}, {turn.name: [] for turn in turns}
+
+    def warm(turn) -> None:
+        turn.prepare()
+        clock.synchronize()
+        start = time.perf_counter()
+        turn.run()
+        head_start[turn.name] = time.perf_counter() - start  # the last one: nothing is compiled or loaded then
+        clock.synchronize()
+
+    def timed(turn) -> None:
+        turn.prepare()
+        wait = min(1.5 * head_start[turn.name] + 5e-5, 5e-3)
+        seconds[turn.name].append(clock.seconds(turn.run, wait))
+
+    for index in range(warmup + rounds):
+        for turn in [turn for turn in turns if turn.name in seconds]:
+            whole = False
+            with attempt(turn.name):
+                try:
+                    (warm if index < warmup else timed)(turn)
+                finally:
+                    turn.forget()
+                whole = True
+            if not whole:
+                del seconds[turn.name]
     return seconds

@@ -1,7 +1,8 @@
-"""Measures one stage of rows on the GPU and keeps the results file complete after every row.
+"""Measures one stage of rows on the GPU and keeps the results file complete after every mode of every row.
 
-Rows that the file holds already are not measured again, so that a run that died (an error on a GPU ends the process)
-goes on behind the row it died at; the file then says of that row that it failed. What the figures mean is in README.md.
+Rows that the file holds already are not measured again, and one that it holds in part goes on with what is missing,
+less the contestants that failed: an error on a GPU can end the process, and the next one begins where it stopped.
+What the figures mean is in README.md.
 """
 
 from __future__ import annotations
@@ -9,24 +10,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
-import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_rows, gpu_variants, machine, providers
+from benchmarks import gpu_predicted, gpu_rows, gpu_variants, machine, providers
 from benchmarks.case import Case
+from benchmarks.gpu_attempts import Attempts
 from benchmarks.gpu_clock import Clock, Dry, Gpu, host, rotate
+from benchmarks.gpu_results import LOST, ROWS_FAILED, Lost, Place, Results
 from benchmarks.measure import CopyTurn, LayerTurn, summary
 from benchmarks.memory import saved_bytes, vectors
 
 MODES = ("forward", "backward", "both")
 ROUNDS = 25
-LOST = 3  # exit status: no row can be measured in this process any more
 
 
 class VariantTurn(LayerTurn):
@@ -66,44 +67,66 @@ def launches(clock: Clock, turn: LayerTurn) -> dict:
     """Kernels with their times, forward and backward, of one contestant: those of a timed step."""
     kept = []
     with gpu_variants.use(getattr(turn, "variant", gpu_variants.DEFAULT)):
-        forward = clock.kernels(lambda: kept.append(turn.module(*turn.inputs)))
-        backward = clock.kernels(lambda: torch.autograd.grad(kept.pop(), turn.leaves, turn.grad))
+        forward, backward = clock.kernels(
+            lambda: kept.append(turn.module(*turn.inputs)),
+            lambda: torch.autograd.grad(kept.pop(), turn.leaves, turn.grad),
+        )
     return {"forward": forward, "backward": backward}
 
 
-def memory_of(case: Case, variants) -> tuple[dict, dict]:
-    """Saved bytes per element and peak MB of forward + backward, per contestant."""
-    numel = case.workload.numel
-    saved = {name: count / numel for name, count in case.saved.items() if name != "fused"}
-    peak = {name: case.peak_mb(name, "both") for name in saved}
-    for variant in variants:
-        with gpu_variants.use(variant):
-            ignore = vectors(case.workload.channels)
-            saved[variant.name] = saved_bytes(case.modules["fused"].train(), *case.inputs, ignore=ignore) / numel
-            peak[variant.name] = case.peak_mb("fused", "both")
-    return saved, peak
+def memory_of(case: Case, turn: LayerTurn) -> tuple[float, float]:
+    """Saved bytes per element and peak MB of forward + backward, of one contestant."""
+    with gpu_variants.use(getattr(turn, "variant", gpu_variants.DEFAULT)):
+        ignore = vectors(case.workload.channels)
+        saved = saved_bytes(turn.module.train(), *turn.inputs, ignore=ignore) / case.workload.numel
+        provider = "fused" if isinstance(turn, VariantTurn) else turn.name
+        return saved, case.peak_mb(provider, "both")
 
 
-def measure(clock: Clock, workload, p: float, rounds: int) -> dict:
-    case = Case(workload, p, device=clock.device, strict=False)
+def measure(clock: Clock, workload, p: float, rounds: int, attempts: Attempts, row: dict) -> None:
+    """Fills the row, step by step; what it has already is not measured again."""
+    peers = gpu_rows.PEERS[row["stage"]]
+    names = [name for name in (*peers, "fused") if not attempts.out(name, "setup")]
+    setup = functools.partial(attempts.attempt, step="setup")
+    case = Case(workload, p, tuple(names), device=clock.device, strict=False, attempt=setup)
+    if "fused" not in case.grads:  # as users get it, it has failed; its variants may not
+        case.grads["fused"] = case.grad_like(case.x)
+    row.update(check=case.error, wrong=case.wrong)
+    for kept in ("modes", "launches", "saved_bytes_per_element", "peak_mb"):
+        row.setdefault(kept, {})
     variants = gpu_variants.available(workload, p)
-    peers = [name for name in case.providers if name != "fused"]
-    row = describe(workload, p) | {"check": case.error, "wrong": case.wrong, "missing": case.missing}
-    row["modes"] = {}
+    told = gpu_variants.profiled(variants, case.x)
+    if row["stage"] == "main":  # a peer's launches are much the same everywhere
+        told.update(peers)
+
+    def contestants(mode: str, step: str) -> list[LayerTurn]:
+        turns = [LayerTurn(name, case, mode) for name in peers if not attempts.out(name, step)]
+        return turns + [VariantTurn(v, case, mode) for v in variants if not attempts.out(v.name, step)]
+
     for mode in MODES:
-        turns = [CopyTurn("copy_", case)]
-        turns += [LayerTurn(name, case, mode) for name in peers] + [VariantTurn(v, case, mode) for v in variants]
-        seconds = rotate(clock, turns, rounds)
-        row["modes"][mode] = {name: summary(values) for name, values in seconds.items()}
-        case.clear()
+        if mode not in row["modes"]:
+            turns = [CopyTurn("copy_", case), *contestants(mode, mode)]
+            seconds = rotate(clock, turns, rounds, functools.partial(attempts.attempt, step=mode))
+            row["modes"][mode] = {name: summary(values) for name, values in seconds.items()}
+            case.clear()
+            attempts.results.write()
         if mode == "backward":
-            row["launches"] = {turn.name: launches(clock, turn) for turn in turns[1:]}
-    row["saved_bytes_per_element"], row["peak_mb"] = memory_of(case, variants)
-    return row
+            for turn in contestants(mode, "profile"):
+                if turn.name in told and turn.name not in row["launches"]:
+                    with attempts.attempt(turn.name, "profile"):
+                        row["launches"][turn.name] = launches(clock, turn)
+            attempts.results.write()
+    for turn in contestants("both", "memory"):
+        with attempts.attempt(turn.name, "memory"):
+            row["saved_bytes_per_element"][turn.name], row["peak_mb"][turn.name] = memory_of(case, turn)
 
 
-def measure_small(clock: Clock, workload, p: float, provider: str, rounds: int) -> dict:
-    """One provider of one small row: per step in a CUDA graph, and the host's time for it without one."""
+def measure_small(clock: Clock, workload, p: float, rounds: int, attempts: Attempts, row: dict) -> None:
+    """One provider of one small row: per step in a CUDA graph, and the host's time for it without one. Alone in its
+    row, it fails with it."""
+    provider = row["provider"]
+    at = functools.partial(attempts.place.write, row["key"], provider)
+    at("setup")
     case = Case(workload, p, (provider,), device=clock.device, strict=False)
     if provider in case.missing:
         raise RuntimeError(case.missing[provider])
@@ -117,19 +140,20 @@ def measure_small(clock: Clock, workload, p: float, provider: str, rounds: int) 
         return module(*case.inputs)
 
     steps = 20
-    result = {"host_us": {}, "graph_us": {}, "launches": {}, "wrong": case.wrong}
+    row.update(host_us={}, graph_us={}, launches={}, wrong=case.wrong)
     for name, step in (("forward", forward), ("both", both)):
+        at(name)
         for _ in range(3):
             step()
-        result["host_us"][name] = host(clock, step, *(() if rounds > 2 else (2, 2))) * 1e6
-        result["launches"][name] = len(clock.kernels(step))
+        row["host_us"][name] = host(clock, step, *(() if rounds > 2 else (2, 2))) * 1e6
+        row["launches"][name] = len(clock.kernels(step)[0])
         case.clear()
+        at(f"{name} in a graph")
         replay = clock.captured(step, steps)
         replay()
         times = [clock.seconds(replay, 1e-4, cold=False) / steps for _ in range(rounds)]
-        result["graph_us"][name] = statistics.median(times) * 1e6
+        row["graph_us"][name] = statistics.median(times) * 1e6
         case.clear()
-    return result
 
 
 def copy_bandwidth(clock: Clock, size: int) -> dict:
@@ -142,55 +166,22 @@ def copy_bandwidth(clock: Clock, size: int) -> dict:
     return {"bytes": size, "gb_per_s": 2 * source.nbytes / statistics.median(seconds) / 1e9}
 
 
-class Results:
-    """The file, rewritten whole after every change."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.data = (
-            json.loads(path.read_text()) if path.exists() else {"machine": {}, "copy": {}, "rows": [], "small": []}
-        )
-        for row in self.data["rows"] + self.data["small"]:
-            if row.pop("running", False):
-                row["failed"] = "the process ended while this row was measured"
-        self.write()
-
-    def write(self) -> None:
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(new, self.path)
-
-    def has(self, part: str, key: str) -> bool:
-        return any(row["key"] == key for row in self.data[part])
-
-    def run(self, part: str, start: dict, work) -> dict:
-        """Adds a row: first what is known of it, then what `work()` returns or why it failed."""
-        row = start | {"running": True}
-        self.data[part].append(row)
-        self.write()
-        try:
-            row.update(work())
-        except KeyboardInterrupt:  # out of time, which says nothing about the row
-            self.data[part].remove(row)
-            self.write()
-            raise
-        except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-        del row["running"]
-        self.write()
-        return row
-
-
-def line(row: dict) -> str:
+def lines(row: dict, facts: dict) -> Iterator[str]:
+    """What is said of a row as soon as it is there."""
+    for who, steps in row["errors"].items():
+        yield from (f"  {row['key']}: {who} failed at {step}: {error}" for step, error in steps.items())
     if "failed" in row:
-        return f"  FAILED {row['key']}: {row['failed']}"
+        yield f"  FAILED {row['key']}: {row['failed']}"
+        return
     if row["wrong"]:
-        return f"  FAILED {row['key']}: timed, but {row['wrong']}"
+        yield f"  FAILED {row['key']}: timed, but {row['wrong']}"
     if "modes" not in row:
         host_us, graph_us = row["host_us"]["both"], row["graph_us"]["both"]
-        return f"  {row['key']}: {row['provider']} {graph_us:.1f} us in a graph, {host_us:.0f} us of host"
+        yield f"  {row['key']}: {row['provider']} {graph_us:.1f} us in a graph, {host_us:.0f} us of host"
+        return
     both = {name: s["median_ms"] for name, s in row["modes"]["both"].items() if name != "copy_"}
-    return f"  {row['key']}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in both.items())
+    yield f"  {row['key']}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in both.items())
+    yield from gpu_predicted.worst([row], facts, 1)
 
 
 def options(arguments=None):
@@ -211,7 +202,7 @@ def main(arguments=None) -> int:
     if args.dry_run:
         rows, args.rounds = gpu_rows.tiny(rows), 2
         providers.BUILDERS["compile"] = functools.partial(providers.compiled, backend="aot_eager")
-    results = Results(args.json)
+    results, place = Results(args.json), Place(args.json)
     data = results.data
     data["machine"] = machine.facts() | clock.facts()
     data["switches"] = {
@@ -224,40 +215,45 @@ def main(arguments=None) -> int:
 
     if args.stage == "small":
         # torch.compile last: should a capture of its code fail, the others are safe.
-        jobs = [(w, provider) for provider in ("eager", "fused", "compile") for w in rows]
+        part, work = "small", measure_small
+        jobs = [(w, {"provider": provider}) for provider in ("eager", "fused", "compile") for w in rows]
     else:
-        jobs = [(w, None) for w in rows]
-    part = "small" if args.stage == "small" else "rows"
+        part, work = "rows", measure
+        jobs = [(w, {}) for w in rows]
     failed = unreached = 0
-    for workload, provider in jobs:
-        name = gpu_rows.key(workload, workload.p) + (f" {provider}" if provider else "")
-        if results.has(part, name):
+    for workload, more in jobs:
+        key = " ".join((gpu_rows.key(workload, workload.p), *more.values()))
+        if results.done(part, key):
             continue
         if time.monotonic() - start > args.seconds:
             unreached += 1
             continue
-        known = describe(workload, workload.p) | {"key": name, "stage": args.stage}
-        if provider:
-            work = functools.partial(measure_small, clock, workload, workload.p, provider, args.rounds)
-            known["provider"] = provider
-        else:
-            work = functools.partial(measure, clock, workload, workload.p, args.rounds)
-        row = results.run(part, known, work)
-        print(line(row), flush=True)
-        # A peer that cannot be captured is told, and no failure of this program.
-        failed += ("failed" in row and provider != "compile") or bool(row.get("wrong"))
-        if not args.dry_run:
-            try:
-                torch.cuda.synchronize()
-            except RuntimeError as error:
-                print(f"  the GPU's context is lost: {error}".splitlines()[0])
-                return LOST
-            torch.cuda.empty_cache()
+        known = describe(workload, workload.p) | {"key": key, "stage": args.stage} | more
+
+        def fill(row, workload=workload):
+            work(clock, workload, workload.p, args.rounds, Attempts(clock, results, place, row), row)
+
+        try:
+            row = results.run(part, known, fill)
+        except Lost as error:
+            print(f"  the GPU's context is lost: {error}")
+            return LOST
+        print("\n".join(lines(row, data["machine"])), flush=True)
+        failed += has_failed(row)
+        if not clock.recover():
+            print("  the GPU's context is lost")
+            return LOST
     data.setdefault("not reached", {})[args.stage] = unreached
     results.write()
     if unreached:
         print(f"  {unreached} rows not reached in {args.seconds:.0f} s")
-    return 1 if failed else 0
+    return ROWS_FAILED if failed else 0
+
+
+def has_failed(row: dict) -> bool:
+    """A peer that cannot be compiled or captured is told, and no failure of this program."""
+    failed = "failed" in row and row.get("provider") != "compile"
+    return failed or bool(row.get("wrong")) or any(who != "compile" for who in row["errors"])
 
 
 if __name__ == "__main__":

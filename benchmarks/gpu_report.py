@@ -13,42 +13,81 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks import gpu_predicted
 from benchmarks.gpu_rows import FLOOR, LARGE, SMALL, TARGETS
 
 PEERS = ("eager", "compile")
 MODES = ("forward", "backward", "both")
 
 
+def contestants(row: dict) -> list[str]:
+    """In the order of their turns. One that failed has the modes before that, and a row that was cut short some."""
+    return [name for name in dict.fromkeys(name for m in MODES for name in row["modes"].get(m, ())) if name != "copy_"]
+
+
 def variants(row: dict) -> list[str]:
-    return [name for name in row["modes"]["both"] if name not in ("copy_", *PEERS)]
+    return [name for name in contestants(row) if name not in PEERS]
+
+
+def launches(row: dict, name: str, mode: str) -> list[dict] | None:
+    """Of one profiled step; None where there was none, or its trace was empty. Of two variants that differ in saved
+    bits alone one is profiled: the same kernels run."""
+    plain = name.removesuffix("+bits")
+    found = (row["launches"].get(each, {}).get(mode) for each in (name, plain, f"{plain}+bits"))
+    return next(filter(None, found), None)
 
 
 def kind(row: dict, variant: str, mode: str) -> str:
     """Which kernels ran, by their names: a channel that does not fit is streamed whatever was asked for."""
     modes = ("forward", "backward") if mode == "both" else (mode,)
-    names = [[k["name"] for k in row["launches"].get(variant, {}).get(m, ())] for m in modes]
-    resident = [any("resident" in name for name in each) for each in names]
+    found = [launches(row, variant, m) for m in modes]
+    if None in found:
+        return "unknown"
+    resident = [any("resident" in kernel["name"] for kernel in each) for each in found]
     return "resident" if all(resident) else "mixed" if any(resident) else "streaming"
 
 
-def floor(row: dict, variant: str, mode: str) -> float:
+def floor(row: dict, variant: str, mode: str) -> float | None:
+    """None where it is unknown which kernels ran."""
+    if kind(row, variant, mode) == "unknown":
+        return None
     if mode == "both":
         return floor(row, variant, "forward") + floor(row, variant, "backward")
     return row["floor"][kind(row, variant, mode)][mode == "backward"]
 
 
-def units(row: dict, name: str, mode: str, bandwidth: float) -> float:
+def time_ms(row: dict, name: str, mode: str) -> float | None:
+    return row["modes"].get(mode, {}).get(name, {}).get("median_ms")
+
+
+def units(row: dict, name: str, mode: str, bandwidth: float) -> float | None:
     """Time of a contestant in passes over the tensor."""
-    return row["modes"][mode][name]["median_ms"] * 1e-3 * bandwidth * 1e9 / row["unit_bytes"]
+    ms = time_ms(row, name, mode)
+    return None if ms is None else ms * 1e-3 * bandwidth * 1e9 / row["unit_bytes"]
 
 
-def gb_per_s(row: dict, variant: str, mode: str) -> float:
-    return floor(row, variant, mode) * row["unit_bytes"] / row["modes"][mode][variant]["median_ms"] / 1e6
+def gb_per_s(row: dict, variant: str, mode: str) -> float | None:
+    ms, passes = time_ms(row, variant, mode), floor(row, variant, mode)
+    return None if None in (ms, passes) else passes * row["unit_bytes"] / ms / 1e6
+
+
+def of_copy(row: dict, variant: str, mode: str, bandwidth: float) -> float | None:
+    speed = gb_per_s(row, variant, mode)
+    return None if speed is None else speed / bandwidth
 
 
 def ratio(row: dict, variant: str, mode: str, peer: str) -> float | None:
-    times = row["modes"][mode]
-    return times[peer]["median_ms"] / times[variant]["median_ms"] if peer in times else None
+    ours, theirs = time_ms(row, variant, mode), time_ms(row, peer, mode)
+    return None if None in (ours, theirs) else theirs / ours
+
+
+def troubles(row: dict) -> list[str]:
+    """What went wrong in a row, and which of its contestants failed where."""
+    found = [f"FAILED: {row['failed']}"] if "failed" in row else ["unfinished"] if "running" in row else []
+    found += [f"WRONG, {row['wrong']}"] if row.get("wrong") else []
+    for who, steps in row["errors"].items():
+        found += [f"{who} failed at {step}: {why}" for step, why in steps.items()]
+    return found
 
 
 def _has_target(row: dict) -> bool:
@@ -56,7 +95,8 @@ def _has_target(row: dict) -> bool:
 
 
 def targets(row: dict, variant: str, bandwidth: float) -> list[dict]:
-    """Every target of this row and variant: {"what", "value", "target", "met"}; `target` None: reported only."""
+    """Every target of this row and variant: {"what", "value", "target", "met"}; `target` None: reported only, as where
+    it is unknown which kernels ran."""
     if not _has_target(row):
         return []
     found = []
@@ -66,16 +106,17 @@ def targets(row: dict, variant: str, bandwidth: float) -> list[dict]:
         found.append({"what": what, "value": value, "target": target, "met": met})
 
     for i, mode in enumerate(MODES[:2]):
-        if kind(row, variant, mode) == "resident":
-            # Of 7x7 pictures several channels share a block, at a cost that is reported and has no limit.
-            limit = None if row["shape"][-1] == 7 else TARGETS.units[i]
-            add(f"{mode} units", units(row, variant, mode, bandwidth), limit, at_least=False)
+        if kind(row, variant, mode) == "streaming":
+            add(f"{mode} fraction of copy", of_copy(row, variant, mode, bandwidth), TARGETS.fraction)
         else:
-            fraction = gb_per_s(row, variant, mode) / bandwidth
-            add(f"{mode} fraction of copy", fraction, TARGETS.fraction)
-    resident = kind(row, variant, "both") == "resident"
-    add("both vs eager", ratio(row, variant, "both", "eager"), TARGETS.eager.get(row["dtype"], (None, None))[resident])
-    add("both vs compile", ratio(row, variant, "both", "compile"), TARGETS.compile[resident])
+            # Of 7x7 pictures several channels share a block, at a cost that is reported and has no limit.
+            judged = kind(row, variant, mode) == "resident" and row["shape"][-1] != 7
+            limit = TARGETS.units[i] if judged else None
+            add(f"{mode} units", units(row, variant, mode, bandwidth), limit, at_least=False)
+    both = kind(row, variant, "both")
+    for peer, goals in (("eager", TARGETS.eager.get(row["dtype"], (None, None))), ("compile", TARGETS.compile)):
+        goal = None if both == "unknown" else goals[both == "resident"]
+        add(f"both vs {peer}", ratio(row, variant, "both", peer), goal)
     return found
 
 
@@ -112,58 +153,55 @@ def _title(row: dict) -> str:
     return f"{name}{size} {row['dtype']} {row['layout']} {act} p={row['p']:g}, {row['unit_bytes'] / 1e6:.1f} MB"
 
 
-def row_text(row: dict, bandwidth: float) -> list[str]:
-    head = f"\n{_title(row)}"
-    if "failed" in row:
-        return [head, f"  FAILED, no figures: {row['failed']}"]
+def row_text(row: dict, bandwidth: float, gpu) -> list[str]:
+    text = [f"\n{_title(row)}", *(f"  {line}" for line in troubles(row))]
+    if not row.get("modes"):
+        return text
     lines = []
     for mode in MODES:
-        for peer in PEERS:
-            if peer in row["modes"][mode]:
-                n = len(row["launches"][peer][mode]) if mode in row["launches"].get(peer, {}) else "-"
-                ms = row["modes"][mode][peer]["median_ms"]
-                lines.append(
-                    (mode, peer, f"{ms:.4f}", f"{units(row, peer, mode, bandwidth):.2f}", "", "", "", n, "", "")
-                )
-        for variant in variants(row):
-            found = targets(row, variant, bandwidth)
-            n = len(row["launches"][variant][mode]) if mode in row["launches"].get(variant, {}) else "-"
-            speed = gb_per_s(row, variant, mode)
-            fraction = _mark(found, f"{mode} fraction of copy", ".3f") or f"{speed / bandwidth:.3f}"
-            lines.append(
-                (
-                    mode,
-                    f"{variant} [{kind(row, variant, mode)}]",
-                    f"{row['modes'][mode][variant]['median_ms']:.4f}",
-                    _mark(found, f"{mode} units", ".2f") or f"{units(row, variant, mode, bandwidth):.2f}",
-                    floor(row, variant, mode),
-                    f"{speed:.0f}",
-                    fraction,
-                    n,
-                    _mark(found, f"{mode} vs eager", ".2f") or _number(ratio(row, variant, mode, "eager"), ".2f"),
-                    _mark(found, f"{mode} vs compile", ".2f") or _number(ratio(row, variant, mode, "compile"), ".2f"),
-                )
-            )
+        for name in contestants(row):
+            if time_ms(row, name, mode) is not None:
+                lines.append((mode, *(_peer if name in PEERS else _variant)(row, name, mode, bandwidth)))
     header = ("mode", "who", "ms", "units", "floor", "GB/s", "of copy", "launches", "vs eager", "vs compile")
-    text = [
-        head,
-        *([f"  WRONG, {row['wrong']}"] if row["wrong"] else []),
-        *("  " + line for line in _table(header, lines)),
-    ]
+    text += ["  " + line for line in _table(header, lines)]
     for what, key, form in (("saved B/element", "saved_bytes_per_element", ".3f"), ("peak MB", "peak_mb", ".0f")):
         text.append(f"  {what}: " + ", ".join(f"{name} {_number(value, form)}" for name, value in row[key].items()))
     for variant in variants(row):
-        if variant in ("fused", "streaming", "resident"):
-            work = row["launches"].get(variant, {})
-            kernels = [f"{_short(k['name'])} {k['us']:.1f}" for m in ("forward", "backward") for k in work.get(m, ())]
-            text.append(f"  kernels of {variant}, us: " + ", ".join(kernels))
-    text += [f"  {peer} could not run: {why}" for peer, why in row["missing"].items()]
+        work = [kernel for mode in MODES[:2] for kernel in row["launches"].get(variant, {}).get(mode, ())]
+        if work:
+            text.append(f"  kernels of {variant}, us: " + ", ".join(_kernel(row, kernel, gpu) for kernel in work))
     return text
 
 
-def _short(name: str) -> str:
-    """A kernel's name without its namespace, template arguments and parameters."""
-    return name.replace("void ", "").split("<")[0].split("(")[0].split("::")[-1]
+def _count(row: dict, name: str, mode: str) -> str:
+    found = launches(row, name, mode)
+    return "-" if found is None else str(len(found))
+
+
+def _peer(row: dict, name: str, mode: str, bandwidth: float) -> tuple:
+    passes = f"{units(row, name, mode, bandwidth):.2f}"
+    return name, f"{time_ms(row, name, mode):.4f}", passes, "", "", "", _count(row, name, mode), "", ""
+
+
+def _variant(row: dict, name: str, mode: str, bandwidth: float) -> tuple:
+    found = targets(row, name, bandwidth)
+    return (
+        f"{name} [{kind(row, name, mode)}]",
+        f"{time_ms(row, name, mode):.4f}",
+        _mark(found, f"{mode} units", ".2f") or f"{units(row, name, mode, bandwidth):.2f}",
+        _number(floor(row, name, mode), "g"),
+        _number(gb_per_s(row, name, mode), ".0f"),
+        _mark(found, f"{mode} fraction of copy", ".3f") or _number(of_copy(row, name, mode, bandwidth), ".3f"),
+        _count(row, name, mode),
+        _mark(found, f"{mode} vs eager", ".2f") or _number(ratio(row, name, mode, "eager"), ".2f"),
+        _mark(found, f"{mode} vs compile", ".2f") or _number(ratio(row, name, mode, "compile"), ".2f"),
+    )
+
+
+def _kernel(row: dict, kernel: dict, gpu) -> str:
+    predicted = gpu_predicted.predicted_us(row["label"], kernel["name"], gpu)
+    beside = "" if predicted is None else f" (predicted {predicted:.1f})"
+    return f"{gpu_predicted.short(kernel['name'])} {kernel['us']:.1f}{beside}"
 
 
 def small_text(rows: list[dict]) -> list[str]:
@@ -195,11 +233,11 @@ def verdicts(data: dict) -> list[str]:
     bandwidth = data["copy"]["bandwidth"]["gb_per_s"]
     met, missed, rows = 0, [], 0
     for row in data["rows"]:
-        if "failed" in row or not _has_target(row):
+        if "failed" in row or not row.get("modes") or not _has_target(row):
             continue
         rows += 1
         for variant in ("fused", "streaming"):
-            for entry in targets(row, variant, bandwidth) if variant in row["modes"]["both"] else ():
+            for entry in targets(row, variant, bandwidth):
                 if entry["met"] is None:
                     continue
                 met += entry["met"]
@@ -219,7 +257,7 @@ def verdicts(data: dict) -> list[str]:
             met += ours <= theirs
             if ours > theirs:
                 missed.append(f"{title}: {what[:-3]} {ours:.1f} us, eager's {theirs:.1f}")
-    failed = [row["key"] for row in data["rows"] + data["small"] if "failed" in row or row.get("wrong")]
+    failed = [f"{row['key']}: {'; '.join(found)}" for row in data["rows"] + data["small"] if (found := troubles(row))]
     text = [f"\nTargets: {met} of {met + len(missed)} met, over {rows} large rows and {len(small)} small ones."]
     text += [f"  missed: {line}" for line in missed]
     text += [f"  failed: {name}" for name in failed]
@@ -232,18 +270,20 @@ def brief(data: dict) -> list[str]:
     bandwidth = data["copy"]["bandwidth"]["gb_per_s"]
     lines = []
     for row in data["rows"]:
-        if "failed" in row:
-            lines.append((_title(row), "failed", *[""] * 6))
+        if not row.get("modes"):
+            lines.append((_title(row), "failed" if "failed" in row else "unfinished", *[""] * 6))
             continue
-        times = {mode: units(row, "fused", mode, bandwidth) for mode in MODES}
+        passes = [
+            f"{_number(units(row, 'fused', mode, bandwidth), '.2f')}/{_number(floor(row, 'fused', mode), 'g')}"
+            for mode in MODES[:2]
+        ]
         lines.append(
             (
                 _title(row),
                 kind(row, "fused", "both"),
-                f"{row['modes']['both']['fused']['median_ms']:.4f}",
-                f"{times['forward']:.2f}/{floor(row, 'fused', 'forward'):g}",
-                f"{times['backward']:.2f}/{floor(row, 'fused', 'backward'):g}",
-                f"{gb_per_s(row, 'fused', 'both') / bandwidth:.3f}",
+                _number(time_ms(row, "fused", "both"), ".4f"),
+                *passes,
+                _number(of_copy(row, "fused", "both", bandwidth), ".3f"),
                 _number(ratio(row, "fused", "both", "eager"), ".2f"),
                 _number(ratio(row, "fused", "both", "compile"), ".2f"),
             )
@@ -264,14 +304,14 @@ def machine_text(data: dict) -> list[str]:
 
 
 def text(data: dict) -> str:
-    lines = machine_text(data)
+    lines = machine_text(data) + gpu_predicted.summary(data)
     if data["rows"]:
         lines += brief(data)
     lines += verdicts(data)
     if data["small"]:
         lines += small_text(data["small"])
     for row in data["rows"]:
-        lines += row_text(row, data["copy"]["bandwidth"]["gb_per_s"])
+        lines += row_text(row, data["copy"]["bandwidth"]["gb_per_s"], gpu_predicted.gpu_of(data["machine"]))
     return "\n".join(lines) + "\n"
 
 
@@ -281,17 +321,13 @@ def draw(data: dict, path: Path) -> None:
 
     plt = plot.plt
     bandwidth = data["copy"]["bandwidth"]["gb_per_s"]
-    rows = [row for row in data["rows"] if "failed" not in row]
+    rows = [row for row in data["rows"] if row.get("modes")]
     if not rows:
         return
     figure, axes = plt.subplots(1, 3, figsize=(19, 1.6 + 0.5 * len(rows)), layout="constrained", sharey=True)
 
     def speed(row, name):
-        return (
-            row["modes"]["both"]["eager"]["median_ms"] / row["modes"]["both"][name]["median_ms"]
-            if name in row["modes"]["both"]
-            else None
-        )
+        return ratio(row, name, "both", "eager")
 
     ours = ("compile", "streaming", "resident", "fused")
     plot._groups(axes[0], rows, ours, speed, "{:.2f}x", title=_title)
@@ -300,7 +336,7 @@ def draw(data: dict, path: Path) -> None:
     for axis, mode in zip(axes[1:], MODES[:2], strict=True):
 
         def passes(row, name, mode=mode):
-            return units(row, name, mode, bandwidth) if name in row["modes"][mode] else None
+            return units(row, name, mode, bandwidth)
 
         plot._groups(axis, rows, ("eager", *ours), passes, "{:.1f}", title=_title)
         for name in FLOOR:

@@ -66,6 +66,19 @@ def available(workload, p: float) -> list[Variant]:
     return variants
 
 
+def profiled(variants: list[Variant], x) -> set[str]:
+    """One of each choice of kernels, by name. Saved bits change how long kernels take and not which ones run: the one
+    that saves them where users get that."""
+    from fusednorm import _autograd
+
+    saves = _autograd._saves_mask(x)
+    picked = {}
+    for variant in variants:
+        if variant.residency not in picked or variant.save_mask == saves:
+            picked[variant.residency] = variant.name
+    return set(picked.values())
+
+
 @contextlib.contextmanager
 def use(variant: Variant):
     """Calls in this context, forward and backward, run that variant."""

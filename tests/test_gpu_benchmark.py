@@ -57,9 +57,11 @@ echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
     assert any(order.endswith("-add") for order in ordered)
     assert {row["provider"] for row in data["small"]} == {"eager", "compile", "fused"}
     for row in data["rows"]:
-        assert {"eager", "compile", "fused", "copy_"} <= set(row["modes"]["both"])
+        peers = {"eager", "compile"} if row["stage"] == "main" else {"eager"}
+        assert set(row["modes"]["both"]) == {"copy_", "fused"} | peers
         assert not row["wrong"]
-        assert not row["missing"]
+        assert not row["errors"]
+        assert "running" not in row
     if importlib.util.find_spec("matplotlib"):
         assert (out / "speed.png").stat().st_size > 1000
     assert len(list(out.iterdir())) <= 8
@@ -88,7 +90,7 @@ class TestDriver:
         ids=["fine", "fails", "late", "hangs"],
     )
     def test_processes_end(self, driver, script, limit, grace, code, monkeypatch, tmp_path, benchmarks):
-        monkeypatch.setattr(benchmarks("gpu"), "GRACE", grace)
+        monkeypatch.setattr(benchmarks("gpu_process"), "GRACE", grace)
         assert driver.run([sys.executable, "-c", script], tmp_path / "log", limit) == code
 
     def test_a_part_that_raises_is_reported(self, driver):
@@ -101,11 +103,12 @@ class TestDriver:
         assert "no such thing" in text
         assert "ok       fine" in text
 
-    def test_logs_stay_small(self, driver, tmp_path, monkeypatch, benchmarks):
-        monkeypatch.setattr(benchmarks("gpu"), "MOST_TEXT", 1000)
+    def test_logs_stay_small(self, tmp_path, monkeypatch, benchmarks):
+        process = benchmarks("gpu_process")
+        monkeypatch.setattr(process, "MOST_TEXT", 1000)
         log = tmp_path / "log"
         log.write_text("a" * 5000 + "end")
-        driver.shorten(log)
+        process.shorten(log)
         assert log.stat().st_size < 1000
         assert log.read_text().endswith("end")
 
@@ -124,149 +127,45 @@ class TestDriver:
         driver.sanitizer(60)
         assert [part.status for part in driver.parts] == [status] * 2
 
-    def test_measuring_goes_on_behind_a_crash(self, driver, monkeypatch):
-        """A process that dies is started again; one that says that rows failed is not."""
-        codes, calls = [-6, 3, 1], []
-        monkeypatch.setattr(driver, "run", lambda command, log, limit: calls.append(command) or codes[len(calls) - 1])
-        driver.measure("main", 90)
-        assert len(calls) == 3
-        assert driver.parts[0].status == "FAILED"
+    def test_no_part_gets_nothing(self, benchmarks, monkeypatch, tmp_path):
+        """What is left is shared out by the budget, also where a build has taken most of the time."""
+        gpu, given = benchmarks("gpu"), {}
+        monkeypatch.setattr(gpu.Driver, "library", lambda self: True)
+        monkeypatch.setattr(gpu.Driver, "left", lambda self: 180.0 - sum(given.values()))
+        monkeypatch.setattr(gpu.Driver, "measure", lambda self, stage, seconds: given.update({stage: seconds}))
+        for name in ("check", "tests", "sanitizer"):
+            monkeypatch.setattr(gpu.Driver, name, lambda self, seconds, name=name: given.update({name: seconds}))
+        assert gpu.main(["--out", str(tmp_path)]) == 0
+        assert list(given) == list(gpu.BUDGET)
+        assert sum(given.values()) == pytest.approx(180)
+        assert given["orders"] == pytest.approx(180 * gpu.BUDGET["orders"] / sum(gpu.BUDGET.values()))
+
+    def test_the_budget_is_within_the_time(self, benchmarks):
+        gpu = benchmarks("gpu")
+        assert sum(gpu.BUDGET.values()) <= gpu.TOTAL - 20 <= 540
 
 
-def test_results_name_the_row_that_died(benchmarks, tmp_path):
-    measure, path = benchmarks("gpu_measure"), tmp_path / "results.json"
-    results = measure.Results(path)
-    results.run("rows", {"key": "a"}, lambda: {"modes": {}})
-
-    def fail():
-        raise RuntimeError("bad row\nsecond line")
-
-    results.run("rows", {"key": "b"}, fail)
-
-    def out_of_time():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        results.run("rows", {"key": "c"}, out_of_time)
-    results.data["rows"].append({"key": "d", "running": True})
-    results.write()
-    again = measure.Results(path)
-    assert [row["key"] for row in again.data["rows"]] == ["a", "b", "d"]
-    assert "failed" not in again.data["rows"][0]
-    assert again.data["rows"][1]["failed"] == "RuntimeError: bad row"
-    assert "process ended" in again.data["rows"][2]["failed"]
-    assert not again.has("rows", "c")
-
-
-def test_kernels_of_a_trace(benchmarks):
-    events = [
-        {"cat": "kernel", "name": "second", "ts": 20.5, "dur": 3},
-        {"cat": "gpu_user_annotation", "name": "a region", "ts": 0, "dur": 100},
-        {"cat": "gpu_memset", "name": "Memset (Device)", "ts": 10.0, "dur": 1.5},
-        {"cat": "cpu_op", "name": "aten::add", "ts": 1, "dur": 1},
+@pytest.mark.parametrize(
+    ("marks", "found"),
+    [
+        # Of two runs, each between two marks; what lies outside prepares them.
+        ((1, 4, 6, 9), [["second"], ["third"]]),
+        ((1, 2, 6, 9), [[], ["third"]]),
+        ((1, 4, 6), [[], []]),
+        ((), [[], []]),
+    ],
+)
+def test_kernels_of_a_trace(benchmarks, marks, found):
+    kernels = [("third", 8.5), ("first", 0.5), ("second", 3.0), ("spoils the caches", 5.0)]
+    kernels += [("at::cuda::(anonymous namespace)::spin_kernel(long)", mark) for mark in marks]
+    events = [{"cat": "kernel", "name": name, "ts": ts, "dur": 3} for name, ts in kernels]
+    events += [
+        {"cat": "gpu_user_annotation", "name": "a region", "ts": 3.5, "dur": 100},
+        {"cat": "cpu_op", "name": "aten::add", "ts": 3.5, "dur": 1},
         {"ph": "M", "name": "process_name"},
     ]
-    found = benchmarks("gpu_clock").traced({"traceEvents": events})
-    assert found == [{"name": "Memset (Device)", "us": 1.5}, {"name": "second", "us": 3.0}]
-
-
-def row(resident, ms, shape=(128, 256, 56, 56), dtype="bfloat16"):
-    """A row at 4000 GB/s: 205.5 MB are 51.4 us a unit."""
-    kernels = [{"name": f"void fusednorm::cuda::first{'_resident' * resident}_forward<float>(int)", "us": 9.0}]
-    unit = 2 * 128 * 256 * 56 * 56
-    times = {"eager": 1.0, "compile": 0.6, "fused": ms, "copy_": 0.1}
-    return {
-        "key": "a",
-        "workload": "a",
-        "label": "a",
-        "stage": "main",
-        "shape": list(shape),
-        "dtype": dtype,
-        "layout": "channels-first",
-        "act": "relu",
-        "p": 0.1,
-        "unit_bytes": unit,
-        "floor": {"streaming": [3, 5], "resident": [2, 3]},
-        "wrong": None,
-        "missing": {},
-        "modes": {mode: {k: {"median_ms": v} for k, v in times.items()} for mode in ("forward", "backward", "both")},
-        "launches": {"fused": {"forward": kernels, "backward": kernels}, "eager": {"forward": [], "backward": []}},
-        "saved_bytes_per_element": {"fused": 2.0},
-        "peak_mb": {"fused": 500.0},
-    }
-
-
-def data(*rows):
-    small = [
-        {
-            **{k: row(False, 1.0)[k] for k in ("workload", "shape", "dtype", "layout", "act", "p", "wrong")},
-            "unit_bytes": 1000,
-            "key": provider,
-            "provider": provider,
-            "host_us": {"forward": us, "both": us},
-            "graph_us": {"forward": us, "both": us},
-            "launches": {"forward": 3, "both": 5},
-        }
-        for provider, us in (("eager", 30.0), ("fused", 20.0))
-    ]
-    return {
-        "machine": {"gpu": "a GPU", "torch": "2.11"},
-        "copy": {"bandwidth": {"bytes": 1 << 30, "gb_per_s": 4000.0}},
-        "switches": {"residency": True},
-        "rows": list(rows),
-        "small": small,
-        "not reached": {"rest": 3},
-    }
-
-
-class TestReport:
-    @pytest.mark.parametrize(
-        ("resident", "ms", "met"),
-        [
-            # 3 units are 0.154 ms, 5 are 0.257; 85 % of the copy's bandwidth 0.181 and 0.302.
-            (False, 0.17, {"forward fraction of copy": True, "backward fraction of copy": True}),
-            (False, 0.19, {"forward fraction of copy": False, "backward fraction of copy": True}),
-            (False, 0.41, {"both vs eager": True, "both vs compile": True}),
-            (False, 0.45, {"both vs eager": False, "both vs compile": True}),
-            # 2.3 units are 0.118 ms, 3.5 are 0.180.
-            (True, 0.11, {"forward units": True, "backward units": True}),
-            (True, 0.15, {"forward units": False, "backward units": True}),
-            (True, 0.34, {"both vs eager": False, "both vs compile": False}),
-        ],
-    )
-    def test_targets(self, benchmarks, resident, ms, met):
-        found = {entry["what"]: entry for entry in benchmarks("gpu_report").targets(row(resident, ms), "fused", 4000.0)}
-        assert {what: found[what]["met"] for what in met} == met
-
-    def test_small_pictures_are_reported_only(self, benchmarks):
-        found = benchmarks("gpu_report").targets(row(True, 9.0, (128, 2048, 7, 7)), "fused", 4000.0)
-        assert [entry["met"] for entry in found if "units" in entry["what"]] == [None, None]
-
-    def test_orders_have_floors_and_no_targets(self, benchmarks):
-        report = benchmarks("gpu_report")
-        other = row(False, 1.0) | {"stage": "orders", "floor": {"streaming": [4, 6], "resident": [3, 4]}}
-        assert report.targets(other, "fused", 4000.0) == []
-        assert report.floor(other, "fused", "both") == 10
-
-    def test_text(self, benchmarks):
-        failed = {k: row(False, 1.0)[k] for k in ("workload", "shape", "dtype", "layout", "act", "p", "unit_bytes")}
-        failed |= {"key": "broken row", "failed": "RuntimeError: no"}
-        wrong = row(True, 0.15) | {"wrong": "output is off", "key": "wrong row"}
-        text = benchmarks("gpu_report").text(data(row(False, 0.17), wrong, failed))
-        for expected in (
-            "3 rows of stage 'rest' not reached",
-            "failed: broken row",
-            "failed: wrong row",
-            "WRONG, output",
-        ):
-            assert expected in text
-        assert "(>=0.85 met)" in text
-        assert "(<=2.3 MISSED)" in text
-        assert "kernels of fused, us: first_forward 9.0, first_forward 9.0" in text
-
-    def test_before_any_row(self, benchmarks):
-        empty = data() | {"small": []}
-        assert "Targets: 0 of 0" in benchmarks("gpu_report").text(empty)
+    runs = benchmarks("gpu_clock").traced({"traceEvents": events}, 2)
+    assert runs == [[{"name": name, "us": 3.0} for name in names] for names in found]
 
 
 def test_rows_are_what_was_promised(benchmarks):
@@ -276,6 +175,9 @@ def test_rows_are_what_was_promised(benchmarks):
     assert len(main) == len(rows.MAIN)
     keys = [rows.key(w, w.p) for w in rows.MAIN + rows.REST]
     assert len(set(keys)) == len(keys)
+    first = {(str(w.dtype), w.layout) for w in rows.MAIN[:4]}  # what a run that is cut off has
+    assert len(first) == 4
+    assert len({w.shape for w in rows.MAIN[:4]}) == 1
     assert all(w.numel * w.dtype.itemsize >= rows.LARGE for w in rows.MAIN)
     assert all(w.numel * w.dtype.itemsize <= rows.SMALL for w in rows.SMALL_ROWS)
 
