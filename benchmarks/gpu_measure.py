@@ -22,11 +22,10 @@ from benchmarks import gpu_predicted, gpu_rows, gpu_variants, machine, providers
 from benchmarks.case import Case
 from benchmarks.gpu_attempts import Attempts
 from benchmarks.gpu_clock import Clock, Dry, Gpu, host, rotate
-from benchmarks.gpu_results import LOST, ROWS_FAILED, Lost, Place, Results
+from benchmarks.gpu_results import LOST, MODES, ROWS_FAILED, Lost, Place, Results
 from benchmarks.measure import CopyTurn, LayerTurn, summary
 from benchmarks.memory import saved_bytes, vectors
 
-MODES = ("forward", "backward", "both")
 ROUNDS = 25
 
 
@@ -169,7 +168,7 @@ def copy_bandwidth(clock: Clock, size: int) -> dict:
 def lines(row: dict, facts: dict) -> Iterator[str]:
     """What is said of a row as soon as it is there."""
     for who, steps in row["errors"].items():
-        yield from (f"  {row['key']}: {who} failed at {step}: {error}" for step, error in steps.items())
+        yield from (f"  FAILED {row['key']}: {who} at {step}: {error}" for step, error in steps.items())
     if "failed" in row:
         yield f"  FAILED {row['key']}: {row['failed']}"
         return

@@ -13,11 +13,11 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import gpu_predicted
+from benchmarks import gpu_predicted, gpu_rows
+from benchmarks.gpu_results import MODES
 from benchmarks.gpu_rows import FLOOR, LARGE, SMALL, TARGETS
 
-PEERS = ("eager", "compile")
-MODES = ("forward", "backward", "both")
+PEERS = gpu_rows.PEERS["main"]  # the other stages have some of them
 
 
 def contestants(row: dict) -> list[str]:

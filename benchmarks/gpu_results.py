@@ -18,9 +18,10 @@ ROWS_FAILED = 4
 
 PARTS = ("rows", "small")
 GIVEN_UP = 2  # times that the process ended at a contestant, or a step, in one layout: it is not tried again there
+MODES = ("forward", "backward", "both")
 # A contestant that fails in one of these is out of its row. One that fails in another (profile, memory) lacks only
 # what that would have told.
-ESSENTIAL = ("setup", "forward", "backward", "both")
+ESSENTIAL = ("setup", *MODES)
 
 
 def rewrite(path: Path, text: str) -> None:
@@ -121,8 +122,9 @@ def ended(path: Path, why: str, hung: bool) -> str | None:
     if row is None or "running" not in row:
         return None
     where = f"{why} at {step} of {who or 'the row'}"
-    if who:
-        row["errors"].setdefault(who, {})[step] = why
+    errors = row["errors"].setdefault(who, {}) if who else {step: why}
+    if step not in errors:  # else it said why before it fell
+        errors[step] = why
         row["ended"].append(blamed(who, step))
     if hung or not who or part == "small":
         row["failed"] = where

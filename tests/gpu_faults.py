@@ -18,11 +18,15 @@ class Blind(gpu_clock.Dry):
         return [[] for _ in super().kernels(*runs)]
 
 
+lost = []  # not empty: the context, and every call fails from then on
+
+
 def strike(fault):
     if fault == "raises":
         raise RuntimeError("planted")
     if fault == "loses the context":
         gpu_clock.Dry.recover = lambda self: False
+        lost.append(fault)
         raise RuntimeError("CUDA error: planted")
     if fault == "exits":
         os._exit(9)
@@ -42,6 +46,8 @@ def main(plan, *arguments):
 
     def plant(workload, who, step):
         planted = plan[workload.name]
+        if lost:
+            raise RuntimeError("CUDA error: lost before")
         if planted and planted[:2] == [who, step]:
             strike(planted[2])
 

@@ -197,6 +197,14 @@ class TestResults:
         assert row["errors"] == errors
         assert row.get("running", False) == (failed is None)
 
+    def test_it_said_why_before_it_fell(self, results, benchmarks):
+        module = benchmarks("gpu_results")
+        self.begun(results, errors={"fused": {"both": "CUDA error"}}, ended=["fused"])
+        module.Place(results.path).write("a", "fused", "both")
+        module.ended(results.path, "died", False)
+        row = module.Results(results.path).find("rows", "a")
+        assert (row["errors"], row["ended"]) == ({"fused": {"both": "CUDA error"}}, ["fused"])
+
     @pytest.mark.parametrize(
         ("ends", "layout", "given_up"),
         [
