@@ -88,9 +88,10 @@ def measure(clock: Clock, workload, p: float, rounds: int, attempts: Attempts, r
     names = [name for name in (*peers, "fused") if not attempts.out(name, "setup")]
     setup = functools.partial(attempts.attempt, step="setup")
     case = Case(workload, p, tuple(names), device=clock.device, strict=False, attempt=setup)
+    if "fused" in names:
+        row.update(check=case.error, wrong=case.wrong)
     if "fused" not in case.grads:  # as users get it, it has failed; its variants may not
         case.grads["fused"] = case.grad_like(case.x)
-    row.update(check=case.error, wrong=case.wrong)
     for kept in ("modes", "launches", "saved_bytes_per_element", "peak_mb"):
         row.setdefault(kept, {})
     variants = gpu_variants.available(workload, p)
@@ -172,7 +173,7 @@ def lines(row: dict, facts: dict) -> Iterator[str]:
     if "failed" in row:
         yield f"  FAILED {row['key']}: {row['failed']}"
         return
-    if row["wrong"]:
+    if row.get("wrong"):
         yield f"  FAILED {row['key']}: timed, but {row['wrong']}"
     if "modes" not in row:
         host_us, graph_us = row["host_us"]["both"], row["graph_us"]["both"]

@@ -27,8 +27,8 @@ FAULTS = [
     ("fused", "memory", "raises", MODES, "RuntimeError: planted"),
     ("fused", "profile", "traces nothing", MODES, None),
     ("streaming", "backward", "loses the context", MODES[:1], "RuntimeError: CUDA error: planted"),
-    ("resident", "both", "exits", MODES[:2], "the process ended with status 9"),
-    ("fused", "setup", "is killed", [], f"the process ended with status {-signal.SIGKILL}"),
+    ("fused", "both", "exits", MODES[:2], "the process ended with status 9"),
+    ("eager", "setup", "is killed", [], f"the process ended with status {-signal.SIGKILL}"),
     ("resident+bits", "backward", "hangs", MODES[:1], "hung: no sign of life for 6 s"),
     ("resident+bits", "both", "exits", MODES[:2], "the process ended with status 9"),
 ]
@@ -70,6 +70,7 @@ def test_a_fault_costs_its_contestant(measured, benchmarks, index):
     row = measured[1]["rows"][index]
     assert row["errors"] == ({who: {step: why}} if why else {})
     assert [mode for mode in MODES if who in row["modes"].get(mode, {})] == kept
+    assert row["check"]  # of the fused layer, by a process that had it
     if fault == "hangs":
         assert row["failed"] == f"{why} at {step} of {who}"
         assert list(row["modes"]) == MODES[: MODES.index(step)]
@@ -103,7 +104,7 @@ def test_who_ends_the_process_twice_is_left_out(measured):
 def test_the_report_has_them_all(measured, benchmarks):
     text = benchmarks("gpu_report").text(measured[1])
     assert "FAILED: hung: no sign of life for 6 s at backward of resident+bits" in text
-    assert text.count("resident failed at") == 6  # twice each: among the verdicts and with its row
+    assert text.count("resident failed at") == 4  # twice each: among the verdicts and with its row
 
 
 class TestWatch:
