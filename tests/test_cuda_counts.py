@@ -1,0 +1,108 @@
+"""What `make cuda` says of counted kernels: occupancy, predictions. tests/test_cuda_machine.py has what counts them."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(not (ROOT / "benchmarks" / "cuda_model.py").is_file(), reason="needs the source tree"),
+]
+
+# A launch that nothing slows down: no instructions, and its bytes are what a test adds.
+KERNEL = {"kernel": "k<float,4>", "threads": 256, "registers": 32, "shared": 0, "blocks": 10**6}
+KERNEL |= dict.fromkeys(("issued", "alu", "multiply", "float_", "loaded", "stored", "in_flight"), 0) | {"useful": 1}
+
+
+@pytest.fixture
+def model(benchmarks):
+    return benchmarks("cuda_model")
+
+
+# ---- occupancy -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "gpu, threads, registers, shared, blocks, limit",
+    [  # what cuda_occupancy.h says
+        ("H100", 256, 128, 0, 2, "registers"),
+        ("H100", 256, 129, 0, 1, "registers"),
+        ("H100", 256, 80, 0, 3, "registers"),
+        ("H100", 256, 64, 0, 4, "registers"),
+        ("H100", 256, 65, 0, 3, "registers"),
+        ("H100", 128, 73, 0, 6, "registers"),  # handed out eight at a time: as 80
+        ("H100", 32, 104, 0, 16, "registers"),  # of each quarter by itself: all of them together would do for 19
+        ("H100", 96, 104, 0, 5, "registers"),
+        ("H100", 1024, 65, 0, 0, "registers"),
+        ("B200", 256, 128, 0, 2, "registers"),
+        ("H100", 256, 24, 0, 8, "warps"),
+        ("L4", 256, 24, 0, 6, "warps"),
+        ("H100", 33, 24, 0, 32, "warps"),  # a second warp for one thread
+        ("H100", 32, 24, 0, 32, "blocks"),
+        ("A100", 32, 24, 0, 32, "blocks"),
+        ("L4", 32, 24, 0, 24, "blocks"),
+        ("H100", 256, 72, 102912, 2, "shared"),
+        ("H100", 256, 24, 115712, 2, "shared"),  # with the reserved kilobyte, exactly half
+        ("H100", 256, 24, 115713, 1, "shared"),
+        ("H100", 256, 24, 232448, 1, "shared"),
+        ("H100", 256, 24, 232449, 0, "shared"),
+        ("A100", 256, 24, 83000, 1, "shared"),
+        ("A100", 256, 24, 32560, 4, "shared"),  # handed out 128 bytes at a time
+        ("A100", 256, 24, 166913, 0, "shared"),
+        ("L4", 256, 40, 33000, 3, "shared"),
+        ("RTX 4090", 256, 24, 50176, 2, "shared"),
+    ],
+)
+def test_occupancy(model, gpu, threads, registers, shared, blocks, limit):
+    launch = model.Counted(**KERNEL | {"threads": threads, "registers": registers, "shared": shared})
+    found = launch.occupancy(model.GPUS[gpu])
+    assert (found.blocks, found.limit) == (blocks, limit)
+    assert found.warps == launch.resident_warps(model.GPUS[gpu]) == blocks * math.ceil(threads / 32)
+
+
+@pytest.mark.parametrize("blocks, resident, limit", [(1, 1, "grid"), (132, 1, "grid"), (133, 2, "registers")])
+def test_a_launch_of_few_blocks(model, blocks, resident, limit):
+    found = model.Counted(**KERNEL | {"registers": 128, "blocks": blocks}).occupancy(model.GPUS["H100"])
+    assert (found.blocks, found.limit) == (resident, limit)
+
+
+# ---- predictions -----------------------------------------------------------------------------------------------------
+def slowed(model, gpu, **by):
+    """A kernel that takes a millisecond for each of what it has; bytes in 16 warps' loads."""
+    clocks = gpu.clock * gpu.multiprocessors * 1e-3
+    rates = {"issued": 4 * clocks, "alu": 2 * clocks, "multiply": 2 * clocks, "float_": gpu.floats * clocks}
+    rates |= dict.fromkeys(("loaded", "stored", "useful"), gpu.bandwidth * gpu.copies * 1e-3)
+    rates["in_flight"] = gpu.bandwidth * gpu.copies * model.LATENCY / (16 * gpu.multiprocessors)
+    return model.Counted(**KERNEL | {"registers": 128} | {name: rates[name] * factor for name, factor in by.items()})
+
+
+@pytest.mark.parametrize("gpu", ["A100", "H100", "H200", "L4", "RTX 4090", "B200"])
+@pytest.mark.parametrize(
+    "by, bound, milliseconds, of_floor",
+    [
+        ({"issued": 3, "alu": 2, "loaded": 1, "useful": 1, "in_flight": 1}, "issue", 3, 1 / 3),
+        ({"issued": 2, "alu": 3, "loaded": 1, "useful": 1, "in_flight": 1}, "alu", 3, 1 / 3),
+        ({"multiply": 2, "loaded": 1, "useful": 1, "in_flight": 1}, "fma", 2, 1 / 2),
+        ({"float_": 2, "loaded": 1, "useful": 1, "in_flight": 1}, "fma", 2, 1 / 2),
+        ({"multiply": 2, "float_": 1, "loaded": 1, "useful": 1, "in_flight": 1}, "fma", 3, 1 / 3),
+        ({"alu": 1, "loaded": 1, "stored": 1, "useful": 2, "in_flight": 4}, "memory", 2, 1),
+        ({"stored": 2, "useful": 2}, "memory", 2, 1),  # nobody waits for a store
+        ({"loaded": 2, "useful": 1, "in_flight": 4}, "memory", 2, 1 / 2),  # half of each sector is not asked for
+        ({"loaded": 1, "useful": 2, "in_flight": 4}, "memory", 1, 1),  # threads that ask for the same are no gain
+        ({"loaded": 1, "useful": 1, "in_flight": 0.25}, "latency", 4, 1 / 4),
+    ],
+)
+def test_prediction(model, gpu, by, bound, milliseconds, of_floor):
+    gpu = model.GPUS[gpu]
+    kernel = slowed(model, gpu, **by)
+    assert kernel.bound(gpu) == bound
+    assert max(kernel.seconds(gpu).values()) == kernel.seconds(gpu)[bound] == pytest.approx(milliseconds * 1e-3)
+    assert kernel.of_floor(gpu) == pytest.approx(of_floor)
+
+
+def test_a_block_that_fits_nowhere_never_ends(model):
+    gpu = model.GPUS["L4"]
+    kernel = dataclasses.replace(slowed(model, gpu, loaded=1, useful=1, in_flight=1), shared=gpu.per_block + 1)
+    assert kernel.seconds(gpu)["latency"] == math.inf
