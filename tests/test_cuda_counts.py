@@ -1,10 +1,13 @@
-"""What `make cuda` says of counted kernels: occupancy, predictions. tests/test_cuda_machine.py has what counts them."""
+"""What `make cuda` says of counted kernels: occupancy, predictions, the tables.
+tests/test_cuda_machine.py has what counts them."""
 
 import dataclasses
+import io
 import math
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,3 +109,64 @@ def test_a_block_that_fits_nowhere_never_ends(model):
     gpu = model.GPUS["L4"]
     kernel = dataclasses.replace(slowed(model, gpu, loaded=1, useful=1, in_flight=1), shared=gpu.per_block + 1)
     assert kernel.seconds(gpu)["latency"] == math.inf
+
+
+# ---- plans and tables ------------------------------------------------------------------------------------------------
+def test_steps(benchmarks):
+    launches = [
+        {"kernel": name} for name in ("a", "b", "draw_seed_kernel", "draw_seed_kernel", "c", "draw_seed_kernel")
+    ]
+    assert benchmarks("cuda_launches").steps(launches) == [launches[:2], [], launches[4:5]]
+
+
+PLAN = {"threads": 256, "blocks": 10**6, "shared": 0, "cluster": 1, "default": True}
+
+
+@pytest.fixture
+def reported(benchmarks, model):
+    """Of one kernel, on GPUs with plans of their own; an RTX 4090 cannot run it."""
+    counted = {"issued": 400, "alu": 100, "multiply": 20, "float_": 30, "loaded": 64, "useful": 32, "in_flight": 64}
+    row = {"row": "(8, 4) float32", "elements": 3200} | KERNEL | {"registers": 128} | counted
+    plans = {gpu: dict(PLAN) for gpu in model.GPUS if gpu != "RTX 4090"}
+    plans["L4"] |= {"blocks": 58}
+    plans["B200"] |= {"shared": 150_000, "cluster": 8, "default": False}
+    return benchmarks("cuda_report").report([row], {(row["row"], row["kernel"]): plans})
+
+
+@pytest.mark.parametrize(
+    "gpu, resident, warps, limit, in_flight",
+    [
+        ("A100", 2, 16, "registers", 1024),
+        ("H100", 2, 16, "registers", 1024),
+        ("L4", 1, 8, "grid", 512),
+        ("B200", 1, 8, "shared", 512),
+    ],
+)
+def test_a_gpu_has_its_own_plan(reported, gpu, resident, warps, limit, in_flight):
+    there = reported[0]["gpus"][gpu]
+    assert (there["resident_blocks"], there["resident_warps"], there["limit"]) == (resident, warps, limit)
+    assert there["bytes_in_flight"] == in_flight
+    assert there["predicted_us"] == there["terms_us"][there["bound"]] == max(there["terms_us"].values())
+
+
+def test_report(reported):
+    assert reported[0]["instructions"] == {"issued": 4.0, "alu": 1.0, "fma": 0.5, "other": 2.5}
+    assert reported[0]["sectors_over_ideal"] == 2.0
+    assert "RTX 4090" not in reported[0]["gpus"]
+
+
+@pytest.mark.parametrize("everything, tables", [(False, 1), (True, 3)])
+def test_tables(benchmarks, model, reported, everything, tables):
+    """The short one has an H100's columns; the others every GPU, and where the figures are from."""
+    shown = list(benchmarks("cuda_report").tables(reported, "H100", everything))
+    assert len(shown) == tables
+    console = Console(width=190, file=io.StringIO())
+    for each in shown[:2]:
+        console.print(each)
+    text = console.file.getvalue()
+    assert "measured" not in text
+    assert "counted" in text
+    assert "predicted" in text
+    for gpu in model.GPUS:
+        assert (gpu in text) == (everything or gpu == "H100")
+    assert ("(0.0) us" in text) == everything  # a B200 runs it only where it is told to
