@@ -97,15 +97,26 @@ def rows_of(counter: Counter, gpu: cuda_model.GPU) -> Iterator[dict]:
                 yield {"row": row.label, "elements": row.numel, **dataclasses.asdict(counted)}
 
 
+def costs(row: dict) -> dict[str, float]:
+    """What must not become more; `predicted` has what registers, shared memory and bytes in flight come to."""
+    predicted = max(cuda_model.counted(row).seconds(COUNTED_FOR).values())
+    return {name: row[name] for name in ("issued", "alu", "loaded", "stored")} | {"predicted": predicted}
+
+
 def worse(rows: list[dict], stored: list[dict]) -> list[str]:
-    """The rows that have become worse by more than a little, and in what."""
-    before = {(row["row"], row["kernel"]): row for row in stored}
+    """The rows that have become worse by more than a little, and in what; and those that no kernel of that name has."""
+    now = {(row["row"], row["kernel"]): row for row in rows}
     found = []
-    for row in rows:
-        old = before.get((row["row"], row["kernel"]))
-        for what in ("issued", "alu", "loaded", "stored"):
-            if old is not None and row[what] > WORSE * old[what]:
-                found.append(f"{row['row']}, {row['kernel']}: {what} {row[what] / old[what]:.2f} of what it was")
+    for old in stored:
+        name = f"{old['row']}, {old['kernel']}"
+        row = now.get((old["row"], old["kernel"]))
+        if row is None:
+            found.append(f"{name}: is stored and no longer runs; --store, if that is meant")
+            continue
+        before = costs(old)
+        for what, cost in costs(row).items():
+            if cost > WORSE * before[what]:
+                found.append(f"{name}: {what} {cost / before[what]:.2f} of what it was")
     return found
 
 

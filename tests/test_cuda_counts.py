@@ -1,8 +1,9 @@
-"""What `make cuda` says of counted kernels: occupancy, predictions, the tables.
+"""What `make cuda` says of counted kernels: occupancy, predictions, which rows have become worse, the tables.
 tests/test_cuda_machine.py has what counts them."""
 
 import dataclasses
 import io
+import json
 import math
 from pathlib import Path
 
@@ -109,6 +110,47 @@ def test_a_block_that_fits_nowhere_never_ends(model):
     gpu = model.GPUS["L4"]
     kernel = dataclasses.replace(slowed(model, gpu, loaded=1, useful=1, in_flight=1), shared=gpu.per_block + 1)
     assert kernel.seconds(gpu)["latency"] == math.inf
+
+
+# ---- what may not become worse ---------------------------------------------------------------------------------------
+# Its memory takes an H100 66 us, with the 16 warps that fit; with 8, waiting takes 95.
+STORED = KERNEL | {"row": "(8, 4) float32", "elements": 32, "registers": 128, "issued": 10**6, "alu": 10**5}
+STORED |= {"loaded": 10**8, "stored": 10**8, "useful": 2 * 10**8, "in_flight": 1000}
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({}, None),
+        ({"issued": 1.04, "alu": 1.04, "loaded": 1.04, "stored": 1.04}, None),
+        ({"issued": 0.5, "loaded": 0.5}, None),
+        ({"issued": 1.06}, "issued 1.06 of"),
+        ({"alu": 1.06}, "alu 1.06 of"),
+        ({"loaded": 1.06}, "loaded 1.06 of"),
+        ({"stored": 1.06}, "stored 1.06 of"),
+        ({"registers": 129 / 128}, "predicted 1.43 of"),
+        ({"in_flight": 0.5}, "predicted 1.43 of"),
+    ],
+)
+def test_worse(benchmarks, change, said):
+    row = STORED | {what: round(STORED[what] * factor) for what, factor in change.items()}
+    other = STORED | {"kernel": "new"}
+    found = benchmarks("cuda_counts").worse([other, row], [STORED])
+    assert len(found) == (said is not None)
+    for line in found:
+        assert line.startswith(f"(8, 4) float32, k<float,4>: {said}")
+
+
+def test_a_kernel_that_is_gone(benchmarks):
+    """Of another width, say: it would be compared with nothing."""
+    (line,) = benchmarks("cuda_counts").worse([STORED | {"kernel": "k<float,2>"}], [STORED])
+    assert line.startswith("(8, 4) float32, k<float,4>: ")
+    assert "no longer runs" in line
+
+
+def test_every_row_is_stored(benchmarks):
+    stored = json.loads(benchmarks("cuda_counts").STORED.read_text())["rows"]
+    assert {row["row"] for row in stored} == {row.label for row in benchmarks("gpu_rows").MAIN}
 
 
 # ---- plans and tables ------------------------------------------------------------------------------------------------
