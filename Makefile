@@ -170,7 +170,8 @@ cuda-library: $(TOOLS) $(if $(VENV),$(VENV)/.cuda-tools-installed)
 	@FUSEDNORM_CUDA_LIBRARY=$(CUDA_BUILD)/fusednorm/_ops.so PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH \
 		$(PY) -P -m pytest -q tests/test_cuda_machine.py
 	$(call say,Counting its instructions and sectors)
-	@PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH $(PY) benchmarks/cuda_counts.py --library $(CUDA_BUILD)/fusednorm/_ops.so
+	@PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH $(PY) benchmarks/cuda_counts.py \
+		--library $(CUDA_BUILD)/fusednorm/_ops.so $(if $(filter-out 0,$(REPORT)),--report)
 
 $(VENV)/.cuda-tools-installed: requirements-cuda.txt $(TORCH_INSTALLED)
 	@$(PY) -m pip install --quiet -r requirements-cuda.txt

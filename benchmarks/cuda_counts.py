@@ -18,41 +18,18 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "tests")]  # behind the package that is to be tested
 
-from cuda_host import compiling  # noqa: E402
-from cuda_host.cases import Case, Machine  # noqa: E402
 from cuda_machine import building  # noqa: E402
-from rich.table import Table  # noqa: E402
 
-from benchmarks import cuda_model, gpu_rows, publish, table  # noqa: E402
+from benchmarks import cuda_launches, cuda_model, cuda_report, gpu_rows, publish, table  # noqa: E402
 from benchmarks.workloads import Workload  # noqa: E402
 
-CHUNKS = 4  # of the first channels: the blocks, or clusters, that are executed
+RESULTS = ROOT / "benchmarks" / "results"
+REPORT = RESULTS / f"cuda-report-{building.ARCHITECTURE}.json"
+COUNTED_FOR = cuda_model.GPUS["H100"]  # whose launches are executed
 WORSE = 1.05  # than what is stored, and a row fails
-RESIDENCY = {"automatic": 0, "never": 1}
-
-
-def case(row: Workload, gpu: cuda_model.GPU, residency: str) -> Case:
-    """The call as main.cpp of tests/cuda_host takes it, on zeros."""
-    n, c, *spatial = row.shape
-    s = torch.Size(spatial).numel()
-    last = row.channels_last or not spatial
-    saves = row.p > 0 and row.dtype != torch.float32
-    machine = Machine(gpu.multiprocessors, gpu.per_block, gpu.cluster, 256, RESIDENCY[residency])
-    words = {
-        "N": n, "C": c, "S": s, "last": int(last), "act": row.act or "identity", "p": row.p, "kind": row.noise,
-        "granularity": row.granularity, "order": row.order, "ghost": 0, "training": 1, "eps": 1e-5, "shift": 0,
-        **vars(machine),
-    }  # fmt: skip
-    tensors = dict.fromkeys(("x", "g", "y", "dx"), ((n, c, s), row.dtype)) | {"seed": ((1,), torch.int64)}
-    tensors |= dict.fromkeys(("weight", "bias", "mean", "invstd", "stat_var", "dw", "db"), ((c,), torch.float32))
-    if saves:
-        tensors["mask"] = ((-(-n * s // 8), c), torch.uint8)
-    return Case("layer", words, blanks=tensors)
 
 
 def registers(listings: Iterable[Path]) -> dict[str, int]:
@@ -64,26 +41,14 @@ def registers(listings: Iterable[Path]) -> dict[str, int]:
 class Counter:
     """Executes rows and counts."""
 
-    def __init__(self, program: Path, listings: list[Path], room: Path) -> None:
-        self.program, self.listings, self.room = program, listings, room
-        by_symbol = registers(listings)
+    def __init__(self, launcher: cuda_launches.Launcher) -> None:
+        self.launcher = launcher
+        by_symbol = registers(launcher.listings)
         self.registers = {name: by_symbol[symbol] for symbol, name in building.spelled(by_symbol).items()}
 
     def count(self, row: Workload, gpu: cuda_model.GPU, residency: str) -> list[cuda_model.Counted]:
         """The launches of a training step, in order."""
-        cases, found = self.room / "cases", self.room / "counts.json"
-        with open(cases, "wb") as file:
-            case(row, gpu, residency).write(file)
-        compiling.ENVIRONMENT |= {
-            "FN_MACHINE_CODE": ":".join(map(str, self.listings)),
-            "FN_MACHINE_COUNTS": str(found),
-            "FN_MACHINE_COLUMNS": "1",
-            "FN_MACHINE_CHUNKS": str(CHUNKS),
-        }
-        child = compiling.call([self.program, cases, self.room / "results", "forward"])
-        if child.returncode:
-            raise RuntimeError(child.stderr.decode()[-2000:])
-        return [self._counted(launch) for launch in json.loads(found.read_text())]
+        return [self._counted(launch) for launch in self.launcher.launches([cuda_launches.case(row, gpu, residency)])]
 
     def _counted(self, launch: dict) -> cuda_model.Counted:
         scale = math.prod(launch["grid"]) / launch["blocks"]
@@ -123,7 +88,7 @@ def rows_of(counter: Counter, gpu: cuda_model.GPU) -> Iterator[dict]:
     """One for each kernel, shape and type."""
     for row in gpu_rows.MAIN:
         seen = set()
-        for residency in RESIDENCY:
+        for residency in cuda_launches.RESIDENCY:
             for counted in counter.count(row, gpu, residency):
                 if counted.kernel in seen:
                     continue
@@ -131,65 +96,49 @@ def rows_of(counter: Counter, gpu: cuda_model.GPU) -> Iterator[dict]:
                 yield {"row": row.label, "elements": row.numel, **dataclasses.asdict(counted)}
 
 
+def costs(row: dict) -> dict[str, float]:
+    """What must not become more; `predicted` has what registers, shared memory and bytes in flight come to."""
+    predicted = cuda_model.Counted.of(row).bound(COUNTED_FOR)[1]
+    return {name: row[name] for name in ("issued", "alu", "loaded", "stored")} | {"predicted": predicted}
+
+
 def worse(rows: list[dict], stored: list[dict]) -> list[str]:
-    """The rows that have become worse by more than a little, and in what."""
-    before = {(row["row"], row["kernel"]): row for row in stored}
+    """The rows that have become worse by more than a little, and in what; and those that no kernel of that name has."""
+    now = {(row["row"], row["kernel"]): row for row in rows}
     found = []
-    for row in rows:
-        old = before.get((row["row"], row["kernel"]))
-        for what in ("issued", "alu", "loaded", "stored"):
-            if old is not None and row[what] > WORSE * old[what]:
-                found.append(f"{row['row']}, {row['kernel']}: {what} {row[what] / old[what]:.2f} of what it was")
+    for old in stored:
+        name = f"{old['row']}, {old['kernel']}"
+        row = now.get((old["row"], old["kernel"]))
+        if row is None:
+            found.append(f"{name}: is stored and no longer runs; --store, if that is meant")
+            continue
+        before = costs(old)
+        for what, cost in costs(row).items():
+            if cost > WORSE * before[what]:
+                found.append(f"{name}: {what} {cost / before[what]:.2f} of what it was")
     return found
-
-
-def render(rows: list[dict]) -> Table:
-    """Counts of each, and what they predict."""
-    shown = Table(title="CUDA kernels: counted in machine code for 9.0, times predicted for an H100")
-    for name in (
-        "row",
-        "kernel",
-        "registers",
-        "instructions",
-        "ALU",
-        "sectors",
-        "KB in flight",
-        "bound by",
-        "of memory",
-    ):
-        shown.add_column(name)
-    gpu = cuda_model.GPUS["H100"]
-    for row in rows:
-        counted = cuda_model.Counted.of(row)
-        bound, longest = counted.bound(gpu)
-        per_element = 32 / row["elements"]
-        shown.add_row(
-            row["row"],
-            counted.kernel,
-            str(counted.registers),
-            f"{counted.issued * per_element:.1f}",
-            f"{counted.alu * per_element:.1f}",
-            f"{counted.sectors:.2f}",
-            f"{counted.in_flight * counted.resident_warps(gpu) / 1e3:.0f}",
-            bound,
-            f"{counted.seconds(gpu)['memory'] / counted.sectors / longest:.0%}",
-        )
-    return shown
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", type=Path, help="that holds the machine code; without one, it is compiled")
-    parser.add_argument("--store", action="store_true", help=f"write {cuda_model.STORED.relative_to(ROOT)}")
+    parser.add_argument("--report", action="store_true", help=f"every GPU, and write {REPORT.relative_to(ROOT)}")
+    parser.add_argument("--store", action="store_true", help=f"that, and write {cuda_model.STORED.relative_to(ROOT)}")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         room = Path(folder)
-        counter = Counter(building.executor(room), building.listings(args.library, room), room)
-        rows = list(rows_of(counter, cuda_model.GPUS["H100"]))
-    table.console().print(render(rows))
+        program, listings = building.executor(room), building.listings(args.library, room)
+        launcher = cuda_launches.Launcher(program, listings, room)
+        rows = list(rows_of(Counter(launcher), COUNTED_FOR))
+        report = cuda_report.report(rows, launcher.plans(gpu_rows.MAIN))
+    everything = args.report or args.store
+    for shown in cuda_report.tables(report, COUNTED_FOR.name, everything):
+        table.console().print(shown)
+    machine = {"architecture": building.ARCHITECTURE}
+    if everything:
+        REPORT.write_text(publish.compact({"machine": machine | cuda_report.parts(), "rows": report}))
     if args.store:
-        found = {"machine": {"architecture": building.ARCHITECTURE}, "rows": rows}
-        cuda_model.STORED.write_text(publish.compact(found))
+        cuda_model.STORED.write_text(publish.compact({"machine": machine, "rows": rows}))
         return 0
     stored = json.loads(cuda_model.STORED.read_text())["rows"] if cuda_model.STORED.exists() else []
     failed = worse(rows, stored)

@@ -61,6 +61,18 @@ def test_kernels(program, code, room):
     assert ran == set(spelled(symbol for listing in code for symbol in symbols(listing)).values())
 
 
+def test_plans(program, code, room, benchmarks):
+    """How other GPUs' launches are cut, asked for without executing one: no clusters, so no residency, before 9.0."""
+    rows = benchmarks("gpu_rows").MAIN[:1]
+    plans = benchmarks("cuda_launches").Launcher(program, code, room).plans(rows)
+    by_kernel = {kernel.split("<")[0]: found for (_, kernel), found in plans.items()}
+    resident, streaming = (by_kernel[f"channels_first_{name}"] for name in ("resident_forward", "statistics"))
+    assert set(resident) == {"H100", "H200", "B200"}
+    assert all(plan["cluster"] > 1 and plan["default"] for plan in resident.values())
+    assert {gpu for gpu, plan in streaming.items() if plan["default"]} == {"A100", "L4", "RTX 4090"}
+    assert streaming["L4"]["blocks"] < streaming["A100"]["blocks"] < streaming["H100"]["blocks"]
+
+
 # ---- broken on purpose -----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def few(room):
