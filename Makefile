@@ -16,7 +16,7 @@ CENSUS_VENV = $(if $(VENV),.venv-census)
 CUDA_TORCH = torch==2.11.0
 CUDA_VENV  = $(if $(VENV),.venv-cuda)
 CUDA_BUILD = build/cuda
-TORCH_CUDA_ARCH_LIST ?= 8.0 9.0+PTX
+TORCH_CUDA_ARCH_LIST ?= 7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX
 REPORT =
 
 PY     := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
@@ -31,6 +31,11 @@ SOURCES := setup.py $(shell find csrc $(CODE))
 # Without these glibc returns every large block to the kernel, and page faults then dominate the times of all providers.
 TIMED := GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+# Tests run in several processes. They must agree on the order of sets, and threads that wait must not spin beside others
+# at work. Each takes a gigabyte.
+WORKERS := $(shell cores=$$(nproc 2>/dev/null || echo 2); [ $$cores -lt 4 ] && echo $$cores || echo 4)
+SPREAD  := PYTHONHASHSEED=0 OMP_WAIT_POLICY=passive
 
 say  = @echo "==> $(1)"
 # $(call need,MODULES): stops with one sentence if the interpreter lacks one of them.
@@ -48,7 +53,7 @@ demo: build
 test: build
 	$(call need,pytest)
 	$(call say,Running the tests)
-	@$(PY) -m pytest -q tests $(ARGS)
+	@$(SPREAD) $(PY) -m pytest -q tests $(if $(VENV),-n $(WORKERS) --dist worksteal) $(ARGS)
 
 # Random calls against the reference; with SANITIZE=1 under AddressSanitizer and UndefinedBehaviorSanitizer.
 FUZZ := tests/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(CASES),--cases $(CASES))

@@ -89,7 +89,9 @@ def architectures(torch, nvcc):
         return asked
     known = re.findall(r"compute_(\d+)\b", subprocess.check_output([nvcc, "--list-gpu-arch"], text=True))
     # Not torch.cuda.get_arch_list(), which is empty where there is no GPU.
-    both = [int(arch) for arch in re.findall(r"sm_(\d+)\b", torch._C._cuda_getArchFlags()) if arch in known]
+    built = re.findall(r"sm_(\d+)\b", torch._C._cuda_getArchFlags())
+    built += ["89"] * ("86" in built)  # which runs torch's code for 8.6
+    both = [int(arch) for arch in built if arch in known]
     if not both:
         sys.exit(f"{nvcc} knows no GPU that torch {torch.__version__} was built for: set TORCH_CUDA_ARCH_LIST")
     return [f"{arch // 10}.{arch % 10}" for arch in sorted(both)[:-1]] + ["{}.{}+PTX".format(*divmod(max(both), 10))]

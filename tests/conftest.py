@@ -22,6 +22,9 @@ from fusednorm import _operators  # noqa: E402
 _told = hashlib.sha256(Path(_operators.__file__).read_bytes()).hexdigest()[:12]
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/fusednorm-inductor-{os.getuid()}-{_told}")
 
+# Tensors in the arguments of parametrize are part of a test's name, which several processes must agree on.
+torch.manual_seed(0)
+
 if DEVICE.type != "cpu":
     # At import, so that tensors in the arguments of parametrize are created there too.
     torch.set_default_device(DEVICE)
@@ -37,6 +40,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    # Where several processes share the tests, the last ones should be short.
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
     if DEVICE.type != "cpu":
         for item in items:
             if item.get_closest_marker("cpu"):

@@ -37,6 +37,7 @@ import fusednorm
 
 pytestmark = [
     pytest.mark.cpu,
+    pytest.mark.slow,
     pytest.mark.skipif(COMPILER is None, reason="needs g++"),
     pytest.mark.skipif(not SOURCES.is_dir(), reason="needs the sources"),
 ]

@@ -485,7 +485,7 @@ def test_device_is_where_inputs_go():
         ({"passes": 0}, ValueError, "passes"),
         ({"passes": True}, ValueError, "passes"),
         ({"passes": 1.5}, ValueError, "passes"),
-        ({"batches": iter([torch.randn(4, 3)]), "passes": 2}, ValueError, "generator"),
+        ({"batches": itertools.repeat(torch.randn(4, 3), 1), "passes": 2}, ValueError, "generator"),
         ({"model": nn.LazyBatchNorm1d()}, ValueError, "lazy"),
         ({"model": print}, TypeError, "Module"),
     ],
