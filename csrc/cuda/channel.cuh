@@ -15,11 +15,11 @@ struct Chunks {
   FN_HOST_DEVICE int64_t size(int i) const { return end(i) - begin(i); }
 };
 
-// How the rows of a channel lie in memory: samples of `length` rows, `stride` elements apart. A single sample is
+// How the rows of a channel lie in memory: samples of `length` rows, `gap` elements between two. A single sample is
 // counted from the chunk's first row on, so that places fit into 32 bits however long it is.
 struct Samples {
-  uint32_t length;
-  int64_t stride;
+  int length;
+  int64_t gap;
   uint32_t reciprocal;  // ceil(2^32 / length) where a tile can hold several samples
   bool one;
 };
@@ -58,7 +58,7 @@ struct Affine {
 // From the moments of channel c, or from its running statistics when not training. One thread in all `writes`.
 template <class T, class A = opmath_t<T>>
 FN_DEVICE Affine<A> finish_statistics(const ForwardArguments<T>& q, int64_t c, A mean, A m2, bool writes) {
-  const A var = q.training ? m2 / static_cast<A>(q.chunks.rows) : read<A>(q.p.running_var, c, A(0));
+  const A var = q.training ? ratio(m2, static_cast<A>(q.chunks.rows)) : read<A>(q.p.running_var, c, A(0));
   if (!q.training) mean = read<A>(q.p.running_mean, c, A(0));
   const A invstd = math::inverse_std(var, q.eps);
   if (writes) {
@@ -153,7 +153,7 @@ struct StagedBackwardArguments {
 template <class T, class A = opmath_t<T>>
 FN_DEVICE Affine<A> finish_statistics(const StagedForwardArguments<T>& q, int64_t group, int64_t rows, int64_t c,
                                       Pair<A> moments, Pair<A> matched, bool writes) {
-  const A var = q.training ? moments.second / static_cast<A>(rows) : read<A>(q.p.running_var, c, A(0));
+  const A var = q.training ? ratio(moments.second, static_cast<A>(rows)) : read<A>(q.p.running_var, c, A(0));
   const A mean = q.training ? moments.first : read<A>(q.p.running_mean, c, A(0));
   const A invstd = math::inverse_std(var, q.eps);
   if (writes) {

@@ -19,19 +19,21 @@ struct Team {
   bool active;
   const Samples& samples;
   Visits visits;
+  SavedBytes saved;
   template <class Arguments>
   FN_DEVICE Team(const Arguments& q, int chunk, bool descending)
       : c(int64_t{blockIdx.x} * blockDim.y + threadIdx.y),
         active(c < q.shape.C),
         samples(q.samples),
-        visits(q.chunks, chunk, c, q.shape.S, q.samples, descending) {
+        visits(q.chunks, chunk, c, q.shape.S, q.samples, lane() * V, descending),
+        saved(q.p.mask, q.chunks.rows, c) {
     if (!active) c = visits.count = 0;
   }
   FN_DEVICE bool leads() const { return active && threadIdx.x == 0; }
 
   template <class A>
-  FN_DEVICE Draws draw(const Stages<A>& stages, Seed seed, const Tile& tile) const {
-    return Draws(stages, seed, samples, visits.row(tile), c);
+  FN_DEVICE Drawn draw(const Stages<A>& stages, Seed seed, const Tile& tile) const {
+    return draw_fragment<V>(stages, seed, samples, visits, tile, c);
   }
   FN_DEVICE void read(const T* p, const Tile& tile, Fragment<T, V>& to) const { cuda::read<V>(p, tile, samples, to); }
   FN_DEVICE void write(T* p, const Tile& tile, const Fragment<T, V>& from) const {
@@ -65,13 +67,13 @@ FN_DEVICE void merge_tile(Moments<A>& m, const Fragment<T, V>& x, const Tile& ti
 
 // The moments of the rows that the team's threads have gathered, for all of them. Thread `pivots` has one.
 template <class A>
-FN_DEVICE Pair<A> merge_team(const Moments<A>& own, int64_t rows, unsigned pivots = 0) {
-  const A pivot = team_sum(threadIdx.x == pivots ? own.mean : A(0));
-  const A mean = pivot + team_sum(from_pivot(own, pivot)) / static_cast<A>(rows);
+FN_DEVICE Pair<A> merge_team(const Moments<A>& own, int64_t rows, int pivots = 0) {
+  const A pivot = team_value(own.mean, pivots);
+  const A mean = pivot + ratio(team_sum(from_pivot(own, pivot)), static_cast<A>(rows));
   return {mean, team_sum(squares(own, mean))};
 }
 
-// The moments of a channel from those of its chunks; part(i) gives mean and m2 of chunk i.
+// The moments of a channel from those of its chunks; part(i) gives mean and m2 of chunk i. Each warp does it for itself.
 template <class A, class Chunks, class Part>
 FN_DEVICE Pair<A> merge_chunks(const Chunks& chunks, Part part) {
   const A pivot = part(0).first;
@@ -80,22 +82,18 @@ FN_DEVICE Pair<A> merge_chunks(const Chunks& chunks, Part part) {
     return Moments<A>{static_cast<A>(chunks.size(i)), p.first, p.second};
   };
   A sum = 0;
-  for (int i = threadIdx.x; i < chunks.count; i += blockDim.x) sum += from_pivot(moments(i), pivot);
-  const A mean = pivot + team_sum(sum) / static_cast<A>(chunks.rows);
+  for (int i = lane(); i < chunks.count; i += kWarp) sum += from_pivot(moments(i), pivot);
+  const A mean = pivot + ratio(warp_sum(sum), static_cast<A>(chunks.rows));
   sum = 0;
-  for (int i = threadIdx.x; i < chunks.count; i += blockDim.x) sum += squares(moments(i), mean);
-  return {mean, team_sum(sum)};
+  for (int i = lane(); i < chunks.count; i += kWarp) sum += squares(moments(i), mean);
+  return {mean, warp_sum(sum)};
 }
 
 template <class T, int V, class A = opmath_t<T>>
 FN_DEVICE void apply_tile(const ForwardArguments<T>& q, const Team<T, V>& team, const Affine<A>& affine, Seed seed,
                           const Tile& tile, Fragment<T, V>& x) {
-  const Draws draws = team.draw(q.stages, seed, tile);
-  if (q.p.mask) {
-    const SavedBytes<uint8_t> saved(q.p.mask, q.chunks.rows, team.c, team.visits.end);
-    if (saved.there(tile)) *saved.at(tile) = static_cast<uint8_t>(draws.byte);
-  }
-  const uint32_t keep = draws.template fragment<V>(team.samples, tile);
+  const auto [byte, keep] = team.draw(q.stages, seed, tile);
+  team.saved.put(team.visits, tile, byte);
   A v[kFragment];
   widen_fragment<V>(x, v);
 #pragma unroll
@@ -116,9 +114,7 @@ FN_DEVICE Seed seed_unless_saved(const BackwardArguments<T>& q) {
 // The decisions of a tile, drawn again or read.
 template <class T, int V>
 FN_DEVICE uint32_t decisions(const BackwardArguments<T>& q, const Team<T, V>& team, Seed seed, const Tile& tile) {
-  if (!q.p.mask) return team.draw(q.stages, seed, tile).template fragment<V>(team.samples, tile);
-  const SavedBytes<const uint8_t> saved(q.p.mask, q.chunks.rows, team.c, team.visits.end);
-  return Draws(saved.there(tile) ? *saved.at(tile) : 0).template fragment<V>(team.samples, tile);
+  return q.p.mask ? row_bits<V>(team.saved.get(team.visits, tile)) : team.draw(q.stages, seed, tile).keep;
 }
 
 // dz of a fragment.
@@ -163,16 +159,16 @@ FN_DEVICE void input_gradient_tile(const BackwardArguments<T>& q, const Team<T, 
   team.write(q.p.dx, tile, dx);
 }
 
-// The sums of a channel from those of its chunks.
+// The sums of a channel from those of its chunks, likewise.
 template <class A, class Chunks, class Part>
 FN_DEVICE Pair<A> sum_chunks(const Chunks& chunks, Part part) {
   Pair<A> sums{0, 0};
-  for (int i = threadIdx.x; i < chunks.count; i += blockDim.x) {
+  for (int i = lane(); i < chunks.count; i += kWarp) {
     const Pair<A> p = part(i);
     sums.first += p.first;
     sums.second += p.second;
   }
-  return team_sum(sums);
+  return {warp_sum(sums.first), warp_sum(sums.second)};
 }
 
 // ---- the kernels --------------------------------------------------------------------------------------------------

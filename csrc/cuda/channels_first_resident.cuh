@@ -14,24 +14,30 @@ constexpr int kSlotBytes = 256;  // a Pair for each team, behind the scratch of 
 static_assert(kSlotBytes >= 8 * sizeof(Pair<double>));
 constexpr int kResidentScratch = kTeamScratch + kSlotBytes;
 
-// What threads put away: a fragment for each visit, and a byte of decisions.
-template <class T, int V>
+// What a thread puts away at each of its visits: fragments of one tensor or of two, and of two a byte of decisions.
+// It stands at the place of one visit and goes on to the next one, so that no place is computed anew.
+template <class T, int V, int Tensors>
 struct Shelf {
-  int base;  // bytes
-  FN_DEVICE Pack<T, V>* at(int visit, int j) const {
-    const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
-    return shared_memory<Pack<T, V>>(base) + (visit * (kFragment / V) + j) * threads + thread;
-  }
-  FN_DEVICE void put(int visit, const Fragment<T, V>& from) const {
+  static constexpr int kPacks = kFragment / V;
+  int threads = blockDim.x * blockDim.y;
+  Pack<T, V>* own = shared_memory<Pack<T, V>>(kResidentScratch) + threadIdx.y * blockDim.x + threadIdx.x;
+  uint8_t* byte = shared_memory<uint8_t>(kResidentScratch) + threads * Tensors * kFragment * sizeof(T) +
+                  threadIdx.y * blockDim.x + threadIdx.x;
+  FN_DEVICE void put(int tensor, const Fragment<T, V>& from) const {
 #pragma unroll
-    for (int j = 0; j < kFragment / V; ++j) *at(visit, j) = from[j];
+    for (int j = 0; j < kPacks; ++j) own[(tensor * kPacks + j) * threads] = from[j];
   }
-  FN_DEVICE void get(int visit, Fragment<T, V>& to) const {
+  FN_DEVICE void get(int tensor, Fragment<T, V>& to) const {
 #pragma unroll
-    for (int j = 0; j < kFragment / V; ++j) to[j] = *at(visit, j);
+    for (int j = 0; j < kPacks; ++j) to[j] = own[(tensor * kPacks + j) * threads];
+  }
+  int bytes = kept(threads * (Tensors * kFragment * static_cast<int>(sizeof(T)) + (Tensors > 1 ? 1 : 0)));
+  FN_DEVICE void next() {
+    own = reinterpret_cast<Pack<T, V>*>(reinterpret_cast<uint8_t*>(own) + bytes);
+    byte += bytes;
   }
 };
-// The bytes of a shelf of `tensors` fragments and the decisions; the same sum as a kernel's bases below.
+// The bytes of a shelf; the same sum as in next().
 template <class T>
 FN_HOST_DEVICE int64_t shelf_bytes(int visits, int threads, int tensors) {
   return visits * threads * (tensors * kFragment * static_cast<int64_t>(sizeof(T)) + (tensors > 1 ? 1 : 0));
@@ -59,20 +65,25 @@ channels_first_resident_forward(ForwardArguments<T> q) {
   using A = opmath_t<T>;
   const int chunk = cluster_rank();
   const Team<T, V> team(q, chunk, false);
-  const Shelf<T, V> shelf{kResidentScratch};
+  Shelf<T, V, 1> shelf;
   Moments<A> m{0, 0, 0};
   Fragment<T, V> x[kTilesInFlight<T, V>];
   team.template each<kTilesInFlight<T, V>>([&](int u, const Tile& tile) { team.read(q.p.x, tile, x[u]); },
                                            [&](int u, const Tile& tile) {
                                              merge_tile<V>(m, x[u], tile);
-                                             shelf.put(tile.visit, x[u]);
+                                             shelf.put(0, x[u]);
+                                             shelf.next();
                                            });
   const Pair<A> moments =
       exchange(merge_team(m, q.chunks.size(chunk)), [&](auto part) { return merge_chunks<A>(q.chunks, part); });
   const Affine<A> affine = finish_statistics(q, team.c, moments.first, moments.second, team.leads() && chunk == 0);
   const Seed seed = seed_of(q.stages);
-  team.template each<1>([&](int, const Tile& tile) { shelf.get(tile.visit, x[0]); },
-                        [&](int, const Tile& tile) { apply_tile(q, team, affine, seed, tile, x[0]); });
+  shelf = {};
+  team.template each<1>([&](int, const Tile&) { shelf.get(0, x[0]); },
+                        [&](int, const Tile& tile) {
+                          apply_tile(q, team, affine, seed, tile, x[0]);
+                          shelf.next();
+                        });
 }
 
 template <class T, int V>
@@ -81,12 +92,7 @@ channels_first_resident_backward(BackwardArguments<T> q) {
   using A = opmath_t<T>;
   const int chunk = cluster_rank();
   const Team<T, V> team(q, chunk, false);
-  const int threads = blockDim.x * blockDim.y;
-  const int fragments = static_cast<int>(shelf_bytes<T>(most_visits(q.chunks.length, blockDim.x), threads, 1));
-  const Shelf<T, V> shelf_x{kResidentScratch}, shelf_g{kResidentScratch + fragments};
-  uint8_t* shelf_keep =
-      shared_memory<uint8_t>(kResidentScratch + 2 * fragments) + threadIdx.y * blockDim.x + threadIdx.x;
-
+  Shelf<T, V, 2> shelf;
   const Affine<A> affine = saved_statistics(q, team.c);
   const Seed seed = seed_unless_saved(q);
   Pair<A> sums{0, 0};
@@ -101,21 +107,24 @@ channels_first_resident_backward(BackwardArguments<T> q) {
         A dz[kFragment];
         local_gradient<V>(q, affine, keep, x[u], g[u], dz);
         add_tile<V>(sums, dz, x[u], affine.mean);
-        shelf_x.put(tile.visit, x[u]);
-        shelf_g.put(tile.visit, g[u]);
-        shelf_keep[tile.visit * threads] = static_cast<uint8_t>(keep);
+        shelf.put(0, x[u]);
+        shelf.put(1, g[u]);
+        *shelf.byte = static_cast<uint8_t>(keep);
+        shelf.next();
       });
   sums = exchange(team_sum(sums), [&](auto part) { return sum_chunks<A>(q.chunks, part); });
   const math::InputGradient<A> k = finish_gradient(q, team.c, affine.scale, sums, team.leads() && chunk == 0);
+  shelf = {};
   team.template each<1>(
-      [&](int, const Tile& tile) {
-        shelf_x.get(tile.visit, x[0]);
-        shelf_g.get(tile.visit, g[0]);
+      [&](int, const Tile&) {
+        shelf.get(0, x[0]);
+        shelf.get(1, g[0]);
       },
       [&](int, const Tile& tile) {
         A dz[kFragment];
-        local_gradient<V>(q, affine, shelf_keep[tile.visit * threads], x[0], g[0], dz);
+        local_gradient<V>(q, affine, *shelf.byte, x[0], g[0], dz);
         input_gradient_tile<V>(q, team, k, dz, x[0], affine.mean, tile);
+        shelf.next();
       });
 }
 

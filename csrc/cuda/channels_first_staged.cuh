@@ -33,6 +33,7 @@ struct StagedTeam {
   const Samples& samples;
   Window window;
   Visits visits;
+  SavedBytes saved;
   A weight[1];  // PReLU's
   template <class Arguments>
   FN_DEVICE StagedTeam(const Arguments& q, int chunk, bool descending)
@@ -41,7 +42,8 @@ struct StagedTeam {
         active(c < q.shape.C),
         samples(q.samples),
         window(q.chunks, q.groups, group),
-        visits(window, chunk, c, q.shape.S, q.samples, descending) {
+        visits(window, chunk, c, q.shape.S, q.samples, lane() * V, descending),
+        saved(q.p.mask, window.rows, c) {
     if (!active) c = visits.count = 0;
     weight[0] = cuda::read<A>(q.p.act_weight, c, A(0));
   }
@@ -60,19 +62,12 @@ struct StagedTeam {
     visits.template each<Ahead>(samples, read, f, move);
   }
 
-  // What a saved mask holds for the fragment: the thread's byte, and its bits.
-  template <class Arguments>
-  FN_DEVICE uint32_t saved(const Arguments& q, const Tile& tile) const {
-    const SavedBytes<const uint8_t> bytes(q.p.mask, window.rows, c, visits.end);
-    return Draws(bytes.there(tile) ? uint32_t{*bytes.at(tile)} : 0u).template fragment<V>(samples, tile);
-  }
-  template <class Arguments>
-  FN_DEVICE void save(const Arguments& q, const Tile& tile, uint32_t byte) const {
-    const SavedBytes<uint8_t> bytes(q.p.mask, window.rows, c, visits.end);
-    if (bytes.there(tile)) *bytes.at(tile) = static_cast<uint8_t>(byte);
+  // What a saved mask holds for the fragment.
+  FN_DEVICE uint32_t saved_bits(const Tile& tile) const {
+    return row_bits<V>(saved.get(visits, tile));
   }
   FN_DEVICE Drawn draw(const Program<A>& program, Seed seed, const Tile& tile, A (&m)[kFragment]) const {
-    return draw_fragment<V>(program, seed, samples, tile, visits.row(tile), c, m);
+    return draw_fragment<V>(program, seed, samples, visits, tile, c, m);
   }
 };
 
@@ -112,7 +107,7 @@ FN_DEVICE void gather_tile(const StagedForwardArguments<T>& q, const StagedTeam<
   A v[kFragment], m[kFragment];
   if (q.program.noisy_before) {
     const Drawn drawn = team.draw(q.program, seed, tile, m);
-    if (q.p.mask && q.program.saves_keep) team.save(q, tile, drawn.byte);
+    if (q.p.mask && q.program.saves_keep) team.saved.put(team.visits, tile, drawn.byte);
   }
   const CutTile cut = team.cut(tile);
 #pragma unroll 1
@@ -130,11 +125,11 @@ FN_DEVICE void apply_tile(const StagedForwardArguments<T>& q, const StagedTeam<T
   A v[kFragment], m[kFragment];
   uint32_t keep = kKeepAll;
   if (q.p.mask && q.program.saves_keep && q.program.noisy_before && q.training) {
-    multipliers(q.program, team.saved(q, tile), m);
+    multipliers(q.program, team.saved_bits(tile), m);
   } else if (q.program.noisy) {
     const Drawn drawn = team.draw(q.program, seed, tile, m);
     keep = drawn.keep;
-    if (q.p.mask && !q.program.saves_pass) team.save(q, tile, drawn.byte);
+    if (q.p.mask && !q.program.saves_pass) team.saved.put(team.visits, tile, drawn.byte);
   }
   widen_fragment<V>(x, v);
   const bool saves = q.p.mask && q.program.saves_pass;
@@ -147,7 +142,7 @@ FN_DEVICE void apply_tile(const StagedForwardArguments<T>& q, const StagedTeam<T
       [&](A(&sum)[kFragment]) { add_fragment<V>(residual, sum); });
   if (saves) {
     if (q.program.saves_keep) pass &= keep;
-    team.save(q, tile, byte_of_fragments<V>(pass));
+    team.saved.put(team.visits, tile, byte_of_fragments<V>(pass));
   }
   team.write(q.p.y, tile, v);
 }
@@ -157,7 +152,7 @@ FN_DEVICE void apply_tile(const StagedForwardArguments<T>& q, const StagedTeam<T
 template <class T, int V, class A = opmath_t<T>>
 FN_DEVICE uint32_t restore_noise(const StagedBackwardArguments<T>& q, const StagedTeam<T, V>& team, Seed seed,
                                  const Tile& tile, A (&m)[kFragment], uint32_t& pass) {
-  pass = q.p.mask ? team.saved(q, tile) : 0;
+  pass = q.p.mask ? team.saved_bits(tile) : 0;
   if (q.p.mask && q.program.saves_keep) {
     multipliers(q.program, pass, m);
     return pass;
@@ -170,10 +165,10 @@ FN_DEVICE auto in_registers(const Fragment<T, V>& from) {
   return [&](opmath_t<T>(&to)[kFragment]) { widen_fragment<V>(from, to); };
 }
 template <class T, int V>
-FN_DEVICE auto on_shelf(const Shelf<T, V>& shelf, const Tile& tile) {
-  return [shelf, visit = tile.visit](opmath_t<T>(&to)[kFragment]) {
+FN_DEVICE auto on_shelf(const Shelf<T, V, 2>& shelf, int tensor) {
+  return [&shelf, tensor](opmath_t<T>(&to)[kFragment]) {
     Fragment<T, V> from;
-    shelf.get(visit, from);
+    shelf.get(tensor, from);
     widen_fragment<V>(from, to);
   };
 }
@@ -255,14 +250,14 @@ FN_DEVICE void input_gradient_tile(const StagedBackwardArguments<T>& q, const St
 
 template <class T, class A = opmath_t<T>>
 FN_DEVICE void team_sums(const StagedBackwardArguments<T>& q, A (&sums)[kSums]) {
-  const Pair<A> first = team_sum(Pair<A>{sums[0], sums[1]});
-  sums[0] = first.first;
-  sums[1] = first.second;
-  if (!q.program.has_weight) return;
-  const Pair<A> second = team_sum(Pair<A>{sums[2], sums[3]});
-  sums[2] = second.first;
-  sums[3] = second.second;
-  sums[4] = team_sum(sums[4]);
+  if (q.program.has_weight) {
+    team_sum(sums);
+  } else {
+    A first[2] = {sums[0], sums[1]};
+    team_sum(first);
+    sums[0] = first[0];
+    sums[1] = first[1];
+  }
 }
 
 // The moments of the chunk's rows.
@@ -270,7 +265,7 @@ template <class T, int V, class A = opmath_t<T>>
 FN_DEVICE Pair<A> merge_window(const StagedTeam<T, V>& team, int chunk, const Moments<A>& own) {
   const int64_t rows = team.window.size(chunk);
   const int skipped = chunk == 0 ? static_cast<int>(team.window.first % math::kRowsPerCall) : 0;
-  return merge_team(own, rows > 0 ? rows : 1, static_cast<unsigned>(skipped / V));
+  return merge_team(own, rows > 0 ? rows : 1, skipped / V);
 }
 
 // ---- the kernels --------------------------------------------------------------------------------------------------
@@ -397,13 +392,14 @@ channels_first_staged_resident_forward(StagedForwardArguments<T> q) {
   using A = opmath_t<T>;
   const int chunk = cluster_rank();
   const StagedTeam<T, V> team(q, chunk, false);
-  const Shelf<T, V> shelf{kResidentScratch};
+  Shelf<T, V, 1> shelf;
   const Seed seed = seed_of(q.program);
   Moments<A> m{0, 0, 0}, own_matched{0, 0, 0};
   Queue<T, V> x;
   team.template each<Queue<T, V>::kLength>([&](int u, const Tile& tile) { team.read(q.p.x, tile, x.tile[u]); },
                                            [&](const Tile& tile) {
-                                             shelf.put(tile.visit, x.tile[0]);
+                                             shelf.put(0, x.tile[0]);
+                                             shelf.next();
                                              gather_tile(q, team, seed, tile, x.tile[0], m, own_matched);
                                            },
                                            [&] { x.move(); });
@@ -416,12 +412,14 @@ channels_first_staged_resident_forward(StagedForwardArguments<T> q) {
   const Affine<A> affine =
       finish_statistics(q, team.group, team.window.rows, team.c, moments, matched, team.leads() && chunk == 0);
   Queue<T, V> residual;
+  shelf = {};
   team.template each<Queue<T, V>::kLength>(
       [&](int u, const Tile& tile) {
         if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
       },
       [&](const Tile& tile) {
-        shelf.get(tile.visit, x.tile[0]);
+        shelf.get(0, x.tile[0]);
+        shelf.next();
         apply_tile(q, team, affine, seed, tile, x.tile[0], residual.tile[0]);
       },
       [&] { residual.move(); });
@@ -434,12 +432,7 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
   using A = opmath_t<T>;
   const int chunk = cluster_rank();
   const StagedTeam<T, V> team(q, chunk, false);
-  const int threads = blockDim.x * blockDim.y;
-  const int fragments = static_cast<int>(shelf_bytes<T>(most_visits(q.chunks.length, blockDim.x), threads, 1));
-  const Shelf<T, V> shelf_x{kResidentScratch}, shelf_g{kResidentScratch + fragments};
-  uint8_t* shelf_keep =
-      shared_memory<uint8_t>(kResidentScratch + 2 * fragments) + threadIdx.y * blockDim.x + threadIdx.x;
-
+  Shelf<T, V, 2> shelf;
   const Affine<A> affine = saved_statistics(q, team.group, team.c);
   const Seed seed = seed_of(q.program);
   A sums[kSums] = {};
@@ -447,13 +440,15 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
   in.each(q, team, [&](const Tile& tile) {
     A m[kFragment];
     uint32_t pass;
-    shelf_x.put(tile.visit, in.x.tile[0]);
-    shelf_g.put(tile.visit, in.g.tile[0]);
+    shelf.put(0, in.x.tile[0]);
+    shelf.put(1, in.g.tile[0]);
     const uint32_t keep = restore_noise(q, team, seed, tile, m, pass);
-    add_tile<V>(q, team, affine, m, pass, on_shelf(shelf_x, tile), on_shelf(shelf_g, tile), in.residual.tile[0], sums);
-    shelf_keep[tile.visit * threads] = static_cast<uint8_t>(keep);
+    add_tile<V>(q, team, affine, m, pass, on_shelf(shelf, 0), on_shelf(shelf, 1), in.residual.tile[0], sums);
+    *shelf.byte = static_cast<uint8_t>(keep);
+    shelf.next();
   });
   team_sums(q, sums);
+  shelf = {};
   const auto exchanged = [&](A& first, A& second) {
     const Pair<A> all = exchange(Pair<A>{first, second}, [&](auto part) { return sum_chunks<A>(q.chunks, part); });
     first = all.first;
@@ -477,15 +472,16 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
       },
       [&](const Tile& tile) {
         A m[kFragment];
-        const uint32_t keep = shelf_keep[tile.visit * threads];
-        const uint32_t pass = q.program.saves_keep ? keep : q.p.mask ? team.saved(q, tile) : 0;
+        const uint32_t keep = *shelf.byte;
+        const uint32_t pass = q.program.saves_keep ? keep : q.p.mask ? team.saved_bits(tile) : 0;
         if (q.program.noise == Noise::bernoulli) {
           multipliers(q.program, keep, m);
         } else if (q.program.noisy) {
           team.draw(q.program, seed, tile, m);
         }
-        input_gradient_tile<V>(q, team, affine, k, m, pass, tile, on_shelf(shelf_x, tile), on_shelf(shelf_g, tile),
+        input_gradient_tile<V>(q, team, affine, k, m, pass, tile, on_shelf(shelf, 0), on_shelf(shelf, 1),
                                in.residual.tile[0]);
+        shelf.next();
       },
       [&] { in.residual.move(); });
 }

@@ -141,9 +141,20 @@ FN_DEVICE T* shared_memory(int offset = 0) {
   return reinterpret_cast<T*>(bytes + offset);
 }
 
-// a / b to two units in the last place: a division in full has a way for every b.
-FN_DEVICE float ratio(float a, float b) { return __fdividef(a, b); }
+// a / b to two units in the last place, for a b that is neither denormal nor huge: a division in full has a way for
+// every b.
+FN_DEVICE float ratio(float a, float b) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  return a * inverse;
+}
 FN_DEVICE double ratio(double a, double b) { return a / b; }
+
+// v, which the compiler then keeps in a register instead of computing it anew in every round of a loop.
+FN_DEVICE int kept(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
 
 FN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 

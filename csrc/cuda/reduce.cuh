@@ -22,33 +22,58 @@ FN_DEVICE int lane() { return threadIdx.x % kWarp; }
 
 // ---- teams --------------------------------------------------------------------------------------------------------
 // Every function of a team is called by all threads of the block and gives all threads of a team the same result.
-constexpr int kTeamScratch = 256;  // bytes, at the start of shared memory: a Pair for each warp
-static_assert(kTeamScratch >= 8 * sizeof(Pair<double>));
+constexpr int kTeamScratch = 320;  // bytes, at the start of shared memory: up to 5 numbers for each warp
+static_assert(kTeamScratch >= 8 * 5 * sizeof(double));
 
 template <class A>
-FN_DEVICE Pair<A> team_sum(Pair<A> v) {
+FN_DEVICE A warp_sum(A v) {
 #pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    v.first += shuffle_xor(v.first, mask);
-    v.second += shuffle_xor(v.second, mask);
-  }
-  const int warps = blockDim.x / kWarp;
-  if (warps == 1) return v;
-  Pair<A>* scratch = shared_memory<Pair<A>>() + threadIdx.y * warps;
-  barrier();  // of an earlier call, all have read
-  if (lane() == 0) scratch[threadIdx.x / kWarp] = v;
-  barrier();
-  v = scratch[0];
-  for (int i = 1; i < warps; ++i) {
-    v.first += scratch[i].first;
-    v.second += scratch[i].second;
-  }
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) v += shuffle_xor(v, mask);
   return v;
 }
 
+template <int N, class A>
+FN_DEVICE void team_sum(A (&v)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = warp_sum(v[i]);
+  const int warps = blockDim.x / kWarp;
+  if (warps == 1) return;
+  A* scratch = shared_memory<A>() + threadIdx.y * warps * N;
+  barrier();  // of an earlier call, all have read
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (lane() == 0) scratch[threadIdx.x / kWarp * N + i] = v[i];
+  }
+  barrier();
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = scratch[i];
+  for (int warp = 1; warp < warps; ++warp) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] += scratch[warp * N + i];
+  }
+}
 template <class A>
 FN_DEVICE A team_sum(A v) {
-  return team_sum(Pair<A>{v, A(0)}).first;
+  A values[1] = {v};
+  team_sum(values);
+  return values[0];
+}
+template <class A>
+FN_DEVICE Pair<A> team_sum(Pair<A> v) {
+  A values[2] = {v.first, v.second};
+  team_sum(values);
+  return {values[0], values[1]};
+}
+
+// The value of the team's thread `from`, which is in its first warp.
+template <class A>
+FN_DEVICE A team_value(A v, int from) {
+  if (blockDim.x == kWarp) return shuffle(v, from);
+  A* scratch = shared_memory<A>() + threadIdx.y;
+  barrier();
+  if (threadIdx.x == static_cast<unsigned>(from)) *scratch = v;
+  barrier();
+  return *scratch;
 }
 
 // ---- columns ------------------------------------------------------------------------------------------------------

@@ -29,28 +29,29 @@ FN_DEVICE int row_in_tile(int j) {
 
 // The shape's S is below 2^31, or N is 1.
 inline Samples samples_of(const Shape& shape) {
-  const int64_t S = shape.S, stride = shape.C * S;
-  if (shape.N == 1) return {INT32_MAX, stride, 0, true};
+  const int64_t S = shape.S, gap = (shape.C - 1) * S;
+  if (shape.N == 1) return {INT32_MAX, gap, 0, true};
   const uint32_t reciprocal = S < kTile ? static_cast<uint32_t>(((int64_t{1} << 32) + S - 1) / S) : 0;
-  return {static_cast<uint32_t>(S), stride, reciprocal, false};
+  return {static_cast<int>(S), gap, reciprocal, false};
 }
 
 // A warp's visit to a tile.
 struct Tile {
   int visit;      // the how manieth
   int left;       // rows of the chunk from its first one on
-  uint32_t s;     // of its first row, in its sample
-  int64_t first;  // where that row is, in elements
+  int room;       // rows of the sample, likewise
+  int64_t first;  // where the thread's first row is, in elements, if it is in that sample
 
   // How many samples further than the first row the row i lies. Exact for up to 511 rows.
   FN_DEVICE int samples_on(const Samples& samples, int i) const {
-    if (samples.length >= kTile) return s + i >= samples.length;
-    return samples.length == 1 ? i : multiply_high(s + i, samples.reciprocal);  // that of 1 does not fit 32 bits
+    if (samples.length >= kTile) return i >= room;
+    if (samples.length == 1) return i;  // whose reciprocal does not fit 32 bits
+    return multiply_high(samples.length - room + i, samples.reciprocal);
   }
   FN_DEVICE bool there(int i) const { return i < left; }
   FN_DEVICE bool full() const { return left >= kTile; }
   // All rows are there, and in one sample: no bounds, no samples to find.
-  FN_DEVICE bool plain(const Samples& samples) const { return full() && s + kTile <= samples.length; }
+  FN_DEVICE bool plain() const { return (left < room ? left : room) >= kTile; }
 };
 
 // One whose first rows, perhaps, belong to the group before.
@@ -60,21 +61,23 @@ struct CutTile : Tile {
       : Tile(tile), skip(row < first ? static_cast<int>(first - row) : 0) {}
   FN_DEVICE bool there(int i) const { return i >= skip && i < left; }
   FN_DEVICE bool full() const { return skip == 0 && Tile::full(); }
-  FN_DEVICE bool plain(const Samples& samples) const { return skip == 0 && Tile::plain(samples); }
+  FN_DEVICE bool plain() const { return skip == 0 && Tile::plain(); }
 };
 
 // Which tiles of its chunk of channel c a warp visits.
 struct Visits {
   Tile start;
-  int step;  // rows between visits, perhaps negative
-  uint32_t step_s;
+  int step, step_s;  // rows between visits, perhaps negative, and without whole samples
   int64_t step_first, end;  // elements between visits; the chunk's last row + 1
+  int64_t end_call;         // the thread's Philox call, if a tile began at the end
   int count;
 
-  // `descending` reads first what a pass before has read last, and finds it in the L2 cache.
+  // The thread's rows begin `offset` behind those of the warp. `descending` reads first what a pass before has read
+  // last, and finds it in the L2 cache.
   template <class Chunks>
-  FN_DEVICE Visits(const Chunks& chunks, int chunk, int64_t c, int64_t S, const Samples& samples, bool descending)
-      : end(chunks.end(chunk)) {
+  FN_DEVICE Visits(const Chunks& chunks, int chunk, int64_t c, int64_t S, const Samples& samples, int offset,
+                   bool descending)
+      : end(chunks.end(chunk)), end_call((end + 7) / 8 + lane()) {
     const int rows = static_cast<int>(end - chunks.begin(chunk)), tiles = (rows + kTile - 1) / kTile;
     const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     count = warp < tiles ? (tiles - warp + warps - 1) / warps : 0;
@@ -82,22 +85,24 @@ struct Visits {
     step = (descending ? -warps : warps) * kTile;
     const int64_t length = samples.length, origin = samples.one ? chunks.begin(chunk) : 0;
     const int64_t row = chunks.begin(chunk) - origin + before, n = row / length;
-    start = {0, rows - before, static_cast<uint32_t>(row - n * length),
-             c * S + origin + row + n * (samples.stride - length)};
-    const int64_t step_n = step < 0 ? -((length - 1 - step) / length) : step / length;  // rounded down
-    step_s = static_cast<uint32_t>(step - step_n * length);
-    step_first = step + step_n * (samples.stride - length);
+    start = {0, rows - before, static_cast<int>((n + 1) * length - row), c * S + origin + row + n * samples.gap + offset};
+    const uint32_t further = step < 0 ? samples.length - 1u - step : step;
+    const int64_t samples_further = further / samples.length, step_n = step < 0 ? -samples_further : samples_further;
+    step_s = static_cast<int>(step - step_n * length);
+    step_first = step + step_n * samples.gap;
   }
 
   FN_DEVICE int64_t row(const Tile& tile) const { return end - tile.left; }
+  // The Philox call of the thread's rows; tiles begin at multiples of 8.
+  FN_DEVICE int64_t call(const Tile& tile) const { return end_call - ((tile.left + 7) >> 3); }
   FN_DEVICE void advance(Tile& next, const Samples& samples) const {
     ++next.visit;
     next.left -= step;
-    next.s += step_s;
+    next.room -= step_s;
     next.first += step_first;
-    if (next.s >= samples.length) {
-      next.s -= samples.length;
-      next.first += samples.stride - samples.length;
+    if (next.room <= 0) {
+      next.room += samples.length;
+      next.first += samples.gap;
     }
   }
 
@@ -134,6 +139,13 @@ struct Visits {
   template <int Ahead, class Read, class F>
   FN_DEVICE void each(const Samples& samples, Read read, F f) const {
     Tile next = start;
+    if constexpr (Ahead == 1) {
+      for (; next.visit < count; advance(next, samples)) {
+        read(0, next);
+        f(0, next);
+      }
+      return;
+    }
     while (next.visit < count) {
       Tile tile[Ahead];
 #pragma unroll
@@ -156,14 +168,14 @@ using Fragment = Pack<T, V>[kFragment / V];
 // g(j, at, there) for the vectors of the thread's fragment: whether they are there, and at which element.
 template <int V, class Tile, class G>
 FN_DEVICE void each_vector(const Tile& tile, const Samples& samples, G g) {
-  if (tile.plain(samples)) {
+  if (tile.plain()) {
 #pragma unroll
-    for (int j = 0; j < kFragment / V; ++j) g(j, tile.first + row_in_tile<V>(j), true);
+    for (int j = 0; j < kFragment / V; ++j) g(j, tile.first + j * kWarp * V, true);
   } else {
 #pragma unroll
     for (int j = 0; j < kFragment / V; ++j) {
       const int i = row_in_tile<V>(j);
-      g(j, tile.first + i + tile.samples_on(samples, i) * (samples.stride - samples.length), tile.there(i));
+      g(j, tile.first + j * kWarp * V + tile.samples_on(samples, i) * samples.gap, tile.there(i));
     }
   }
 }
@@ -192,83 +204,77 @@ FN_DEVICE void narrow_fragment(const A (&from)[kFragment], Fragment<T, V>& to) {
 }
 
 // ---- noise --------------------------------------------------------------------------------------------------------
-// The decisions of a tile's fragments. First each thread makes a Philox call, for 8 of the tile's rows or samples;
-// then the fragments fetch their bits from the threads that drew them.
-struct Draws {
-  uint32_t byte;
-  bool live;
-  bool per_sample;
-  int skipped = 0;  // samples of the first call that lie before the tile
+// First each thread makes a Philox call, for 8 of the tile's rows or samples; then the fragments fetch their decisions,
+// or multipliers, from the threads that drew them. All threads of the warp arrive.
 
-  FN_DEVICE explicit Draws(uint32_t saved) : byte(saved), live(true), per_sample(false) {}
-  template <class A>
-  FN_DEVICE Draws(const Stages<A>& stages, Seed seed, const Samples& samples, int64_t row, int64_t c)
-      : byte(stages.draw == Draw::all_dropped ? 0 : kKeepAll),
-        live(stages.draw == Draw::each_row || stages.draw == Draw::each_sample),
-        per_sample(stages.draw == Draw::each_sample) {
-    if (!live) return;
-    byte = math::keep8(seed, call(samples, row), static_cast<uint32_t>(c), stages.threshold);
+// Rows: bit i for element i of the fragment.
+template <int V>
+FN_DEVICE uint32_t row_bits(uint32_t byte) {
+  if (V == kFragment) return byte;
+  uint32_t bits = 0;
+#pragma unroll
+  for (int j = 0; j < kFragment / V; ++j) {
+    const int i = row_in_tile<V>(j);
+    const uint32_t drawn = shuffle(byte, i / math::kRowsPerCall) >> (i % math::kRowsPerCall);
+    bits |= (drawn & ((1u << V) - 1u)) << (j * V);
   }
-  // Without decisions, for the places of multipliers.
-  FN_DEVICE explicit Draws(Draw draw) : byte(0), live(true), per_sample(draw == Draw::each_sample) {}
-
-  // The Philox call that this thread makes.
-  FN_DEVICE uint64_t call(const Samples& samples, int64_t row) {
-    uint64_t first = row;
-    if (per_sample) {
-      first = samples.one ? 0 : row / samples.length;
-      skipped = first % math::kRowsPerCall;
+  return bits;
+}
+// m[i] for element i of the fragment.
+template <int V, class A>
+FN_DEVICE void row_values(const float (&drawn)[math::kRowsPerCall], A (&m)[kFragment]) {
+#pragma unroll
+  for (int i = 0; i < kFragment; ++i) {
+    const int row = row_in_tile<V>(i / V);
+    float value = drawn[i % V];
+#pragma unroll
+    for (int from = 0; V < kFragment && from < math::kRowsPerCall; from += V) {
+      const float offered = shuffle(drawn[from + i % V], row / math::kRowsPerCall);
+      if (row % math::kRowsPerCall == from) value = offered;
     }
-    return first / math::kRowsPerCall + lane();
+    m[i] = value;
   }
+}
 
-  // Bit i for element i of the fragment. All threads of the warp arrive.
+// Samples: the tile's first one may be any of the 8 of the first call.
+struct SampleDraws {
+  uint64_t call;  // the thread's
+  int skipped;    // samples of the first call that lie before the tile
+  FN_DEVICE SampleDraws(const Samples& samples, const Visits& visits, const Tile& tile) {
+    const uint64_t first = samples.one ? 0 : visits.row(tile) / samples.length;
+    call = first / math::kRowsPerCall + lane();
+    skipped = first % math::kRowsPerCall;
+  }
+  // Where the draw of element j * V of the fragment is among those of the warp.
   template <int V>
-  FN_DEVICE uint32_t fragment(const Samples& samples, const Tile& tile) const {
-    if (!live || (V == kFragment && !per_sample)) return byte;
+  FN_DEVICE int place(const Samples& samples, const Tile& tile, int j) const {
+    return (skipped + tile.samples_on(samples, row_in_tile<V>(j))) % kTile;
+  }
+  template <int V>
+  FN_DEVICE uint32_t bits(const Samples& samples, const Tile& tile, uint32_t byte) const {
     uint32_t bits = 0;
 #pragma unroll
     for (int j = 0; j < kFragment / V; ++j) {
-      int i = row_in_tile<V>(j);
-      if (per_sample) {
-        i = (skipped + tile.samples_on(samples, i)) % kTile;
-      }
+      const int i = place<V>(samples, tile, j);
       const uint32_t drawn = shuffle(byte, i / math::kRowsPerCall) >> (i % math::kRowsPerCall);
-      const uint32_t own = per_sample ? (drawn & 1u) * ((1u << V) - 1u) : drawn & ((1u << V) - 1u);
-      bits |= own << (j * V);
+      bits |= (drawn & 1u) * ((1u << V) - 1u) << (j * V);
     }
     return bits;
   }
-
-  // m[i] for element i of the fragment, of what each thread has drawn. All threads of the warp arrive.
   template <int V, class A>
-  FN_DEVICE void fragment(const Samples& samples, const Tile& tile, const float (&drawn)[math::kRowsPerCall],
-                          A (&m)[kFragment]) const {
+  FN_DEVICE void values(const Samples& samples, const Tile& tile, const float (&drawn)[math::kRowsPerCall],
+                        A (&m)[kFragment]) const {
 #pragma unroll
     for (int j = 0; j < kFragment / V; ++j) {
-      const int i = row_in_tile<V>(j);
-      if (per_sample) {
-        const int own = (skipped + tile.samples_on(samples, i)) % kTile;
-        float value = 0;
+      const int i = place<V>(samples, tile, j);
+      float value = 0;
 #pragma unroll
-        for (int from = 0; from < math::kRowsPerCall; ++from) {
-          const float offered = shuffle(drawn[from], own / math::kRowsPerCall);
-          if (own % math::kRowsPerCall == from) value = offered;
-        }
-#pragma unroll
-        for (int v = 0; v < V; ++v) m[j * V + v] = value;
-      } else {
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          float value = drawn[v];
-#pragma unroll
-          for (int from = 0; V < kFragment && from < math::kRowsPerCall; from += V) {
-            const float offered = shuffle(drawn[from + v], i / math::kRowsPerCall);
-            if (i % math::kRowsPerCall == from) value = offered;
-          }
-          m[j * V + v] = value;
-        }
+      for (int from = 0; from < math::kRowsPerCall; ++from) {
+        const float offered = shuffle(drawn[from], i / math::kRowsPerCall);
+        if (i % math::kRowsPerCall == from) value = offered;
       }
+#pragma unroll
+      for (int v = 0; v < V; ++v) m[j * V + v] = value;
     }
   }
 };
@@ -278,29 +284,46 @@ struct Drawn {
   uint32_t byte, keep;
 };
 
+template <int V, class A>
+FN_DEVICE Drawn draw_fragment(const Stages<A>& q, Seed seed, const Samples& samples, const Visits& visits,
+                              const Tile& tile, int64_t channel) {
+  const uint32_t c = static_cast<uint32_t>(channel);
+  if (q.draw == Draw::each_row) {
+    const uint32_t byte = math::keep8(seed, visits.call(tile), c, q.threshold);
+    return {byte, row_bits<V>(byte)};
+  }
+  if (q.draw == Draw::each_sample) {
+    const SampleDraws draws(samples, visits, tile);
+    const uint32_t byte = math::keep8(seed, draws.call, c, q.threshold);
+    return {byte, draws.bits<V>(samples, tile, byte)};
+  }
+  const uint32_t all = q.draw == Draw::all_dropped ? 0 : kKeepAll;
+  return {all, all};
+}
+
 // The multipliers of a tile's fragment.
 template <int V, class A>
-FN_DEVICE Drawn draw_fragment(const Program<A>& q, Seed seed, const Samples& samples, const Tile& tile, int64_t row,
-                              int64_t c, A (&m)[kFragment]) {
-  if (q.one_channel) c = 0;
+FN_DEVICE Drawn draw_fragment(const Program<A>& q, Seed seed, const Samples& samples, const Visits& visits,
+                              const Tile& tile, int64_t channel, A (&m)[kFragment]) {
+  const uint32_t c = q.one_channel ? 0 : static_cast<uint32_t>(channel);
   if (q.noise == Noise::constant) {
     multipliers(q, kKeepAll, m);
     return {kKeepAll, kKeepAll};
   }
-  Draws draws(q.draw);
   float drawn[math::kRowsPerCall] = {};
-  const uint64_t call = draws.call(samples, row);
-  draws.byte = draw_call(q, seed, call, static_cast<uint32_t>(c), drawn);
+  const bool per_sample = q.draw == Draw::each_sample;
+  const SampleDraws draws(samples, visits, tile);
+  const uint32_t byte = draw_call(q, seed, per_sample ? draws.call : visits.call(tile), c, drawn);
   if (q.noise != Noise::bernoulli) {
-    draws.template fragment<V>(samples, tile, drawn, m);
+    per_sample ? draws.values<V>(samples, tile, drawn, m) : row_values<V>(drawn, m);
     return {kKeepAll, kKeepAll};
   }
-  const uint32_t keep = draws.template fragment<V>(samples, tile);
+  const uint32_t keep = per_sample ? draws.bits<V>(samples, tile, byte) : row_bits<V>(byte);
   multipliers(q, keep, m);
-  return {draws.byte, keep};
+  return {byte, keep};
 }
 
-// The inverse of Draws::fragment: from the bits of a fragment to those of the 8 rows of the thread's Philox call.
+// The inverse of row_bits: from the bits of a fragment to those of the 8 rows of the thread's Philox call.
 template <int V>
 FN_DEVICE uint32_t byte_of_fragments(uint32_t bits) {
   if (V == kFragment) return bits;
@@ -314,16 +337,19 @@ FN_DEVICE uint32_t byte_of_fragments(uint32_t bits) {
   return byte;
 }
 
-// A channel's bytes of a saved mask (C, ceil(rows / 8)), one for each Philox call: those of a chunk that ends before
-// the row `end`. Tiles begin at multiples of 8 rows, so a tile's first byte lies as far before the last one as it has
-// bytes left.
-template <class Byte>
+// A channel's bytes of a saved mask (C, ceil(rows / 8)), one for each Philox call.
 struct SavedBytes {
-  Byte* own;  // the thread's, if a tile began at the end
-  FN_DEVICE SavedBytes(Byte* mask, int64_t rows, int64_t c, int64_t end)
-      : own(mask + c * ((rows + 7) / 8) + (end + 7) / 8 + lane()) {}
-  FN_DEVICE Byte* at(const Tile& tile) const { return own - ((tile.left + 7) >> 3); }
-  FN_DEVICE bool there(const Tile& tile) const { return lane() * math::kRowsPerCall < tile.left; }
+  uint8_t* bytes;
+  int first;  // the thread's first row, in a tile; beyond all of them without a mask
+  FN_DEVICE SavedBytes(const uint8_t* mask, int64_t rows, int64_t c)
+      : bytes(const_cast<uint8_t*>(mask) + c * ((rows + 7) / 8)),
+        first(kept(mask ? lane() * math::kRowsPerCall : INT32_MAX)) {}
+  FN_DEVICE uint32_t get(const Visits& visits, const Tile& tile) const {
+    return tile.there(first) ? bytes[visits.call(tile)] : 0;
+  }
+  FN_DEVICE void put(const Visits& visits, const Tile& tile, uint32_t byte) const {
+    if (tile.there(first)) bytes[visits.call(tile)] = static_cast<uint8_t>(byte);
+  }
 };
 
 }  // namespace fusednorm::cuda

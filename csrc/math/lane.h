@@ -49,10 +49,22 @@ FN_INLINE bool less(double a, double b) { return a < b; }
 FN_INLINE bool less_equal(float a, float b) { return a <= b; }
 FN_INLINE bool less_equal(double a, double b) { return a <= b; }
 
-// The second where one is NaN, or both are 0: what x86's instructions do.
+// The second where one is NaN, or both are 0: what x86's instructions do. A GPU's give NaN where one of them is, which
+// is the same where the first is a number.
+#if __CUDA_ARCH__ >= 800
+FN_INLINE float min(float a, float b) {
+  asm("min.NaN.f32 %0, %1, %0;" : "+f"(b) : "f"(a));
+  return b;
+}
+FN_INLINE float max(float a, float b) {
+  asm("max.NaN.f32 %0, %1, %0;" : "+f"(b) : "f"(a));
+  return b;
+}
+#else
 FN_INLINE float min(float a, float b) { return a < b ? a : b; }
-FN_INLINE double min(double a, double b) { return a < b ? a : b; }
 FN_INLINE float max(float a, float b) { return a > b ? a : b; }
+#endif
+FN_INLINE double min(double a, double b) { return a < b ? a : b; }
 FN_INLINE double max(double a, double b) { return a > b ? a : b; }
 
 FN_INLINE float abs(float a) { return ::fabsf(a); }

@@ -74,6 +74,15 @@ FN_INLINE double keep_scale(uint32_t threshold) { return 65536.0 / threshold; }
 
 // The decisions of one call, from its words: bit i for row 8*group + i of channel c.
 FN_INLINE uint32_t keep8(const uint32_t (&word)[4], uint32_t threshold) {
+#if __CUDA_ARCH__ >= 900  // two draws at a time: 1 in the half of one that is not below, else 0
+  constexpr uint32_t kBoth = 0x10001u;
+  const uint32_t most = (threshold - 1) * kBoth, minus_most = (0u - most) & 0xffffu;
+  uint32_t dropped = 0;
+  for (int i = 0; i < 4; ++i) {
+    dropped += __viaddmin_u16x2(__vmaxu2(word[i], most), minus_most * kBoth, kBoth) << (2 * i);
+  }
+  return ~(dropped | dropped >> 15) & 0xffu;
+#else
   uint32_t bits = 0;
   const uint32_t above = threshold << 16;  // both halves are compared where they are the upper one
   for (int i = 0; i < 4; ++i) {
@@ -81,6 +90,7 @@ FN_INLINE uint32_t keep8(const uint32_t (&word)[4], uint32_t threshold) {
     bits |= static_cast<uint32_t>(word[i] < above) << (2 * i + 1);
   }
   return bits;
+#endif
 }
 FN_INLINE uint32_t keep8(Seed seed, uint64_t group, uint32_t c, uint32_t threshold) {
   Counter x = counter(group, c);

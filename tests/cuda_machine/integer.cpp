@@ -207,19 +207,29 @@ void iabs(Warp& w, I in, Mask active) {
   w.write(in.operands[0], lanewise([&](int i) { return static_cast<int32_t>(a[i]) < 0 ? 0 - a[i] : a[i]; }), active);
 }
 
-uint32_t smaller(I in, uint32_t a, uint32_t b, bool smallest) {
-  const bool less = in.has(Mod::U32) ? a < b : static_cast<int32_t>(a) < static_cast<int32_t>(b);
-  return less == smallest ? a : b;
+// The smaller or the larger of a + more and b: of 32 bits, or of each half.
+uint32_t extreme(I in, uint32_t a, uint32_t more, uint32_t b, bool smallest) {
+  if (!in.has(Mod::U16X2)) {
+    const uint32_t sum = a + more;
+    const bool less = in.has(Mod::U32) ? sum < b : static_cast<int32_t>(sum) < static_cast<int32_t>(b);
+    return less == smallest ? sum : b;
+  }
+  uint32_t found = 0;
+  for (int half = 0; half < 32; half += 16) {
+    const uint16_t sum = static_cast<uint16_t>((a >> half) + (more >> half)), other = static_cast<uint16_t>(b >> half);
+    found |= uint32_t{(sum < other) == smallest ? sum : other} << half;
+  }
+  return found;
 }
 void vimnmx(Warp& w, I in, Mask active) {
   const Lanes a = w.read(in.operands[1]), b = w.read(in.operands[2]);
   const Mask least = w.test(in.operands[3]);
-  w.write(in.operands[0], lanewise([&](int i) { return smaller(in, a[i], b[i], least >> i & 1); }), active);
+  w.write(in.operands[0], lanewise([&](int i) { return extreme(in, a[i], 0, b[i], least >> i & 1); }), active);
 }
 void viaddmnmx(Warp& w, I in, Mask active) {
   const Lanes a = w.read(in.operands[1]), b = w.read(in.operands[2]), c = w.read(in.operands[3]);
   const Mask least = w.test(in.operands[4]);
-  w.write(in.operands[0], lanewise([&](int i) { return smaller(in, a[i] + b[i], c[i], least >> i & 1); }), active);
+  w.write(in.operands[0], lanewise([&](int i) { return extreme(in, a[i], b[i], c[i], least >> i & 1); }), active);
 }
 
 // ---- predicates as bits ---------------------------------------------------------------------------------------------
