@@ -146,7 +146,7 @@ void forward(const Context& context, const Call& call, const Forward<T>& p) {
 
   if (q.shape.channels_last) {
     const Plan plan = plan_channels_last(q.shape, whole(q.shape), V, sizeof(T), context.machine);
-    const size_t scratch = sizeof(A) * V * plan.threads_x * plan.threads_y;
+    const size_t scratch = column_scratch<A, V>(plan.threads_x * plan.threads_y, plan.threads_x);
     cut(plan);
     if (q.training) {
       q.partials = partials<A>(context, plan, q.shape.C);
@@ -183,7 +183,7 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
 
   if (q.shape.channels_last) {
     const Plan plan = plan_channels_last(q.shape, whole(q.shape), V, sizeof(T), context.machine);
-    const size_t scratch = sizeof(A) * V * plan.threads_x * plan.threads_y;
+    const size_t scratch = column_scratch<A, V>(plan.threads_x * plan.threads_y, plan.threads_x);
     cut(plan);
     if (gathers) {
       q.partials = partials<A>(context, plan, q.shape.C);
@@ -234,7 +234,7 @@ template <class T, int V>
 size_t column_bytes(const Plan& plan, const Program<opmath_t<T>>& program) {
   const int threads = plan.threads_x * plan.threads_y;
   const bool numbers = program.noise == Noise::uniform || program.noise == Noise::gaussian;
-  return column_scratch<opmath_t<T>, V>(threads) + (numbers ? multiplier_bytes(V, threads) : 0);
+  return column_scratch<opmath_t<T>, V>(threads, plan.threads_x) + (numbers ? multiplier_bytes(V, threads) : 0);
 }
 
 template <class T, int V>

@@ -73,7 +73,8 @@ FN_DEVICE Pair<A> merge_team(const Moments<A>& own, int64_t rows, int pivots = 0
   return {mean, team_sum(squares(own, mean))};
 }
 
-// The moments of a channel from those of its chunks; part(i) gives mean and m2 of chunk i. Each warp does it for itself.
+// The moments of a channel from those of its chunks; part(i) gives mean and m2 of chunk i. Each warp does it for
+// itself.
 template <class A, class Chunks, class Part>
 FN_DEVICE Pair<A> merge_chunks(const Chunks& chunks, Part part) {
   const A pivot = part(0).first;

@@ -63,9 +63,7 @@ struct StagedTeam {
   }
 
   // What a saved mask holds for the fragment.
-  FN_DEVICE uint32_t saved_bits(const Tile& tile) const {
-    return row_bits<V>(saved.get(visits, tile));
-  }
+  FN_DEVICE uint32_t saved_bits(const Tile& tile) const { return row_bits<V>(saved.get(visits, tile)); }
   FN_DEVICE Drawn draw(const Program<A>& program, Seed seed, const Tile& tile, A (&m)[kFragment]) const {
     return draw_fragment<V>(program, seed, samples, visits, tile, c, m);
   }

@@ -15,30 +15,32 @@ constexpr int kRows = math::kRowsPerCall;
 // The thread's columns; a thread beyond the last one reads and writes nothing, but meets the others.
 template <class T, int V>
 struct Columns {
-  int64_t c, C;
+  int64_t block_c, c, C;  // the first channels of the block and of the thread; the number of all
   bool active;
   FN_DEVICE explicit Columns(const Shape& shape, int64_t block = blockIdx.x)
-      : c((block * blockDim.x + threadIdx.x) * V), C(shape.C), active(c < shape.C) {
+      : block_c(block * blockDim.x * V), c(block_c + threadIdx.x * V), C(shape.C), active(c < shape.C) {
     if (!active) c = 0;
   }
   FN_DEVICE bool leads() const { return active && threadIdx.y == 0; }
 
-  // Rows [row, row + N) as far as they lie before `end`.
+  // Rows [row, row + N), or the first `there` of them.
   template <int N>
-  FN_DEVICE void read(const T* p, int64_t row, int64_t end, Pack<T, V> (&to)[N]) const {
+  FN_DEVICE void read(const T* p, int64_t row, int there, Pack<T, V> (&to)[N]) const {
 #pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = row + i < end ? load<V>(p + (row + i) * C + c) : Pack<T, V>{};
+    for (int i = 0; i < N; ++i) to[i] = i < there ? load<V>(p + (row + i) * C + c) : Pack<T, V>{};
   }
-  FN_DEVICE void write(T* p, int64_t row, const opmath_t<T> (&from)[V]) const {
-    store<V>(p + row * C + c, narrow<T, V>(from));
-  }
+  FN_DEVICE void write(T* p, int64_t row, const Pack<T, V>& from) const { store<V>(p + row * C + c, from); }
 
-  // f(first row of a group of 8) for the thread's groups of a chunk.
+  // f(first row of a group of 8, rows of the chunk from there on) for the thread's groups of a chunk.
   template <class Chunks, class F>
   FN_DEVICE void each_group(const Chunks& chunks, bool descending, F f) const {
     if (!active) return;
-    const int64_t begin = chunks.begin(blockIdx.y), groups = (chunks.end(blockIdx.y) - begin + kRows - 1) / kRows;
-    for (int64_t i = threadIdx.y; i < groups; i += blockDim.y) f(begin + (descending ? groups - 1 - i : i) * kRows);
+    const int64_t begin = chunks.begin(blockIdx.y);
+    const int rows = static_cast<int>(chunks.end(blockIdx.y) - begin), groups = (rows + kRows - 1) / kRows;
+    for (int i = threadIdx.y; i < groups; i += blockDim.y) {
+      const int at = (descending ? groups - 1 - i : i) * kRows;
+      f(begin + at, rows - at);
+    }
   }
 };
 
@@ -111,75 +113,107 @@ template <int V, class A>
 FN_DEVICE void merge_column(const Moments<A> (&own)[V], int64_t rows, A (&mean)[V], A (&m2)[V]) {
   A pivot[V];
 #pragma unroll
-  for (int v = 0; v < V; ++v) pivot[v] = threadIdx.y == 0 ? own[v].mean : A(0);
-  column_sum(pivot);
+  for (int v = 0; v < V; ++v) pivot[v] = own[v].mean;
+  column_first(pivot);
 #pragma unroll
   for (int v = 0; v < V; ++v) mean[v] = from_pivot(own[v], pivot[v]);
   column_sum(mean);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    mean[v] = pivot[v] + mean[v] / static_cast<A>(rows);
+    mean[v] = pivot[v] + ratio(mean[v], static_cast<A>(rows));
     m2[v] = squares(own[v], mean[v]);
   }
   column_sum(m2);
 }
 
-// V adjacent pairs, 16 bytes at a time.
-template <int V, class A>
-FN_DEVICE void read_pairs(const Pair<A>* from, Pair<A> (&to)[V]) {
-  constexpr int kValues = V > 1 ? 16 / sizeof(A) : 2;
-#pragma unroll
-  for (int i = 0; i < 2 * V; i += kValues) {
-    const Pack<A, kValues> pack = load<kValues>(reinterpret_cast<const A*>(from) + i);
-#pragma unroll
-    for (int j = 0; j < kValues; j += 2) to[(i + j) / 2] = {pack.word[j], pack.word[j + 1]};
+// What all threads with a channel need of it, computed once.
+template <class A, int V>
+struct ChannelTable {
+  Table<A, V> numbers;
+  FN_DEVICE void put(int channel, const Affine<A>& affine) const {
+    numbers.at(0, channel) = affine.mean;
+    numbers.at(1, channel) = affine.scale;
+    numbers.at(2, channel) = affine.shift;
   }
-}
+  FN_DEVICE void put(int channel, const math::InputGradient<A>& k) const {
+    numbers.at(3, channel) = k.b;  // a is the scale
+    numbers.at(4, channel) = k.c;
+  }
+  // Of N of the thread's channels, behind a barrier.
+  template <int N>
+  FN_DEVICE void get(Affine<A> (&affine)[N], int first = 0) const {
+    A mean[N], scale[N], shift[N];
+    numbers.get(0, mean, first);
+    numbers.get(1, scale, first);
+    numbers.get(2, shift, first);
+#pragma unroll
+    for (int v = 0; v < N; ++v) affine[v] = {mean[v], scale[v], shift[v]};
+  }
+  FN_DEVICE void get(const Affine<A> (&affine)[V], math::InputGradient<A> (&k)[V]) const {
+    A b[V], c[V];
+    numbers.get(3, b);
+    numbers.get(4, c);
+#pragma unroll
+    for (int v = 0; v < V; ++v) k[v] = {affine[v].scale, b[v], c[v]};
+  }
+};
 
-// The moments of each channel from those of its chunks.
-template <int V, class A, class Chunks>
-FN_DEVICE void merge_chunks(const Chunks& chunks, const Pair<A>* partials, int64_t C, int64_t c, A (&mean)[V],
-                            A (&m2)[V]) {
-  Pair<A> parts[V];
-  read_pairs(partials + c, parts);
-  A pivot[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    pivot[v] = parts[v].first;
-    mean[v] = m2[v] = 0;
+// The partial sums of the block's channels; beyond the last one stands that one again, for nobody.
+template <class A>
+struct Partials {
+  const Pair<A>* first;  // of the chunks of a group
+  int64_t C, c;          // c: of the block's first channel
+  FN_DEVICE Pair<A> at(int chunk, int channel) const {
+    return first[chunk * C + (c + channel < C ? c + channel : C - 1)];
   }
-  const auto each = [&](auto f) {
-    for (int i = threadIdx.y; i < chunks.count; i += blockDim.y) {
-      const A count = static_cast<A>(chunks.size(i));
-      read_pairs(partials + i * C + c, parts);
-#pragma unroll
-      for (int v = 0; v < V; ++v) f(v, Moments<A>{count, parts[v].first, parts[v].second});
+};
+
+// f(channel, moments) for each of the block's channels, from those of its chunks.
+template <int V, class A, class Chunks, class F>
+FN_DEVICE void merge_chunks(const Chunks& chunks, const Partials<A>& partials, F f) {
+  const int shares = channel_shares<V>(), channels = blockDim.x * V;
+  A *sums = shared_memory<A>(), *squared = sums + block_threads() * V;
+  const auto sum = [&](int channel, int share, auto term) {
+    A all = 0;
+    for (int i = share; i < chunks.count; i += shares) {
+      const Pair<A> part = partials.at(i, channel);
+      all += term(Moments<A>{static_cast<A>(chunks.size(i)), part.first, part.second});
     }
+    return all;
   };
-  each([&](int v, const Moments<A>& part) { mean[v] += from_pivot(part, pivot[v]); });
-  column_sum(mean);
-#pragma unroll
-  for (int v = 0; v < V; ++v) mean[v] = pivot[v] + mean[v] / static_cast<A>(chunks.rows);
-  each([&](int v, const Moments<A>& part) { m2[v] += squares(part, mean[v]); });
-  column_sum(m2);
+  const auto mean_of = [&](int channel) {
+    return partials.at(0, channel).first + ratio(sums[channel], static_cast<A>(chunks.rows));
+  };
+  each_share<V>([&](int place, int channel, int share) {
+    const A pivot = partials.at(0, channel).first;
+    sums[place] = sum(channel, share, [&](const Moments<A>& part) { return from_pivot(part, pivot); });
+  });
+  fold_rows(sums, shares, channels);
+  each_share<V>([&](int place, int channel, int share) {
+    const A mean = mean_of(channel);
+    squared[place] = sum(channel, share, [&](const Moments<A>& part) { return squares(part, mean); });
+  });
+  fold_rows(squared, shares, channels);
+  each_channel<V>([&](int channel) { f(channel, Pair<A>{mean_of(channel), squared[channel]}); });
 }
 
-template <int V, class A>
-FN_DEVICE void sum_chunks(const Chunks& chunks, const Pair<A>* partials, int64_t C, int64_t c, A (&first)[V],
-                          A (&second)[V]) {
-#pragma unroll
-  for (int v = 0; v < V; ++v) first[v] = second[v] = 0;
-  for (int i = threadIdx.y; i < chunks.count; i += blockDim.y) {
-    Pair<A> parts[V];
-    read_pairs(partials + i * C + c, parts);
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      first[v] += parts[v].first;
-      second[v] += parts[v].second;
+// f(channel, sums), likewise.
+template <int V, class A, class F>
+FN_DEVICE void sum_chunks(const Chunks& chunks, const Partials<A>& partials, F f) {
+  const int shares = channel_shares<V>(), channels = blockDim.x * V;
+  A* sums = shared_memory<A>();
+  each_share<V>([&](int place, int channel, int share) {
+    Pair<A> all{0, 0};
+    for (int i = share; i < chunks.count; i += shares) {
+      const Pair<A> part = partials.at(i, channel);
+      all.first += part.first;
+      all.second += part.second;
     }
-  }
-  column_sum(first);
-  column_sum(second);
+    sums[2 * place] = all.first;
+    sums[2 * place + 1] = all.second;
+  });
+  fold_rows(sums, shares, 2 * channels);
+  each_channel<V>([&](int channel) { f(channel, Pair<A>{sums[2 * channel], sums[2 * channel + 1]}); });
 }
 
 template <int V, class T, class A>
@@ -190,30 +224,38 @@ FN_DEVICE void write_partials(Pair<A>* partials, const Columns<T, V>& columns, c
   for (int v = 0; v < V; ++v) partials[blockIdx.y * columns.C + columns.c + v] = {first[v], second[v]};
 }
 
+// Values first, first + 1, ... of a pack.
+template <class T, int V, int N>
+FN_DEVICE void narrow_into(Pack<T, V>& pack, int first, const opmath_t<T> (&v)[N]) {
+  const Pack<T, N> part = narrow<T, N>(v);
+  constexpr int kWords = sizeof(part) / sizeof(part.word[0]);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) pack.word[first * kWords / N + i] = part.word[i];
+}
+
 // ---- forward ------------------------------------------------------------------------------------------------------
 template <class T, int V>
 FN_KERNEL(256, kColumnBlocks)
 channels_last_statistics(ForwardArguments<T> q) {
   using A = opmath_t<T>;
   const Columns<T, V> columns(q.shape);
-  const int64_t end = q.chunks.end(blockIdx.y);
   Moments<A> m[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) m[v] = {0, 0, 0};
-  columns.each_group(q.chunks, false, [&](int64_t row) {
+  columns.each_group(q.chunks, false, [&](int64_t row, int left) {
     Pack<T, V> x[kRows];
-    columns.read(q.p.x, row, end, x);
+    columns.read(q.p.x, row, left, x);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       A values[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) values[i] = widen(x[i], v);
-      if (row + kRows <= end) {
+      if (left >= kRows) {
         merge_fragment(m[v], values);
       } else {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          if (row + i < end) merge_value(m[v], values[i]);
+          if (i < left) merge_value(m[v], values[i]);
         }
       }
     }
@@ -228,29 +270,43 @@ FN_KERNEL(256, kColumnBlocks)
 channels_last_apply(ForwardArguments<T> q) {
   using A = opmath_t<T>;
   const Columns<T, V> columns(q.shape);
-  const int64_t end = q.chunks.end(blockIdx.y);
-  A mean[V] = {}, m2[V] = {};
-  if (q.training) merge_chunks(q.chunks, q.partials, columns.C, columns.c, mean, m2);
-  Affine<A> affine[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    affine[v] = finish_statistics(q, columns.c + v, mean[v], m2[v], columns.leads() && blockIdx.y == 0);
+  const ChannelTable<A, V> table;
+  const auto finish = [&](int channel, Pair<A> moments) {
+    const int64_t c = columns.block_c + channel;
+    if (c < columns.C) table.put(channel, finish_statistics(q, c, moments.first, moments.second, blockIdx.y == 0));
+  };
+  if (q.training) {
+    merge_chunks<V>(q.chunks, Partials<A>{q.partials, columns.C, columns.block_c}, finish);
+  } else {
+    each_channel<V>([&](int channel) { finish(channel, {}); });
   }
+  barrier();
   const Seed seed = seed_of(q.stages);
-  columns.each_group(q.chunks, true, [&](int64_t row) {
+  columns.each_group(q.chunks, true, [&](int64_t row, int left) {
     Pack<T, V> x[kRows];
-    columns.read(q.p.x, row, end, x);
+    columns.read(q.p.x, row, left, x);
     const Decisions<V> keep = draw(q.stages, seed, columns, row, q.shape.S);
     if (q.p.mask) save_decisions(q.p.mask, columns, row, keep);
+    // Some channels after others: registers are few.
+    constexpr int kPart = V > 4 ? 4 : V;
+#pragma unroll
+    for (int first = 0; first < V; first += kPart) {
+      Affine<A> affine[kPart];
+      table.get(affine, first);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        A z[kPart];
+#pragma unroll
+        for (int v = 0; v < kPart; ++v) z[v] = affine[v](widen(x[i], first + v));
+        activate(q.stages, z);
+#pragma unroll
+        for (int v = 0; v < kPart; ++v) z[v] = drop(q.stages, z[v], keep.keeps(first + v, i));
+        narrow_into(x[i], first, z);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      A z[V];
-#pragma unroll
-      for (int v = 0; v < V; ++v) z[v] = affine[v](widen(x[i], v));
-      activate(q.stages, z);
-#pragma unroll
-      for (int v = 0; v < V; ++v) z[v] = drop(q.stages, z[v], keep.keeps(v, i));
-      if (row + i < end) columns.write(q.p.y, row + i, z);
+      if (i < left) columns.write(q.p.y, row + i, x[i]);
     }
   });
 }
@@ -261,15 +317,15 @@ template <class T, int V, class A, class F>
 FN_DEVICE void each_row(const BackwardArguments<T>& q, const Columns<T, V>& columns, const Affine<A> (&affine)[V],
                         bool descending, F f) {
   constexpr int kHalf = kRows / 2;
-  const int64_t end = q.chunks.end(blockIdx.y);
   const Seed seed = q.p.mask ? Seed{} : seed_of(q.stages);
-  columns.each_group(q.chunks, descending, [&](int64_t group) {
+  columns.each_group(q.chunks, descending, [&](int64_t group, int left) {
     Decisions<V> keep = decisions(q, seed, columns, group);
 #pragma unroll 1
-    for (int64_t row = group; row < group + kRows; row += kHalf) {
+    for (int at = 0; at < kRows; at += kHalf, left -= kHalf) {
+      const int64_t row = group + at;
       Pack<T, V> x[kHalf], g[kHalf];
-      columns.read(q.p.x, row, end, x);
-      columns.read(q.p.g, row, end, g);
+      columns.read(q.p.x, row, left, x);
+      columns.read(q.p.g, row, left, g);
 #pragma unroll
       for (int i = 0; i < kHalf; ++i) {
         A z[V], dz[V];
@@ -279,7 +335,7 @@ FN_DEVICE void each_row(const BackwardArguments<T>& q, const Columns<T, V>& colu
           dz[v] = drop_gradient(q.stages, A(widen(g[i], v)), keep.keeps(v, i));
         }
         activation_gradient(q.stages, z, dz);
-        if (row + i < end) f(row + i, dz, x[i]);
+        if (i < left) f(row + i, dz, x[i]);
       }
       keep.skip(kHalf);
     }
@@ -291,13 +347,15 @@ FN_KERNEL(256, kColumnBlocks)
 channels_last_gradient_sums(BackwardArguments<T> q) {
   using A = opmath_t<T>;
   const Columns<T, V> columns(q.shape);
+  const ChannelTable<A, V> table;
+  each_channel<V>([&](int channel) {
+    const int64_t c = columns.block_c + channel;
+    if (c < columns.C) table.put(channel, saved_statistics(q, c));
+  });
+  barrier();
   Affine<A> affine[V];
-  A dz_sum[V], dz_xmu_sum[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    affine[v] = saved_statistics(q, columns.c + v);
-    dz_sum[v] = dz_xmu_sum[v] = 0;
-  }
+  table.get(affine);
+  A dz_sum[V] = {}, dz_xmu_sum[V] = {};
   each_row(q, columns, affine, false, [&](int64_t, const A(&dz)[V], const Pack<T, V>& x) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
@@ -315,24 +373,32 @@ FN_KERNEL(256, kColumnBlocks)
 channels_last_input_gradient(BackwardArguments<T> q) {
   using A = opmath_t<T>;
   const Columns<T, V> columns(q.shape);
-  A dz_sum[V] = {}, dz_xmu_sum[V] = {};
-  if (q.partials) sum_chunks(q.chunks, q.partials, columns.C, columns.c, dz_sum, dz_xmu_sum);
-  Affine<A> affine[V];
-  math::InputGradient<A> k[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    affine[v] = saved_statistics(q, columns.c + v);
-    k[v] = finish_gradient(q, columns.c + v, affine[v].scale, Pair<A>{dz_sum[v], dz_xmu_sum[v]},
-                           columns.leads() && blockIdx.y == 0);
+  const ChannelTable<A, V> table;
+  const auto finish = [&](int channel, Pair<A> sums) {
+    const int64_t c = columns.block_c + channel;
+    if (c >= columns.C) return;
+    const Affine<A> of = saved_statistics(q, c);
+    table.put(channel, of);
+    table.put(channel, finish_gradient(q, c, of.scale, sums, blockIdx.y == 0));
+  };
+  if (q.partials) {
+    sum_chunks<V>(q.chunks, Partials<A>{q.partials, columns.C, columns.block_c}, finish);
+  } else {
+    each_channel<V>([&](int channel) { finish(channel, {}); });
   }
   if (!q.p.dx) return;
+  barrier();
+  Affine<A> affine[V];
+  math::InputGradient<A> k[V];
+  table.get(affine);
+  table.get(affine, k);
   each_row(q, columns, affine, true, [&](int64_t row, const A(&dz)[V], const Pack<T, V>& x) {
     A dx[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       dx[v] = math::apply_input_gradient(dz[v], widen(x, v) - affine[v].mean, k[v].a, k[v].b, k[v].c);
     }
-    columns.write(q.p.dx, row, dx);
+    columns.write(q.p.dx, row, narrow<T, V>(dx));
   });
 }
 

@@ -25,14 +25,10 @@ constexpr int kForwardBytes = 64, kBackwardBytes = 0;
 template <class T, int V, int Bytes>
 constexpr int kRowsInFlight = std::clamp<int>(Bytes / (V * sizeof(T)), kFragmentRows<T, V>, kRows);
 
-// Shared memory: first what column_sum needs, then, for noise that is a number, V * 8 of those for each thread.
+// Shared memory: behind what sums over columns need, for noise that is a number, V * 8 of those for each thread.
 template <class A, int V>
-FN_HOST_DEVICE int column_scratch(int threads) {
-  return threads * V * static_cast<int>(sizeof(A));
-}
-template <class A, int V>
-FN_DEVICE int column_scratch() {
-  return column_scratch<A, V>(blockDim.x * blockDim.y);
+FN_DEVICE int behind_columns() {
+  return column_scratch<A, V>(block_threads(), blockDim.x);
 }
 constexpr int64_t multiplier_bytes(int V, int threads) { return int64_t{V} * kRows * threads * sizeof(float); }
 
@@ -104,7 +100,7 @@ struct RowQueue {
 template <int Bytes, class T, int V, class Begin, class Read, class F, class Move, class End>
 FN_DEVICE void each_fragment(const StagedColumns<T, V>& columns, bool descending, Begin begin, Read read, F f,
                              Move move, End end) {
-  columns.each_group(columns.window, descending, [&](int64_t row) {
+  columns.each_group(columns.window, descending, [&](int64_t row, int) {
     const auto rows = columns.eight(row);
     begin(rows);
 #pragma unroll 1
@@ -260,7 +256,7 @@ channels_last_staged_statistics(StagedForwardArguments<T> q) {
 #pragma unroll
   for (int v = 0; v < V; ++v) m[v] = matched[v] = {0, 0, 0};
   RowQueue<T, V, kForwardBytes> x;
-  RowNoise<T, V> noise{column_scratch<A, V>()};
+  RowNoise<T, V> noise{behind_columns<A, V>()};
   each_fragment<kForwardBytes>(
       columns, false,
       [&](const Eight& rows) {
@@ -291,24 +287,36 @@ FN_KERNEL(256, kColumnBlocks)
 channels_last_staged_apply(StagedForwardArguments<T> q) {
   using A = opmath_t<T>;
   const StagedColumns<T, V> columns(q);
-  A mean[V] = {}, m2[V] = {}, matched_mean[V] = {}, matched_m2[V] = {}, weight[V];
-  const int64_t before = columns.group * q.chunks.count * columns.C;
-  if (q.training) merge_chunks(columns.window, q.partials + before, columns.C, columns.c, mean, m2);
-  if (q.matches()) {
-    merge_chunks(columns.window, q.matched_partials + before, columns.C, columns.c, matched_mean, matched_m2);
+  const Table<A, V> table;
+  const auto merge = [&](const Pair<A>* partials, int row) {
+    const Pair<A>* of_group = partials + columns.group * q.chunks.count * columns.C;
+    merge_chunks<V>(columns.window, Partials<A>{of_group, columns.C, columns.block_c},
+                    [&](int channel, Pair<A> moments) {
+                      table.at(row, channel) = moments.first;
+                      table.at(row + 1, channel) = moments.second;
+                    });
+    barrier();
+  };
+  A moments[4][V] = {}, weight[V];  // mean and squares, with noise and matched
+  if (q.training) merge(q.partials, 0);
+  if (q.matches()) merge(q.matched_partials, 2);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i < 2 ? q.training : q.matches()) table.get(i, moments[i]);
   }
   Affine<A> affine[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    affine[v] = finish_statistics(q, columns.group, columns.window.rows, columns.c + v, Pair<A>{mean[v], m2[v]},
-                                  Pair<A>{matched_mean[v], matched_m2[v]}, columns.leads() && blockIdx.y == 0);
+    affine[v] =
+        finish_statistics(q, columns.group, columns.window.rows, columns.c + v, Pair<A>{moments[0][v], moments[1][v]},
+                          Pair<A>{moments[2][v], moments[3][v]}, columns.leads() && blockIdx.y == 0);
   }
   columns.weights(q.p.act_weight, weight);
   const Seed seed = seed_of(q.program);
   const bool saves_pass = q.p.mask && q.program.saves_pass, saves_keep = q.p.mask && !q.program.saves_pass;
   const bool saved = saves_keep && q.program.noisy_before && q.training;  // by the statistics
   RowQueue<T, V, kForwardBytes> x, residual;
-  RowNoise<T, V> noise{column_scratch<A, V>()};
+  RowNoise<T, V> noise{behind_columns<A, V>()};
   Decisions<V> pass(0u);
   each_fragment<kForwardBytes>(
       columns, true,
@@ -360,7 +368,7 @@ FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedCo
   const Seed seed = seed_of(q.program);
   const bool saved_pass = q.p.mask && q.program.saves_pass, saved_keep = q.p.mask && q.program.saves_keep;
   RowQueue<T, V, kBackwardBytes> x, g;
-  RowNoise<T, V> noise{column_scratch<A, V>()};
+  RowNoise<T, V> noise{behind_columns<A, V>()};
   Decisions<V> pass(0u);
   each_fragment<kBackwardBytes>(
       columns, descending,
@@ -550,7 +558,7 @@ channels_last_noise(StagedForwardArguments<T> q) {
   const StagedColumns<T, V> columns(q);
   const Seed seed = seed_of(q.program);
   RowQueue<T, V, kForwardBytes> x;
-  RowNoise<T, V> noise{column_scratch<A, V>()};
+  RowNoise<T, V> noise{behind_columns<A, V>()};
   each_fragment<kForwardBytes>(
       columns, false, [&](const Eight& rows) { noise.draw(q.program, seed, columns, rows.row, q.shape.S); },
       [&](const Eight& rows, int at) {

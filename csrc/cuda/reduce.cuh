@@ -77,41 +77,107 @@ FN_DEVICE A team_value(A v, int from) {
 }
 
 // ---- columns ------------------------------------------------------------------------------------------------------
-// Likewise for the N values of each column of threads. Scratch: N values for each thread of the block.
-template <int N, class A>
-FN_DEVICE void column_sum(A (&v)[N]) {
-  const int threads = blockDim.x * blockDim.y;
-  A* scratch = shared_memory<A>() + threadIdx.x;
-  A* own = scratch + threadIdx.y * blockDim.x;
-  barrier();
+// Channels-last, the threads side by side have V adjacent channels each: together the block's channels. Shared memory
+// holds numbers to be added up, two for each value of each thread, and behind them a table with a row of numbers for
+// every vector that is needed per channel.
+constexpr int kTableRows = 5;
+template <class A, int V>
+FN_HOST_DEVICE int column_scratch(int threads, int threads_x) {
+  return (2 * threads + kTableRows * threads_x) * V * static_cast<int>(sizeof(A));
+}
+
+FN_DEVICE int block_threads() { return blockDim.x * blockDim.y; }
+FN_DEVICE int thread_in_block() { return threadIdx.y * blockDim.x + threadIdx.x; }
+
+template <class A, int V>
+struct Table {
+  A* numbers = shared_memory<A>() + 2 * block_threads() * V;
+  FN_DEVICE A& at(int row, int channel) const { return numbers[row * static_cast<int>(blockDim.x) * V + channel]; }
+  // A row's values of N of the thread's own channels.
+  template <int N>
+  FN_DEVICE void get(int row, A (&to)[N], int first = 0) const {
+    constexpr int kValues = N * sizeof(A) > 16 ? 16 / sizeof(A) : N;
 #pragma unroll
-  for (int i = 0; i < N; ++i) own[i * threads] = v[i];
-  barrier();
-  unsigned half = 1;
-  while (half < blockDim.y) half *= 2;
-  for (half /= 2; half > 0; half /= 2) {
-    if (threadIdx.y < half && threadIdx.y + half < blockDim.y) {
+    for (int i = 0; i < N; i += kValues) {
+      const auto pack = *reinterpret_cast<const Pack<A, kValues>*>(&at(row, threadIdx.x * V + first + i));
 #pragma unroll
-      for (int i = 0; i < N; ++i) own[i * threads] += own[i * threads + static_cast<int>(half * blockDim.x)];
+      for (int j = 0; j < kValues; ++j) to[i + j] = pack.word[j];
     }
+  }
+};
+
+// f(channel) for each of the block's channels, by one thread.
+template <int V, class F>
+FN_DEVICE void each_channel(F f) {
+  for (int channel = thread_in_block(); channel < static_cast<int>(blockDim.x) * V; channel += block_threads())
+    f(channel);
+}
+
+// How many threads can share each of the block's channels, and f(place, channel, share) for each share of them.
+template <int V>
+FN_DEVICE int channel_shares() {
+  return blockDim.y > V ? blockDim.y / V : 1;
+}
+template <int V, class F>
+FN_DEVICE void each_share(F f) {
+  const int channels = blockDim.x * V;
+  for (int place = thread_in_block(); place < channel_shares<V>() * channels; place += block_threads()) {
+    f(place, place % channels, place / channels);
+  }
+}
+
+// The sum of `rows` rows of `width` numbers in shared memory, into the first row. All threads of the block arrive.
+template <class A>
+FN_DEVICE void fold_rows(A* numbers, int rows, int width) {
+  int half = 1;
+  while (half < rows) half *= 2;
+  barrier();
+  for (half /= 2; half > 0; rows = half, half /= 2) {
+    for (int i = thread_in_block(); i < (rows - half) * width; i += block_threads())
+      numbers[i] += numbers[half * width + i];
     barrier();
   }
+}
+
+// The sums of the values of each column of threads, for all of them.
+template <int N, class A>
+FN_DEVICE void column_sum(A (&v)[N]) {
+  A* numbers = shared_memory<A>();
+  const int thread = thread_in_block();
+  int rows = blockDim.y, row = threadIdx.y;
+  bool leads = true;
+  if (kWarp % blockDim.x == 0 && block_threads() % kWarp == 0) {  // the rows of a warp first
+    rows = block_threads() / kWarp;
+    row = thread / kWarp;
+    leads = lane() < static_cast<int>(blockDim.x);
+    for (int mask = kWarp / 2; mask >= static_cast<int>(blockDim.x); mask /= 2) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) v[i] = scratch[i * threads];
+      for (int i = 0; i < N; ++i) v[i] += shuffle_xor(v[i], mask);
+    }
+  }
+  barrier();  // of an earlier call, all have read
+  if (leads) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      numbers[(row * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * N + i] = v[i];
+  }
+  fold_rows(numbers, rows, blockDim.x * N);
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = numbers[threadIdx.x * N + i];
 }
 
 // The values of the column's first thread, for all of it.
 template <int N, class A>
 FN_DEVICE void column_first(A (&v)[N]) {
-  A* scratch = shared_memory<A>() + threadIdx.x;
+  A* numbers = shared_memory<A>() + threadIdx.x * N;
   barrier();
   if (threadIdx.y == 0) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) scratch[i * blockDim.x] = v[i];
+    for (int i = 0; i < N; ++i) numbers[i] = v[i];
   }
   barrier();
 #pragma unroll
-  for (int i = 0; i < N; ++i) v[i] = scratch[i * blockDim.x];
+  for (int i = 0; i < N; ++i) v[i] = numbers[i];
 }
 
 // ---- moments ------------------------------------------------------------------------------------------------------

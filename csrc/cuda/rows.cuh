@@ -67,7 +67,7 @@ struct CutTile : Tile {
 // Which tiles of its chunk of channel c a warp visits.
 struct Visits {
   Tile start;
-  int step, step_s;  // rows between visits, perhaps negative, and without whole samples
+  int step, step_s;         // rows between visits, perhaps negative, and without whole samples
   int64_t step_first, end;  // elements between visits; the chunk's last row + 1
   int64_t end_call;         // the thread's Philox call, if a tile began at the end
   int count;
@@ -85,7 +85,8 @@ struct Visits {
     step = (descending ? -warps : warps) * kTile;
     const int64_t length = samples.length, origin = samples.one ? chunks.begin(chunk) : 0;
     const int64_t row = chunks.begin(chunk) - origin + before, n = row / length;
-    start = {0, rows - before, static_cast<int>((n + 1) * length - row), c * S + origin + row + n * samples.gap + offset};
+    start = {0, rows - before, static_cast<int>((n + 1) * length - row),
+             c * S + origin + row + n * samples.gap + offset};
     const uint32_t further = step < 0 ? samples.length - 1u - step : step;
     const int64_t samples_further = further / samples.length, step_n = step < 0 ? -samples_further : samples_further;
     step_s = static_cast<int>(step - step_n * length);
