@@ -18,7 +18,7 @@ struct alignas(2 * sizeof(A)) Pair {  // so that it moves in one access
   A first, second;
 };
 
-FN_DEVICE int lane() { return threadIdx.x % kWarp; }
+FN_DEVICE int lane() { return threadIdx.x % kWarp; }  // of a team
 
 // ---- teams --------------------------------------------------------------------------------------------------------
 // Every function of a team is called by all threads of the block and gives all threads of a team the same result.
@@ -149,7 +149,7 @@ FN_DEVICE void column_sum(A (&v)[N]) {
   if (kWarp % blockDim.x == 0 && block_threads() % kWarp == 0) {  // the rows of a warp first
     rows = block_threads() / kWarp;
     row = thread / kWarp;
-    leads = lane() < static_cast<int>(blockDim.x);
+    leads = thread % kWarp < static_cast<int>(blockDim.x);
     for (int mask = kWarp / 2; mask >= static_cast<int>(blockDim.x); mask /= 2) {
 #pragma unroll
       for (int i = 0; i < N; ++i) v[i] += shuffle_xor(v[i], mask);

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 RACE = "ThreadSanitizer: data race"
 OVERFLOW = "heap-buffer-overflow"
 BARRIER = "barrier(); "
+TOTALS = "#pragma unroll for (int i = 0; i < N; ++i) v[i] = scratch[i];"
 
 
 @dataclass(frozen=True)
@@ -22,26 +23,32 @@ MUTATIONS = (
     Mutation("nothing_asan", "reduce.cuh", "", "", "asan", says=""),
     Mutation("nothing_tsan", "reduce.cuh", "", "", "tsan", says=""),
     # Barriers.
-    Mutation("team_sum_reads_early", "reduce.cuh", BARRIER + "v = scratch[0];", "v = scratch[0];"),
+    Mutation("team_sum_reads_early", "reduce.cuh", BARRIER + TOTALS, TOTALS),
     Mutation(
         "team_sum_writes_early", "reduce.cuh", "barrier();  // of an earlier call, all have read\n", "", "tsan", RACE
     ),
-    Mutation("column_sum_steps_early", "reduce.cuh", "} " + BARRIER + "}", "} }"),
+    Mutation("column_sum_steps_early", "reduce.cuh", "width + i]; " + BARRIER, "width + i];"),
     Mutation(
         "column_sum_writes_early",
         "reduce.cuh",
-        BARRIER + "#pragma unroll for (int i = 0; i < N; ++i) own[i * threads] = v[i];",
-        "for (int i = 0; i < N; ++i) own[i * threads] = v[i];",
+        BARRIER + " // of an earlier call, all have read if (leads)",
+        "if (leads)",
         "tsan",
         RACE,
+    ),
+    Mutation(
+        "table_read_early",
+        "channels_last.cuh",
+        BARRIER + "const Seed seed = seed_of(q.stages);",
+        "const Seed seed = seed_of(q.stages);",
     ),
     Mutation("statistics_count_early", "state.cu", "barrier();  // all have read\n", "", "tsan", RACE),
     Mutation("bare_barrier", "reduce.cuh", BARRIER, "__syncthreads();", says="refused"),
     Mutation(
         "barrier_for_some",
         "reduce.cuh",
-        BARRIER + "v = scratch[0];",
-        "if (lane() == 0) barrier(); v = scratch[0];",
+        BARRIER + TOTALS,
+        "if (lane() == 0) barrier(); " + TOTALS,
         says="divergence|returned|deadlock",
     ),
     Mutation(
@@ -77,7 +84,7 @@ MUTATIONS = (
         "merge_without_count", "reduce.cuh", "return part.count * (part.mean - pivot);", "return part.mean - pivot;"
     ),
     Mutation(
-        "not_zeroed", "channels_first.cuh", "static_cast<A>(chunks.rows); sum = 0;", "static_cast<A>(chunks.rows);"
+        "not_zeroed", "channels_first.cuh", "static_cast<A>(chunks.rows)); sum = 0;", "static_cast<A>(chunks.rows));"
     ),
     Mutation(
         "swapped_index",
@@ -88,21 +95,19 @@ MUTATIONS = (
     # Rows and tails.
     Mutation("statistics_tail", "rows.cuh", "return i < left; }", "return i <= left; }"),
     Mutation("row_tail", "rows.cuh", "return i < left; }", "return i <= left; }", "asan", OVERFLOW),
-    Mutation("sample_ends_in_tile", "rows.cuh", "return full() && s + kTile <= samples.length;", "return full();"),
+    Mutation("sample_ends_in_tile", "rows.cuh", "(left < room ? left : room) >= kTile", "left >= kTile"),
     Mutation(
         "chunk_ends_in_tile",
         "rows.cuh",
-        "return full() && s + kTile <= samples.length;",
-        "return s + kTile <= samples.length;",
+        "(left < room ? left : room) >= kTile",
+        "room >= kTile",
         "asan",
         OVERFLOW,
     ),
-    Mutation(
-        "next_sample", "rows.cuh", "next.first += samples.stride - samples.length;", "", says="differ|exit code -(6|11)"
-    ),
+    Mutation("next_sample", "rows.cuh", "next.first += samples.gap;", "", says="differ|exit code -(6|11)"),
     Mutation("last_tile", "rows.cuh", "(tiles - warp + warps - 1) / warps", "(tiles - warp) / warps"),
     Mutation("reciprocal", "rows.cuh", "(int64_t{1} << 32) + S - 1) / S", "(int64_t{1} << 32)) / S"),
-    Mutation("row_too_far", "channels_last.cuh", "row + i < end ? load", "row + i <= end ? load", "asan", OVERFLOW),
+    Mutation("row_too_far", "channels_last.cuh", "i < there ? load", "i <= there ? load", "asan", OVERFLOW),
     Mutation("group_too_few", "channels_last.cuh", "+ kRows - 1) / kRows;", ") / kRows;"),
     # Packs and memory.
     Mutation("misaligned", "backend.cuh", "% (V * sizeof(T)) != 0", "% 4 != 0", says="no multiple of that"),
@@ -125,14 +130,14 @@ MUTATIONS = (
     Mutation(
         "shelves_overlap",
         "channels_first_resident.cuh",
-        "kResidentScratch + 2 * fragments",
-        "kResidentScratch + fragments",
+        "threads * Tensors * kFragment * sizeof(T)",
+        "threads * kFragment * sizeof(T)",
     ),
     Mutation(
         "mask_too_far",
         "rows.cuh",
-        "lane() * math::kRowsPerCall < tile.left",
-        "lane() * math::kRowsPerCall <= tile.left + 8",
+        "if (tile.there(first))",
+        "if (tile.there(first - 8))",
         "asan",
         OVERFLOW,
     ),
@@ -140,12 +145,12 @@ MUTATIONS = (
     Mutation(
         "wrong_lane", "rows.cuh", "shuffle(byte, i / math::kRowsPerCall)", "shuffle(byte, i % math::kRowsPerCall)"
     ),
-    Mutation("same_draws", "rows.cuh", "/ math::kRowsPerCall + lane();", "/ math::kRowsPerCall;"),
+    Mutation("same_draws", "rows.cuh", "end_call((end + 7) / 8 + lane())", "end_call((end + 7) / 8)"),
     Mutation(
         "shuffle_for_some",
         "rows.cuh",
         "uint32_t bits = 0;",
-        "uint32_t bits = 0; if (tile.left <= 8 * lane()) return bits;",
+        "uint32_t bits = 0; if (lane() >= 16) return bits;",
         says="returned|deadlock|divergence",
     ),
     # Groups: their rows, and whose results are whose.
@@ -189,12 +194,12 @@ MUTATIONS = (
     Mutation("saved_twice", "channels_last_staged.cuh", "pass = Decisions<V>(0u); },", "},"),
     # Noise that is a number.
     Mutation("four_rows_twice", "chain.cuh", "m[i] = m[4 + i];", ""),
-    Mutation("channels_differ_by_sample", "rows.cuh", "if (q.one_channel) c = 0;", ""),
+    Mutation("channels_differ_by_sample", "rows.cuh", "q.one_channel ? 0 : static_cast", "static_cast"),
     Mutation(
         "first_sample_of_a_call",
         "rows.cuh",
-        "(skipped + tile.samples_on(samples, i)) % kTile; float",
-        "tile.samples_on(samples, i); float",
+        "(skipped + tile.samples_on(samples, row_in_tile<V>(j))) % kTile",
+        "tile.samples_on(samples, row_in_tile<V>(j))",
     ),
     Mutation(
         "another_thread's_multipliers",
