@@ -113,20 +113,19 @@ void run(const Context& context, const char* name, const Plan& plan, int chunks,
 // Runs a resident kernel, which keeps so many tensors, if there is a plan for it and room for its clusters. `set` takes
 // the plan into the arguments.
 template <class T, class Arguments, class Set>
-bool run_resident(const Context& context, const char* name, const Shape& shape, const Cut& part, int tensors,
-                  void (*kernel)(Arguments), Arguments& arguments, Set set) {
+bool run_resident(const Context& context, const char* name, const Plan& teams, const Cut& part, int64_t unit,
+                  int tensors, void (*kernel)(Arguments), Arguments& arguments, Set set) {
+  const auto bytes = [&](const Plan& plan) {
+    return kResidentScratch + shelf_bytes(plan.chunk_rows, plan.threads_y, tensors, sizeof(T));
+  };
   Plan plan;
-  const double bytes_per_row = tensors * sizeof(T) + (tensors > 1 ? 1.0 / 8 : 0.0);
-  if (!plan_resident(shape, part, sizeof(T), bytes_per_row, kResidentScratch, context.machine, plan)) return false;
-  const int64_t visits = most_visits(plan.chunk_rows, plan.threads_x);
-  const size_t shared = kResidentScratch + shelf_bytes<T>(visits, plan.threads_x * plan.threads_y, tensors);
-  const Launch at = launch_of(context, plan, plan.chunks, shared, plan.chunks, part.groups);
+  if (!plan_resident(teams, part, unit, context.machine, plan, bytes)) return false;
+  const Launch at = launch_of(context, plan, plan.chunks, bytes(plan), plan.chunks, part.groups);
   if (!can_hold(name, at, kernel)) return false;
   set(plan);
   launch(name, at, kernel, arguments);
   return true;
 }
-
 template <class A>
 Pair<A>* partials(const Context& context, const Plan& plan, int64_t C) {
   return static_cast<Pair<A>*>(context.workspace(sizeof(Pair<A>) * static_cast<size_t>(plan.chunks * C)));
@@ -155,8 +154,9 @@ void forward(const Context& context, const Call& call, const Forward<T>& p) {
     run(context, "channels_last_apply", plan, plan.chunks, scratch, channels_last_apply<T, V>, q);
     return;
   }
-  if (q.training && run_resident<T>(context, "channels_first_resident_forward", q.shape, whole(q.shape), 1,
-                                    channels_first_resident_forward<T, V>, q, cut)) {
+  if (q.training && run_resident<T>(context, "channels_first_resident_forward",
+                                    plan_teams(q.shape, whole(q.shape), sizeof(T), context.machine), whole(q.shape),
+                                    kTileRows, 1, channels_first_resident_forward<T, V>, q, cut)) {
     return;
   }
   const Plan plan = plan_channels_first(q.shape, whole(q.shape), sizeof(T), kBlocks<T>, context.machine);
@@ -194,7 +194,8 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
     return;
   }
   if (gathers && p.dx &&
-      run_resident<T>(context, "channels_first_resident_backward", q.shape, whole(q.shape), 2,
+      run_resident<T>(context, "channels_first_resident_backward",
+                      plan_teams(q.shape, whole(q.shape), sizeof(T), context.machine), whole(q.shape), kTileRows, 2,
                       channels_first_resident_backward<T, V>, q, cut)) {
     return;
   }
@@ -268,7 +269,8 @@ void forward_staged(const Context& context, const Call& call, const Forward<T>& 
   }
   const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
   if constexpr (kStagedResident<V>) {
-    if (q.training && run_resident<T>(context, "channels_first_staged_resident_forward", q.shape, part, 1,
+    if (q.training && run_resident<T>(context, "channels_first_staged_resident_forward",
+                                      plan_teams(q.shape, part, sizeof(T), context.machine), part, kTileRows, 1,
                                       channels_first_staged_resident_forward<T, V>, q, set)) {
       return;
     }
@@ -317,7 +319,8 @@ void backward_staged(const Context& context, const Call& call, const Backward<T>
   const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
   if constexpr (kStagedResident<V>) {
     if (gathers && elements && part.groups == 1 &&
-        run_resident<T>(context, "channels_first_staged_resident_backward", q.shape, part, 2,
+        run_resident<T>(context, "channels_first_staged_resident_backward",
+                        plan_teams(q.shape, part, sizeof(T), context.machine), part, kTileRows, 2,
                         channels_first_staged_resident_backward<T, V>, q, set)) {
       return;
     }

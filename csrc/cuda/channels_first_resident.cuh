@@ -14,38 +14,40 @@ constexpr int kSlotBytes = 256;  // a Pair for each team, behind the scratch of 
 static_assert(kSlotBytes >= 8 * sizeof(Pair<double>));
 constexpr int kResidentScratch = kTeamScratch + kSlotBytes;
 
-// What a thread puts away at each of its visits: fragments of one tensor or of two, and of two a byte of decisions.
-// It stands at the place of one visit and goes on to the next one, so that no place is computed anew.
+// What a team puts away: for each tensor the tiles of its chunk one after another, and, if there are two of them, a
+// byte of decisions for each thread's fragment. A thread stands at the tile of one visit and goes on to that of the
+// next one, so that no place is computed anew.
 template <class T, int V, int Tensors>
 struct Shelf {
-  static constexpr int kPacks = kFragment / V;
-  int threads = blockDim.x * blockDim.y;
-  Pack<T, V>* own = shared_memory<Pack<T, V>>(kResidentScratch) + threadIdx.y * blockDim.x + threadIdx.x;
-  uint8_t* byte = shared_memory<uint8_t>(kResidentScratch) + threads * Tensors * kFragment * sizeof(T) +
-                  threadIdx.y * blockDim.x + threadIdx.x;
+  int area;   // of a tensor, in packs
+  int bytes;  // from visit to visit
+  Pack<T, V>* own;
+  uint8_t* byte;
+  FN_DEVICE explicit Shelf(int64_t chunk_rows) {
+    const int tiles = tiles_of(chunk_rows), warp = threadIdx.x / kWarp;
+    area = blockDim.y * tiles * (kTile / V);
+    bytes = kept(blockDim.x * kFragment);
+    T* first = shared_memory<T>(kResidentScratch) + threadIdx.y * tiles * kTile;
+    own = reinterpret_cast<Pack<T, V>*>(first + warp * kTile) + lane();
+    byte = shared_memory<uint8_t>(kResidentScratch) + Tensors * area * V * sizeof(T) +
+           (threadIdx.y * tiles + warp) * kWarp + lane();
+  }
   FN_DEVICE void put(int tensor, const Fragment<T, V>& from) const {
 #pragma unroll
-    for (int j = 0; j < kPacks; ++j) own[(tensor * kPacks + j) * threads] = from[j];
+    for (int j = 0; j < kFragment / V; ++j) own[tensor * area + j * kWarp] = from[j];
   }
   FN_DEVICE void get(int tensor, Fragment<T, V>& to) const {
 #pragma unroll
-    for (int j = 0; j < kPacks; ++j) to[j] = own[(tensor * kPacks + j) * threads];
+    for (int j = 0; j < kFragment / V; ++j) to[j] = own[tensor * area + j * kWarp];
   }
-  int bytes = kept(threads * (Tensors * kFragment * static_cast<int>(sizeof(T)) + (Tensors > 1 ? 1 : 0)));
   FN_DEVICE void next() {
-    own = reinterpret_cast<Pack<T, V>*>(reinterpret_cast<uint8_t*>(own) + bytes);
-    byte += bytes;
+    own += bytes / V;
+    if (Tensors > 1) byte += bytes / kFragment;
   }
 };
-// The bytes of a shelf; the same sum as in next().
-template <class T>
-FN_HOST_DEVICE int64_t shelf_bytes(int visits, int threads, int tensors) {
-  return visits * threads * (tensors * kFragment * static_cast<int64_t>(sizeof(T)) + (tensors > 1 ? 1 : 0));
-}
-
-// The most visits that a warp of the block makes.
-FN_HOST_DEVICE int64_t most_visits(int64_t chunk_rows, int team_threads) {
-  return (chunk_rows + team_threads * kFragment - 1) / (team_threads * kFragment);
+// The bytes of a block's shelf.
+inline int64_t shelf_bytes(int64_t chunk_rows, int teams, int tensors, int bytes) {
+  return int64_t{tiles_of(chunk_rows)} * teams * (tensors * kTile * bytes + (tensors > 1 ? kWarp : 0));
 }
 
 // Exchanges one pair per team among the blocks of the cluster: f(part), where part(i) is that of block i.
@@ -65,7 +67,7 @@ channels_first_resident_forward(ForwardArguments<T> q) {
   using A = opmath_t<T>;
   const int chunk = cluster_rank();
   const Team<T, V> team(q, chunk, false);
-  Shelf<T, V, 1> shelf;
+  Shelf<T, V, 1> shelf(q.chunks.length);
   Moments<A> m{0, 0, 0};
   Fragment<T, V> x[kTilesInFlight<T, V>];
   team.template each<kTilesInFlight<T, V>>([&](int u, const Tile& tile) { team.read(q.p.x, tile, x[u]); },
@@ -78,7 +80,7 @@ channels_first_resident_forward(ForwardArguments<T> q) {
       exchange(merge_team(m, q.chunks.size(chunk)), [&](auto part) { return merge_chunks<A>(q.chunks, part); });
   const Affine<A> affine = finish_statistics(q, team.c, moments.first, moments.second, team.leads() && chunk == 0);
   const Seed seed = seed_of(q.stages);
-  shelf = {};
+  shelf = Shelf<T, V, 1>(q.chunks.length);
   team.template each<1>([&](int, const Tile&) { shelf.get(0, x[0]); },
                         [&](int, const Tile& tile) {
                           apply_tile(q, team, affine, seed, tile, x[0]);
@@ -92,7 +94,7 @@ channels_first_resident_backward(BackwardArguments<T> q) {
   using A = opmath_t<T>;
   const int chunk = cluster_rank();
   const Team<T, V> team(q, chunk, false);
-  Shelf<T, V, 2> shelf;
+  Shelf<T, V, 2> shelf(q.chunks.length);
   const Affine<A> affine = saved_statistics(q, team.c);
   const Seed seed = seed_unless_saved(q);
   Pair<A> sums{0, 0};
@@ -114,7 +116,7 @@ channels_first_resident_backward(BackwardArguments<T> q) {
       });
   sums = exchange(team_sum(sums), [&](auto part) { return sum_chunks<A>(q.chunks, part); });
   const math::InputGradient<A> k = finish_gradient(q, team.c, affine.scale, sums, team.leads() && chunk == 0);
-  shelf = {};
+  shelf = Shelf<T, V, 2>(q.chunks.length);
   team.template each<1>(
       [&](int, const Tile&) {
         shelf.get(0, x[0]);

@@ -390,7 +390,7 @@ channels_first_staged_resident_forward(StagedForwardArguments<T> q) {
   using A = opmath_t<T>;
   const int chunk = cluster_rank();
   const StagedTeam<T, V> team(q, chunk, false);
-  Shelf<T, V, 1> shelf;
+  Shelf<T, V, 1> shelf(q.chunks.length);
   const Seed seed = seed_of(q.program);
   Moments<A> m{0, 0, 0}, own_matched{0, 0, 0};
   Queue<T, V> x;
@@ -410,7 +410,7 @@ channels_first_staged_resident_forward(StagedForwardArguments<T> q) {
   const Affine<A> affine =
       finish_statistics(q, team.group, team.window.rows, team.c, moments, matched, team.leads() && chunk == 0);
   Queue<T, V> residual;
-  shelf = {};
+  shelf = Shelf<T, V, 1>(q.chunks.length);
   team.template each<Queue<T, V>::kLength>(
       [&](int u, const Tile& tile) {
         if (q.p.residual) team.read(q.p.residual, tile, residual.tile[u]);
@@ -430,7 +430,7 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
   using A = opmath_t<T>;
   const int chunk = cluster_rank();
   const StagedTeam<T, V> team(q, chunk, false);
-  Shelf<T, V, 2> shelf;
+  Shelf<T, V, 2> shelf(q.chunks.length);
   const Affine<A> affine = saved_statistics(q, team.group, team.c);
   const Seed seed = seed_of(q.program);
   A sums[kSums] = {};
@@ -446,7 +446,7 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
     shelf.next();
   });
   team_sums(q, sums);
-  shelf = {};
+  shelf = Shelf<T, V, 2>(q.chunks.length);
   const auto exchanged = [&](A& first, A& second) {
     const Pair<A> all = exchange(Pair<A>{first, second}, [&](auto part) { return sum_chunks<A>(q.chunks, part); });
     first = all.first;

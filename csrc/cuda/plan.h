@@ -41,6 +41,14 @@ inline int64_t wanted_chunks(int64_t blocks_x, int blocks, const Machine& machin
   return 5 * chunks * blocks_x >= 4 * wave ? chunks : ceil_div(4 * wave, blocks_x);
 }
 
+// Channels-first, flat: as many adjacent channels as a vector has values, so that the rows of all of them in a sample
+// are whole vectors, whatever their number.
+inline Plan plan_flat(const Shape& shape, int vector, const Machine& machine) {
+  Plan plan{machine.threads / vector, vector, 0, 0, 0};
+  plan.blocks_x = shape.C / vector;
+  return plan;
+}
+
 // The rows of a channel over `chunks` blocks or fewer, in chunks of a multiple of `unit` rows.
 inline void cut(Plan& plan, int64_t rows, int64_t chunks, int64_t unit) {
   chunks = std::clamp<int64_t>(std::max(chunks, ceil_div(rows, kMaxChunkRows)), 1, kMaxChunks);
@@ -85,22 +93,22 @@ inline Plan plan_channels_last(const Shape& shape, const Cut& part, int vector, 
 // Residency, channels-first: the smallest cluster whose blocks each hold their share of a channel in half of a
 // multiprocessor's shared memory (so that two blocks run there, and one loads while the other stores) and which gives
 // every multiprocessor a block; failing that, the largest one whose blocks hold the channel at all and give half of the
-// multiprocessors one. Clusters are powers of two. `bytes_per_row` and `overhead` are what a block stores.
-// Returns whether there is one; the plan's chunks are the blocks of the cluster.
+// multiprocessors one. Clusters are powers of two. `teams` is how the channels are shared out, `unit` what the rows of
+// a chunk are a multiple of, bytes_of(plan) what a block stores. Returns whether there is one; the plan's chunks are
+// the blocks of the cluster.
 constexpr int kReservedShared = 1024;  // bytes that the hardware keeps of each block's share
-inline bool plan_resident(const Shape& shape, const Cut& part, int bytes, double bytes_per_row, int overhead,
-                          const Machine& machine, Plan& plan) {
+template <class BytesOf>
+bool plan_resident(const Plan& teams, const Cut& part, int64_t unit, const Machine& machine, Plan& plan,
+                   BytesOf bytes_of) {
   if (machine.residency == Residency::never) return false;
   const bool always = machine.residency == Residency::always_if_it_fits;
   const int half = (machine.shared_per_block - kReservedShared) / 2;
-  Plan next = plan_teams(shape, part, bytes, machine);
+  Plan next = teams;
   bool found = false;
   for (int cluster = 1; cluster <= machine.max_cluster; cluster *= 2) {
-    cut(next, part.span(), cluster, kTileRows);
-    if (next.chunks != cluster) continue;                                // the channel is too short for so many
-    const int64_t kept = round_up(next.chunk_rows, next.threads_x * 8);  // rows that there is room for
-    const double needed = overhead + bytes_per_row * static_cast<double>(kept) * next.threads_y;
-    const int64_t blocks = next.blocks_x * part.groups * cluster;
+    cut(next, part.span(), cluster, unit);
+    if (next.chunks != cluster) continue;  // the channel is too short for so many
+    const int64_t needed = bytes_of(next), blocks = next.blocks_x * part.groups * cluster;
     if (needed <= machine.shared_per_block && (always || 2 * blocks >= machine.multiprocessors)) {
       plan = next;
       found = true;

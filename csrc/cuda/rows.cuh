@@ -12,6 +12,7 @@ namespace fusednorm::cuda {
 constexpr int kFragment = 8;
 constexpr int kTile = kFragment * kWarp;
 static_assert(kFragment == math::kRowsPerCall && kTile == kTileRows);
+FN_HOST_DEVICE int tiles_of(int64_t rows) { return static_cast<int>((rows + kTile - 1) / kTile); }
 
 // Tiles that a thread asks for before it uses any: 16 registers of them. Memory latency times bandwidth is about 26 kB
 // on a multiprocessor; 768 threads then have 48 kB in flight.

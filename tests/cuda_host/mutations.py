@@ -5,7 +5,7 @@ from dataclasses import dataclass
 RACE = "ThreadSanitizer: data race"
 OVERFLOW = "heap-buffer-overflow"
 BARRIER = "barrier(); "
-TOTALS = "#pragma unroll for (int i = 0; i < N; ++i) v[i] = scratch[i];"
+TOTALS = "for (int i = 0; i < N; ++i) v[i] = scratch[i];"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ MUTATIONS = (
     Mutation("nothing_asan", "reduce.cuh", "", "", "asan", says=""),
     Mutation("nothing_tsan", "reduce.cuh", "", "", "tsan", says=""),
     # Barriers.
-    Mutation("team_sum_reads_early", "reduce.cuh", BARRIER + TOTALS, TOTALS),
+    Mutation("team_sum_reads_early", "reduce.cuh", BARRIER + "#pragma unroll " + TOTALS, TOTALS),
     Mutation(
         "team_sum_writes_early", "reduce.cuh", "barrier();  // of an earlier call, all have read\n", "", "tsan", RACE
     ),
@@ -47,7 +47,7 @@ MUTATIONS = (
     Mutation(
         "barrier_for_some",
         "reduce.cuh",
-        BARRIER + TOTALS,
+        BARRIER + "#pragma unroll " + TOTALS,
         "if (lane() == 0) barrier(); " + TOTALS,
         says="divergence|returned|deadlock",
     ),
