@@ -4,6 +4,7 @@
 
 #include "backend.h"
 #include "channels_first.cuh"
+#include "channels_first_flat.cuh"
 #include "channels_first_resident.cuh"
 #include "channels_first_staged.cuh"
 #include "channels_last.cuh"
@@ -11,9 +12,6 @@
 #include "plan.h"
 
 namespace fusednorm::cuda {
-
-template <class T>
-constexpr int kVector = 16 / sizeof(T);
 
 // Whether all of the tensors can be accessed V values at a time: their addresses, and the length of what is contiguous.
 // Channels-last, a mask is read and written V bytes at a time.
@@ -131,6 +129,23 @@ Pair<A>* partials(const Context& context, const Plan& plan, int64_t C) {
   return static_cast<Pair<A>*>(context.workspace(sizeof(Pair<A>) * static_cast<size_t>(plan.chunks * C)));
 }
 
+// Flat kernels, for whole groups of as many channels as a vector has values.
+template <class T>
+bool is_flat(const Call& call, const Shape& shape, std::initializer_list<const T*> tensors) {
+  constexpr int V = kVector<T>;
+  for (const T* p : tensors) {
+    if (!p || reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
+  }
+  return !shape.channels_last && shape.S % V != 0 && shape.S > V && shape.S < kMostReciprocal && shape.N > 1 &&
+         shape.C % V == 0 && shape.C * shape.S < INT32_MAX && stages_of<opmath_t<T>>(call).draw != Draw::each_sample;
+}
+template <class T, class Arguments, class Set>
+bool run_flat(const Context& context, const char* name, const Shape& shape, int tensors, void (*kernel)(Arguments),
+              Arguments& arguments, Set set) {
+  return run_resident<T>(context, name, plan_flat(shape, kVector<T>, context.machine), whole(shape), 8 * shape.S,
+                         tensors, kernel, arguments, set);
+}
+
 template <class T, int V>
 void forward(const Context& context, const Call& call, const Forward<T>& p) {
   using A = opmath_t<T>;
@@ -152,6 +167,10 @@ void forward(const Context& context, const Call& call, const Forward<T>& p) {
       run(context, "channels_last_statistics", plan, plan.chunks, scratch, channels_last_statistics<T, V>, q);
     }
     run(context, "channels_last_apply", plan, plan.chunks, scratch, channels_last_apply<T, V>, q);
+    return;
+  }
+  if (q.training && V < kVector<T> && is_flat<T>(call, q.shape, {p.x, p.y}) &&
+      run_flat<T>(context, "channels_first_flat_forward", q.shape, 1, channels_first_flat_forward<T>, q, cut)) {
     return;
   }
   if (q.training && run_resident<T>(context, "channels_first_resident_forward",
@@ -191,6 +210,10 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
     }
     run(context, "channels_last_input_gradient", plan, chunks_of_dx(plan), scratch, channels_last_input_gradient<T, V>,
         q);
+    return;
+  }
+  if (gathers && p.dx && V < kVector<T> && is_flat<T>(call, q.shape, {p.x, p.g, p.dx}) &&
+      run_flat<T>(context, "channels_first_flat_backward", q.shape, 2, channels_first_flat_backward<T>, q, cut)) {
     return;
   }
   if (gathers && p.dx &&

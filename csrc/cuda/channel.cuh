@@ -20,7 +20,7 @@ struct Chunks {
 struct Samples {
   int length;
   int64_t gap;
-  uint32_t reciprocal;  // ceil(2^32 / length) where a tile can hold several samples
+  uint32_t reciprocal;  // ceil(2^32 / length) where samples are short
   bool one;
 };
 

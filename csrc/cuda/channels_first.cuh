@@ -21,11 +21,11 @@ struct Team {
   Visits visits;
   SavedBytes saved;
   template <class Arguments>
-  FN_DEVICE Team(const Arguments& q, int chunk, bool descending)
+  FN_DEVICE Team(const Arguments& q, const Samples& samples, int chunk, bool descending)
       : c(int64_t{blockIdx.x} * blockDim.y + threadIdx.y),
         active(c < q.shape.C),
-        samples(q.samples),
-        visits(q.chunks, chunk, c, q.shape.S, q.samples, lane() * V, descending),
+        samples(samples),
+        visits(q.chunks, chunk, c, q.shape.S, samples, lane() * V, descending),
         saved(q.p.mask, q.chunks.rows, c) {
     if (!active) c = visits.count = 0;
   }
@@ -90,6 +90,7 @@ FN_DEVICE Pair<A> merge_chunks(const Chunks& chunks, Part part) {
   return {mean, warp_sum(sum)};
 }
 
+// y in the place of x.
 template <class T, int V, class A = opmath_t<T>>
 FN_DEVICE void apply_tile(const ForwardArguments<T>& q, const Team<T, V>& team, const Affine<A>& affine, Seed seed,
                           const Tile& tile, Fragment<T, V>& x) {
@@ -103,7 +104,6 @@ FN_DEVICE void apply_tile(const ForwardArguments<T>& q, const Team<T, V>& team, 
 #pragma unroll
   for (int i = 0; i < kFragment; ++i) v[i] = drop(q.stages, v[i], keep >> i & 1u);
   narrow_fragment<V>(v, x);
-  team.write(q.p.y, tile, x);
 }
 
 // ---- backward, tile by tile ---------------------------------------------------------------------------------------
@@ -147,17 +147,14 @@ FN_DEVICE void add_tile(Pair<A>& sums, const A (&dz)[kFragment], const Fragment<
   sums.second += part.second;
 }
 
-template <int V, class T, class A = opmath_t<T>>
-FN_DEVICE void input_gradient_tile(const BackwardArguments<T>& q, const Team<T, V>& team,
-                                   const math::InputGradient<A>& k, A (&dz)[kFragment], const Fragment<T, V>& x, A mean,
-                                   const Tile& tile) {
+// dx in the place of x; dz is spent.
+template <int V, class T, class A>
+FN_DEVICE void input_gradient(const math::InputGradient<A>& k, A (&dz)[kFragment], A mean, Fragment<T, V>& x) {
 #pragma unroll
   for (int i = 0; i < kFragment; ++i) {
     dz[i] = math::apply_input_gradient(dz[i], widen(x[i / V], i % V) - mean, k.a, k.b, k.c);
   }
-  Fragment<T, V> dx;
-  narrow_fragment<V>(dz, dx);
-  team.write(q.p.dx, tile, dx);
+  narrow_fragment<V>(dz, x);
 }
 
 // The sums of a channel from those of its chunks, likewise.
@@ -181,7 +178,7 @@ FN_KERNEL(256, kBlocks<T>)
 channels_first_statistics(ForwardArguments<T> q) {
   using A = opmath_t<T>;
   const int chunk = blockIdx.y;
-  const Team<T, V> team(q, chunk, false);
+  const Team<T, V> team(q, q.samples, chunk, false);
   Moments<A> m{0, 0, 0};
   Fragment<T, V> x[kTilesInFlight<T, V>];
   team.template each<kTilesInFlight<T, V>>([&](int u, const Tile& tile) { team.read(q.p.x, tile, x[u]); },
@@ -195,7 +192,7 @@ FN_KERNEL(256, kBlocks<T>)
 channels_first_apply(ForwardArguments<T> q) {
   using A = opmath_t<T>;
   const int chunk = blockIdx.y;
-  const Team<T, V> team(q, chunk, true);
+  const Team<T, V> team(q, q.samples, chunk, true);
   Pair<A> moments{0, 0};
   if (q.training) {
     moments = merge_chunks<A>(q.chunks, [&](int i) { return q.partials[i * q.shape.C + team.c]; });
@@ -203,9 +200,11 @@ channels_first_apply(ForwardArguments<T> q) {
   const Affine<A> affine = finish_statistics(q, team.c, moments.first, moments.second, team.leads() && chunk == 0);
   const Seed seed = seed_of(q.stages);
   Fragment<T, V> x[kTilesInFlight<T, V>];
-  team.template each<kTilesInFlight<T, V>>(
-      [&](int u, const Tile& tile) { team.read(q.p.x, tile, x[u]); },
-      [&](int u, const Tile& tile) { apply_tile(q, team, affine, seed, tile, x[u]); });
+  team.template each<kTilesInFlight<T, V>>([&](int u, const Tile& tile) { team.read(q.p.x, tile, x[u]); },
+                                           [&](int u, const Tile& tile) {
+                                             apply_tile(q, team, affine, seed, tile, x[u]);
+                                             team.write(q.p.y, tile, x[u]);
+                                           });
 }
 
 template <class T, int V>
@@ -213,7 +212,7 @@ FN_KERNEL(256, kBackwardBlocks)
 channels_first_gradient_sums(BackwardArguments<T> q) {
   using A = opmath_t<T>;
   const int chunk = blockIdx.y;
-  const Team<T, V> team(q, chunk, false);
+  const Team<T, V> team(q, q.samples, chunk, false);
   const Affine<A> affine = saved_statistics(q, team.c);
   const Seed seed = seed_unless_saved(q);
   Pair<A> sums{0, 0};
@@ -237,7 +236,7 @@ FN_KERNEL(256, kBackwardBlocks)
 channels_first_input_gradient(BackwardArguments<T> q) {
   using A = opmath_t<T>;
   const int chunk = blockIdx.y;
-  const Team<T, V> team(q, chunk, true);
+  const Team<T, V> team(q, q.samples, chunk, true);
   Pair<A> sums{0, 0};
   if (q.partials) {
     sums = sum_chunks<A>(q.chunks, [&](int i) { return q.partials[i * q.shape.C + team.c]; });
@@ -255,7 +254,8 @@ channels_first_input_gradient(BackwardArguments<T> q) {
       [&](int u, const Tile& tile) {
         A dz[kFragment];
         local_gradient<V>(q, affine, decisions(q, team, seed, tile), x[u], g[u], dz);
-        input_gradient_tile<V>(q, team, k, dz, x[u], affine.mean, tile);
+        input_gradient<V>(k, dz, affine.mean, x[u]);
+        team.write(q.p.dx, tile, x[u]);
       });
 }
 

@@ -61,12 +61,27 @@ FN_DEVICE Pair<A> exchange(Pair<A> own, F f) {
   return merged;
 }
 
+// Of the whole channel, from what the team's threads have gathered of the chunk.
+template <class T, int V, class A>
+FN_DEVICE Affine<A> finish_moments(const ForwardArguments<T>& q, const Team<T, V>& team, int chunk,
+                                   const Moments<A>& own) {
+  const Pair<A> moments =
+      exchange(merge_team(own, q.chunks.size(chunk)), [&](auto part) { return merge_chunks<A>(q.chunks, part); });
+  return finish_statistics(q, team.c, moments.first, moments.second, team.leads() && chunk == 0);
+}
+template <class T, int V, class A>
+FN_DEVICE math::InputGradient<A> finish_sums(const BackwardArguments<T>& q, const Team<T, V>& team, int chunk,
+                                             const Affine<A>& affine, Pair<A> own) {
+  const Pair<A> sums = exchange(team_sum(own), [&](auto part) { return sum_chunks<A>(q.chunks, part); });
+  return finish_gradient(q, team.c, affine.scale, sums, team.leads() && chunk == 0);
+}
+
 template <class T, int V>
 FN_KERNEL(256, kBackwardBlocks)
 channels_first_resident_forward(ForwardArguments<T> q) {
   using A = opmath_t<T>;
   const int chunk = cluster_rank();
-  const Team<T, V> team(q, chunk, false);
+  const Team<T, V> team(q, q.samples, chunk, false);
   Shelf<T, V, 1> shelf(q.chunks.length);
   Moments<A> m{0, 0, 0};
   Fragment<T, V> x[kTilesInFlight<T, V>];
@@ -76,14 +91,13 @@ channels_first_resident_forward(ForwardArguments<T> q) {
                                              shelf.put(0, x[u]);
                                              shelf.next();
                                            });
-  const Pair<A> moments =
-      exchange(merge_team(m, q.chunks.size(chunk)), [&](auto part) { return merge_chunks<A>(q.chunks, part); });
-  const Affine<A> affine = finish_statistics(q, team.c, moments.first, moments.second, team.leads() && chunk == 0);
+  const Affine<A> affine = finish_moments(q, team, chunk, m);
   const Seed seed = seed_of(q.stages);
   shelf = Shelf<T, V, 1>(q.chunks.length);
   team.template each<1>([&](int, const Tile&) { shelf.get(0, x[0]); },
                         [&](int, const Tile& tile) {
                           apply_tile(q, team, affine, seed, tile, x[0]);
+                          team.write(q.p.y, tile, x[0]);
                           shelf.next();
                         });
 }
@@ -93,7 +107,7 @@ FN_KERNEL(256, sizeof(T) == 8 ? 1 : kBackwardBlocks)
 channels_first_resident_backward(BackwardArguments<T> q) {
   using A = opmath_t<T>;
   const int chunk = cluster_rank();
-  const Team<T, V> team(q, chunk, false);
+  const Team<T, V> team(q, q.samples, chunk, false);
   Shelf<T, V, 2> shelf(q.chunks.length);
   const Affine<A> affine = saved_statistics(q, team.c);
   const Seed seed = seed_unless_saved(q);
@@ -114,8 +128,7 @@ channels_first_resident_backward(BackwardArguments<T> q) {
         *shelf.byte = static_cast<uint8_t>(keep);
         shelf.next();
       });
-  sums = exchange(team_sum(sums), [&](auto part) { return sum_chunks<A>(q.chunks, part); });
-  const math::InputGradient<A> k = finish_gradient(q, team.c, affine.scale, sums, team.leads() && chunk == 0);
+  const math::InputGradient<A> k = finish_sums(q, team, chunk, affine, sums);
   shelf = Shelf<T, V, 2>(q.chunks.length);
   team.template each<1>(
       [&](int, const Tile&) {
@@ -125,7 +138,8 @@ channels_first_resident_backward(BackwardArguments<T> q) {
       [&](int, const Tile& tile) {
         A dz[kFragment];
         local_gradient<V>(q, affine, *shelf.byte, x[0], g[0], dz);
-        input_gradient_tile<V>(q, team, k, dz, x[0], affine.mean, tile);
+        input_gradient<V>(k, dz, affine.mean, x[0]);
+        team.write(q.p.dx, tile, x[0]);
         shelf.next();
       });
 }

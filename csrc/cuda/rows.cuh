@@ -14,6 +14,9 @@ constexpr int kTile = kFragment * kWarp;
 static_assert(kFragment == math::kRowsPerCall && kTile == kTileRows);
 FN_HOST_DEVICE int tiles_of(int64_t rows) { return static_cast<int>((rows + kTile - 1) / kTile); }
 
+template <class T>
+constexpr int kVector = 16 / sizeof(T);  // values of one access
+
 // Tiles that a thread asks for before it uses any: 16 registers of them. Memory latency times bandwidth is about 26 kB
 // on a multiprocessor; 768 threads then have 48 kB in flight.
 template <class T, int V>
@@ -28,11 +31,14 @@ FN_DEVICE int row_in_tile(int j) {
   return (j * kWarp + lane()) * V;
 }
 
+// Up to here numerators may be 8 times as large.
+constexpr int kMostReciprocal = 1 << 14;
+
 // The shape's S is below 2^31, or N is 1.
 inline Samples samples_of(const Shape& shape) {
   const int64_t S = shape.S, gap = (shape.C - 1) * S;
   if (shape.N == 1) return {INT32_MAX, gap, 0, true};
-  const uint32_t reciprocal = S < kTile ? static_cast<uint32_t>(((int64_t{1} << 32) + S - 1) / S) : 0;
+  const uint32_t reciprocal = S < kMostReciprocal ? static_cast<uint32_t>(((int64_t{1} << 32) + S - 1) / S) : 0;
   return {static_cast<int>(S), gap, reciprocal, false};
 }
 
