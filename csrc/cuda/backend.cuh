@@ -131,13 +131,14 @@ Pair<A>* partials(const Context& context, const Plan& plan, int64_t C) {
 
 // Flat kernels, for whole groups of as many channels as a vector has values.
 template <class T>
-bool is_flat(const Call& call, const Shape& shape, std::initializer_list<const T*> tensors) {
+bool is_flat(const Context& context, const Call& call, const Shape& shape, std::initializer_list<const T*> tensors) {
   constexpr int V = kVector<T>;
   for (const T* p : tensors) {
     if (!p || reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
   }
   return !shape.channels_last && shape.S % V != 0 && shape.S > V && shape.S < kMostReciprocal && shape.N > 1 &&
-         shape.C % V == 0 && shape.C * shape.S < INT32_MAX && stages_of<opmath_t<T>>(call).draw != Draw::each_sample;
+         shape.C % V == 0 && shape.C * shape.S < INT32_MAX && context.machine.threads >= kWarp * V &&
+         stages_of<opmath_t<T>>(call).draw != Draw::each_sample;
 }
 template <class T, class Arguments, class Set>
 bool run_flat(const Context& context, const char* name, const Shape& shape, int tensors, void (*kernel)(Arguments),
@@ -169,7 +170,7 @@ void forward(const Context& context, const Call& call, const Forward<T>& p) {
     run(context, "channels_last_apply", plan, plan.chunks, scratch, channels_last_apply<T, V>, q);
     return;
   }
-  if (q.training && V < kVector<T> && is_flat<T>(call, q.shape, {p.x, p.y}) &&
+  if (q.training && V < kVector<T> && is_flat<T>(context, call, q.shape, {p.x, p.y}) &&
       run_flat<T>(context, "channels_first_flat_forward", q.shape, 1, channels_first_flat_forward<T>, q, cut)) {
     return;
   }
@@ -212,7 +213,7 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
         q);
     return;
   }
-  if (gathers && p.dx && V < kVector<T> && is_flat<T>(call, q.shape, {p.x, p.g, p.dx}) &&
+  if (gathers && p.dx && V < kVector<T> && is_flat<T>(context, call, q.shape, {p.x, p.g, p.dx}) &&
       run_flat<T>(context, "channels_first_flat_backward", q.shape, 2, channels_first_flat_backward<T>, q, cut)) {
     return;
   }

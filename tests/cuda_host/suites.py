@@ -23,6 +23,11 @@ ONE_BLOCK = Machine(residency=2)
 # So little shared memory that some hundred rows need a cluster.
 PAIRS = Machine(residency=2, cluster=2, shared=9728)
 FOURS = Machine(residency=2, cluster=4, shared=6144)
+# A warp for each of the 8 channels that flat kernels take.
+WIDE, WIDE_PAIRS, WIDE_FOURS = (
+    Machine(residency=2, threads=256, **more)
+    for more in ({}, {"cluster": 2, "shared": 9728}, {"cluster": 4, "shared": 40000})
+)
 CROWDED = Machine(residency=2, cluster=4, shared=6144, crowded=1)
 MACHINES = (STREAMING, ONE_BLOCK, PAIRS, FOURS, Machine(mp=1), Machine(mp=7, threads=128), Machine(threads=32))
 
@@ -149,7 +154,7 @@ def all_cases():
         Statistics(70, torch.float32, torch.float32, 12, momentum, 3, groups=groups, last_count=last_count)
         for momentum, groups, last_count in ((0.1, 2, 5), (None, 9, 1), (0.3, 4, 12))
     ]
-    return cases + widths(FLOATS) + [DrawSeed(7, 8), DrawSeed(-1, 2**40, 12)]
+    return cases + widths(FLOATS) + flat(FLOATS) + [DrawSeed(7, 8), DrawSeed(-1, 2**40, 12)]
 
 
 def widths(dtypes):
@@ -163,6 +168,27 @@ def widths(dtypes):
                 cases.append(Layer(shape, False, dtype, "prelu", 0.3, order="norm-add-drop-act", machine=machine))
             cases.append(Layer((5, channels, 13), True, dtype, "relu", 0.3, mask=True))
             cases.append(NoiseItself((2, 3, length), dtype, 0.3, times_x=True))
+    return cases
+
+
+def flat(dtypes):
+    """Short samples of as many channels as vectors have values, or twice as many: of one block and of clusters, the last
+    one short; more than a tile; addresses that are and are not multiples of 16 bytes and of a sector; draws of samples."""
+    cases = []
+    for dtype in dtypes:
+        for (n, s), machine in (
+            ((30, 13), WIDE_PAIRS),
+            ((20, 11), WIDE_PAIRS),
+            ((9, 49), WIDE),
+            ((2, 25), WIDE),
+            ((40, 9), WIDE_FOURS),
+        ):
+            for c in (8, 24):
+                cases.append(Layer((n, c, s), False, dtype, "relu", 0.3, machine=machine, mask=c == 8))
+        cases.append(Layer((20, 16, 13), False, dtype, None, 0.3, machine=WIDE, shift=1))
+        cases.append(Layer((20, 16, 13), False, dtype, "gelu", 0.3, "channel", machine=WIDE))
+        cases.append(Layer((20, 16, 13), False, dtype, "silu", 0.0, machine=WIDE, dx=False))
+        cases.append(Layer((20, 16, 13), False, dtype, None, 1.0, machine=WIDE))
     return cases
 
 
@@ -207,6 +233,7 @@ def few_cases(dtypes):
         cases.append(Layer((3, 33, 30), True, dtype, None, 0.3, shift=1))
         cases.append(Layer((2, 16, 128), True, dtype, None, 0.3, CHANNEL[i == 0]))
         cases.append(Layer((5, 3, 49), False, dtype, "relu", 0.3, training=False, dx=bool(i)))
+        cases.append(Layer((30, 8, 13), False, dtype, "relu", 0.3, machine=WIDE_PAIRS, mask=True))
         cases.append(Layer((9, 3, 1), True, dtype, "relu", 0.3, training=False, dw=False))
         cases.append(NoiseItself((2, 3, 300), dtype, 0.3))
     for i, dtype in enumerate(dtypes):
