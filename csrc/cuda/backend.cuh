@@ -100,12 +100,20 @@ inline Launch launch_of(const Context& context, const Plan& plan, int chunks, si
                         int64_t groups) {
   const dim3 grid(static_cast<unsigned>(plan.blocks_x * groups), static_cast<unsigned>(chunks));
   const dim3 block(static_cast<unsigned>(plan.threads_x), static_cast<unsigned>(plan.threads_y));
-  return {grid, block, shared, cluster, context.stream, context.machine.shared_per_block};
+  return {grid, block, shared, cluster, context.stream, context.machine.shared_per_block, false};
 }
 template <class Arguments>
 void run(const Context& context, const char* name, const Plan& plan, int chunks, size_t shared,
          void (*kernel)(Arguments), const Arguments& arguments, int64_t groups = 1) {
   launch(name, launch_of(context, plan, chunks, shared, 1, groups), kernel, arguments);
+}
+// Behind a first kernel, if that was launched: where clusters are, kernels can also be launched early.
+template <class Arguments>
+void run_second(const Context& context, bool behind, const char* name, const Plan& plan, int chunks, size_t shared,
+                void (*kernel)(Arguments), const Arguments& arguments, int64_t groups = 1) {
+  Launch at = launch_of(context, plan, chunks, shared, 1, groups);
+  at.early = behind && context.machine.max_cluster > 1;
+  launch(name, at, kernel, arguments);
 }
 
 // Runs a resident kernel, which keeps so many tensors, if there is a plan for it and room for its clusters. `set` takes
@@ -118,6 +126,11 @@ bool run_resident(const Context& context, const char* name, const Plan& teams, c
   };
   Plan plan;
   if (!plan_resident(teams, part, unit, context.machine, plan, bytes)) return false;
+  // A block that leaves no room for another one has the threads of both.
+  if (bytes(plan) > half_of_shared(context.machine) && 2 * context.machine.threads <= kResidentThreads<T>) {
+    plan.threads_x *= 2;
+  }
+
   const Launch at = launch_of(context, plan, plan.chunks, bytes(plan), plan.chunks, part.groups);
   if (!can_hold(name, at, kernel)) return false;
   set(plan);
@@ -167,7 +180,7 @@ void forward(const Context& context, const Call& call, const Forward<T>& p) {
       q.partials = partials<A>(context, plan, q.shape.C);
       run(context, "channels_last_statistics", plan, plan.chunks, scratch, channels_last_statistics<T, V>, q);
     }
-    run(context, "channels_last_apply", plan, plan.chunks, scratch, channels_last_apply<T, V>, q);
+    run_second(context, q.training, "channels_last_apply", plan, plan.chunks, scratch, channels_last_apply<T, V>, q);
     return;
   }
   if (q.training && V < kVector<T> && is_flat<T>(context, call, q.shape, {p.x, p.y}) &&
@@ -185,7 +198,8 @@ void forward(const Context& context, const Call& call, const Forward<T>& p) {
     q.partials = partials<A>(context, plan, q.shape.C);
     run(context, "channels_first_statistics", plan, plan.chunks, kTeamScratch, channels_first_statistics<T, V>, q);
   }
-  run(context, "channels_first_apply", plan, plan.chunks, kTeamScratch, channels_first_apply<T, V>, q);
+  run_second(context, q.training, "channels_first_apply", plan, plan.chunks, kTeamScratch, channels_first_apply<T, V>,
+             q);
 }
 
 template <class T, int V>
@@ -209,8 +223,8 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
       q.partials = partials<A>(context, plan, q.shape.C);
       run(context, "channels_last_gradient_sums", plan, plan.chunks, scratch, channels_last_gradient_sums<T, V>, q);
     }
-    run(context, "channels_last_input_gradient", plan, chunks_of_dx(plan), scratch, channels_last_input_gradient<T, V>,
-        q);
+    run_second(context, gathers, "channels_last_input_gradient", plan, chunks_of_dx(plan), scratch,
+               channels_last_input_gradient<T, V>, q);
     return;
   }
   if (gathers && p.dx && V < kVector<T> && is_flat<T>(context, call, q.shape, {p.x, p.g, p.dx}) &&
@@ -230,8 +244,8 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
     run(context, "channels_first_gradient_sums", plan, plan.chunks, kTeamScratch, channels_first_gradient_sums<T, V>,
         q);
   }
-  run(context, "channels_first_input_gradient", plan, chunks_of_dx(plan), kTeamScratch,
-      channels_first_input_gradient<T, V>, q);
+  run_second(context, gathers, "channels_first_input_gradient", plan, chunks_of_dx(plan), kTeamScratch,
+             channels_first_input_gradient<T, V>, q);
 }
 
 // ---- programs -----------------------------------------------------------------------------------------------------
@@ -252,7 +266,7 @@ Arguments staged_arguments(const Call& call) {
 template <class Arguments>
 void apply_plan(Arguments& q, const Cut& part, const Plan& plan) {
   q.chunks = {part.rows, plan.chunk_rows, plan.chunks};
-  q.groups = {part.groups, plan.blocks_x, q.shape.rows()};
+  q.groups = {part.groups, static_cast<unsigned>(plan.blocks_x), q.shape.rows()};
 }
 
 template <class T, int V>
@@ -287,8 +301,8 @@ void forward_staged(const Context& context, const Call& call, const Forward<T>& 
       run(context, "channels_last_staged_statistics", plan, plan.chunks, shared, channels_last_staged_statistics<T, kV>,
           q, part.groups);
     }
-    run(context, "channels_last_staged_apply", plan, plan.chunks, shared, channels_last_staged_apply<T, kV>, q,
-        part.groups);
+    run_second(context, q.training, "channels_last_staged_apply", plan, plan.chunks, shared,
+               channels_last_staged_apply<T, kV>, q, part.groups);
     return;
   }
   const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
@@ -306,8 +320,8 @@ void forward_staged(const Context& context, const Call& call, const Forward<T>& 
     run(context, "channels_first_staged_statistics", plan, plan.chunks, kTeamScratch,
         channels_first_staged_statistics<T, V>, q, part.groups);
   }
-  run(context, "channels_first_staged_apply", plan, plan.chunks, kTeamScratch, channels_first_staged_apply<T, V>, q,
-      part.groups);
+  run_second(context, q.training, "channels_first_staged_apply", plan, plan.chunks, kTeamScratch,
+             channels_first_staged_apply<T, V>, q, part.groups);
 }
 
 template <class T, int V>
@@ -336,8 +350,8 @@ void backward_staged(const Context& context, const Call& call, const Backward<T>
       run(context, "channels_last_staged_gradient_sums", plan, plan.chunks, shared,
           channels_last_staged_gradient_sums<T, kV>, q, part.groups);
     }
-    run(context, "channels_last_staged_input_gradient", plan, second(plan), shared,
-        channels_last_staged_input_gradient<T, kV>, q, second_groups);
+    run_second(context, gathers, "channels_last_staged_input_gradient", plan, second(plan), shared,
+               channels_last_staged_input_gradient<T, kV>, q, second_groups);
     return;
   }
   const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
@@ -356,8 +370,8 @@ void backward_staged(const Context& context, const Call& call, const Backward<T>
     run(context, "channels_first_staged_gradient_sums", plan, plan.chunks, kTeamScratch,
         channels_first_staged_gradient_sums<T, V>, q, part.groups);
   }
-  run(context, "channels_first_staged_input_gradient", plan, second(plan), kTeamScratch,
-      channels_first_staged_input_gradient<T, V>, q, second_groups);
+  run_second(context, gathers, "channels_first_staged_input_gradient", plan, second(plan), kTeamScratch,
+             channels_first_staged_input_gradient<T, V>, q, second_groups);
 }
 
 template <class T, int V>

@@ -24,6 +24,16 @@ struct Samples {
   bool one;
 };
 
+// Which channels and which chunk a block takes; blockIdx.y == 0 is one block of each channel. The first blocks of a
+// second pass over a tensor take what the last ones of the first pass have left in the L2 cache.
+struct Place {
+  unsigned x;
+  int chunk;
+};
+FN_DEVICE Place in_first_pass() { return {blockIdx.x, static_cast<int>(blockIdx.y)}; }
+FN_DEVICE Place in_second_pass() { return {gridDim.x - 1 - blockIdx.x, static_cast<int>(gridDim.y - 1 - blockIdx.y)}; }
+FN_DEVICE Place in_cluster() { return {blockIdx.x, static_cast<int>(cluster_rank())}; }
+
 // The arguments of every forward kernel, and of every backward kernel.
 template <class T>
 struct ForwardArguments {
@@ -89,10 +99,11 @@ FN_DEVICE math::InputGradient<A> finish_gradient(const BackwardArguments<T>& q, 
 // ---- programs -----------------------------------------------------------------------------------------------------
 // The groups of a batch. Block x counts the blocks of one group after another.
 struct Groups {
-  int64_t count, blocks_x;  // blocks_x: of one group
-  int64_t rows;             // of a channel, in all groups
-  FN_DEVICE int64_t group() const { return blockIdx.x / blocks_x; }
-  FN_DEVICE int64_t block_x() const { return blockIdx.x % blocks_x; }
+  int64_t count;
+  unsigned blocks_x;  // of one group
+  int64_t rows;       // of a channel, in all groups
+  FN_DEVICE unsigned group(Place place) const { return place.x / blocks_x; }
+  FN_DEVICE unsigned block_x(Place place) const { return place.x % blocks_x; }
 };
 
 // What Chunks is to a channel: the rows [first, last) of a group's channel. Chunks begin at multiples of 8 of the whole

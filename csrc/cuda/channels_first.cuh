@@ -16,13 +16,15 @@ namespace fusednorm::cuda {
 template <class T, int V>
 struct Team {
   int64_t c;
+  int chunk;
   bool active;
   const Samples& samples;
   Visits visits;
   SavedBytes saved;
   template <class Arguments>
-  FN_DEVICE Team(const Arguments& q, const Samples& samples, int chunk, bool descending)
-      : c(int64_t{blockIdx.x} * blockDim.y + threadIdx.y),
+  FN_DEVICE Team(const Arguments& q, const Samples& samples, Place place, bool descending)
+      : c(int64_t{place.x} * blockDim.y + threadIdx.y),
+        chunk(place.chunk),
         active(c < q.shape.C),
         samples(samples),
         visits(q.chunks, chunk, c, q.shape.S, samples, lane() * V, descending),
@@ -30,6 +32,7 @@ struct Team {
     if (!active) c = visits.count = 0;
   }
   FN_DEVICE bool leads() const { return active && threadIdx.x == 0; }
+  FN_DEVICE bool writes() const { return leads() && blockIdx.y == 0; }
 
   template <class A>
   FN_DEVICE Drawn draw(const Stages<A>& stages, Seed seed, const Tile& tile) const {
@@ -118,15 +121,17 @@ FN_DEVICE uint32_t decisions(const BackwardArguments<T>& q, const Team<T, V>& te
   return q.p.mask ? row_bits<V>(team.saved.get(team.visits, tile)) : team.draw(q.stages, seed, tile).keep;
 }
 
-// dz of a fragment.
+// dz and x - mean of a fragment.
 template <int V, class T, class A = opmath_t<T>>
 FN_DEVICE void local_gradient(const BackwardArguments<T>& q, const Affine<A>& affine, uint32_t keep,
-                              const Fragment<T, V>& x, const Fragment<T, V>& g, A (&dz)[kFragment]) {
+                              const Fragment<T, V>& x, const Fragment<T, V>& g, A (&dz)[kFragment],
+                              A (&centred)[kFragment]) {
   A z[kFragment];
   widen_fragment<V>(x, z);
   widen_fragment<V>(g, dz);
 #pragma unroll
   for (int i = 0; i < kFragment; ++i) {
+    centred[i] = kept(z[i] - affine.mean);
     z[i] = affine(z[i]);
     dz[i] = drop_gradient(q.stages, dz[i], keep >> i & 1u);
   }
@@ -135,25 +140,24 @@ FN_DEVICE void local_gradient(const BackwardArguments<T>& q, const Affine<A>& af
 
 // Adds a tile's sums of dz and dz*(x - mean). Rows that are not there were read as zeros, so their dz is one too: 0
 // times the derivative at z(0), which is finite unless z(0) is beyond all that a float32 activation takes (1e13).
-template <int V, class T, class A>
-FN_DEVICE void add_tile(Pair<A>& sums, const A (&dz)[kFragment], const Fragment<T, V>& x, A mean) {
+template <class A>
+FN_DEVICE void add_tile(Pair<A>& sums, const A (&dz)[kFragment], const A (&centred)[kFragment]) {
   Pair<A> part{0, 0};  // apart first: a long sum of short ones rounds less than a long one
 #pragma unroll
   for (int i = 0; i < kFragment; ++i) {
     part.first += dz[i];
-    part.second = math::fma(dz[i], widen(x[i / V], i % V) - mean, part.second);
+    part.second = math::fma(dz[i], centred[i], part.second);
   }
   sums.first += part.first;
   sums.second += part.second;
 }
 
-// dx in the place of x; dz is spent.
+// dx of a fragment, in the place of x; dz is spent.
 template <int V, class T, class A>
-FN_DEVICE void input_gradient(const math::InputGradient<A>& k, A (&dz)[kFragment], A mean, Fragment<T, V>& x) {
+FN_DEVICE void input_gradient(const math::InputGradient<A>& k, A (&dz)[kFragment], const A (&centred)[kFragment],
+                              Fragment<T, V>& x) {
 #pragma unroll
-  for (int i = 0; i < kFragment; ++i) {
-    dz[i] = math::apply_input_gradient(dz[i], widen(x[i / V], i % V) - mean, k.a, k.b, k.c);
-  }
+  for (int i = 0; i < kFragment; ++i) dz[i] = math::apply_input_gradient(dz[i], centred[i], k.a, k.b, k.c);
   narrow_fragment<V>(dz, x);
 }
 
@@ -177,27 +181,27 @@ template <class T, int V>
 FN_KERNEL(256, kBlocks<T>)
 channels_first_statistics(ForwardArguments<T> q) {
   using A = opmath_t<T>;
-  const int chunk = blockIdx.y;
-  const Team<T, V> team(q, q.samples, chunk, false);
+  next_grid_may_start();
+  const Team<T, V> team(q, q.samples, in_first_pass(), false);
   Moments<A> m{0, 0, 0};
   Fragment<T, V> x[kTilesInFlight<T, V>];
   team.template each<kTilesInFlight<T, V>>([&](int u, const Tile& tile) { team.read(q.p.x, tile, x[u]); },
                                            [&](int u, const Tile& tile) { merge_tile<V>(m, x[u], tile); });
-  const Pair<A> moments = merge_team(m, q.chunks.size(chunk));
-  if (team.leads()) q.partials[chunk * q.shape.C + team.c] = moments;
+  const Pair<A> moments = merge_team(m, q.chunks.size(team.chunk));
+  if (team.leads()) q.partials[team.chunk * q.shape.C + team.c] = moments;
 }
 
 template <class T, int V>
 FN_KERNEL(256, kBlocks<T>)
 channels_first_apply(ForwardArguments<T> q) {
   using A = opmath_t<T>;
-  const int chunk = blockIdx.y;
-  const Team<T, V> team(q, q.samples, chunk, true);
+  previous_grid_ends();
+  const Team<T, V> team(q, q.samples, in_second_pass(), true);
   Pair<A> moments{0, 0};
   if (q.training) {
     moments = merge_chunks<A>(q.chunks, [&](int i) { return q.partials[i * q.shape.C + team.c]; });
   }
-  const Affine<A> affine = finish_statistics(q, team.c, moments.first, moments.second, team.leads() && chunk == 0);
+  const Affine<A> affine = finish_statistics(q, team.c, moments.first, moments.second, team.writes());
   const Seed seed = seed_of(q.stages);
   Fragment<T, V> x[kTilesInFlight<T, V>];
   team.template each<kTilesInFlight<T, V>>([&](int u, const Tile& tile) { team.read(q.p.x, tile, x[u]); },
@@ -211,8 +215,8 @@ template <class T, int V>
 FN_KERNEL(256, kBackwardBlocks)
 channels_first_gradient_sums(BackwardArguments<T> q) {
   using A = opmath_t<T>;
-  const int chunk = blockIdx.y;
-  const Team<T, V> team(q, q.samples, chunk, false);
+  next_grid_may_start();
+  const Team<T, V> team(q, q.samples, in_first_pass(), false);
   const Affine<A> affine = saved_statistics(q, team.c);
   const Seed seed = seed_unless_saved(q);
   Pair<A> sums{0, 0};
@@ -223,26 +227,26 @@ channels_first_gradient_sums(BackwardArguments<T> q) {
         team.read(q.p.g, tile, g[u]);
       },
       [&](int u, const Tile& tile) {
-        A dz[kFragment];
-        local_gradient<V>(q, affine, decisions(q, team, seed, tile), x[u], g[u], dz);
-        add_tile<V>(sums, dz, x[u], affine.mean);
+        A dz[kFragment], centred[kFragment];
+        local_gradient<V>(q, affine, decisions(q, team, seed, tile), x[u], g[u], dz, centred);
+        add_tile(sums, dz, centred);
       });
   sums = team_sum(sums);
-  if (team.leads()) q.partials[chunk * q.shape.C + team.c] = sums;
+  if (team.leads()) q.partials[team.chunk * q.shape.C + team.c] = sums;
 }
 
 template <class T, int V>
 FN_KERNEL(256, kBackwardBlocks)
 channels_first_input_gradient(BackwardArguments<T> q) {
   using A = opmath_t<T>;
-  const int chunk = blockIdx.y;
-  const Team<T, V> team(q, q.samples, chunk, true);
+  previous_grid_ends();
+  const Team<T, V> team(q, q.samples, in_second_pass(), true);
   Pair<A> sums{0, 0};
   if (q.partials) {
     sums = sum_chunks<A>(q.chunks, [&](int i) { return q.partials[i * q.shape.C + team.c]; });
   }
   const Affine<A> affine = saved_statistics(q, team.c);
-  const math::InputGradient<A> k = finish_gradient(q, team.c, affine.scale, sums, team.leads() && chunk == 0);
+  const math::InputGradient<A> k = finish_gradient(q, team.c, affine.scale, sums, team.writes());
   if (!q.p.dx) return;
   const Seed seed = seed_unless_saved(q);
   Fragment<T, V> x[kTilesInFlight<T, V>], g[kTilesInFlight<T, V>];
@@ -252,9 +256,9 @@ channels_first_input_gradient(BackwardArguments<T> q) {
         team.read(q.p.g, tile, g[u]);
       },
       [&](int u, const Tile& tile) {
-        A dz[kFragment];
-        local_gradient<V>(q, affine, decisions(q, team, seed, tile), x[u], g[u], dz);
-        input_gradient<V>(k, dz, affine.mean, x[u]);
+        A dz[kFragment], centred[kFragment];
+        local_gradient<V>(q, affine, decisions(q, team, seed, tile), x[u], g[u], dz, centred);
+        input_gradient<V>(k, dz, centred, x[u]);
         team.write(q.p.dx, tile, x[u]);
       });
 }

@@ -51,7 +51,7 @@ struct Run {
 #pragma unroll
       for (int i = 0; i < V; ++i) {  // those beyond the channel's rows are the next channel's first ones
         const unsigned at = (tensor * V + channel) * pitch + row + i + (row + i < S ? 0 : pitch - S);
-        place[i] = kept(at * sizeof(T));
+        place[i] = kept(static_cast<int>(at * sizeof(T)));
       }
       const T* from = p + first + v * V;
       for (unsigned at = share * kGroup + own / kLanes * kSpread; at < samples;
@@ -64,7 +64,7 @@ struct Run {
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
           const unsigned n = at + u / kSpread * shares * kGroup + u % kSpread;
-          const int sample = kept(n * S * sizeof(T));
+          const int sample = kept(static_cast<int>(n * S * sizeof(T)));
           if (n < samples) f(u, from + uint64_t{n} * stride, [&](int i) { return shelf + place[i] + sample; });
         }
       }
@@ -97,14 +97,13 @@ struct Run {
 };
 
 template <class T>
-FN_KERNEL(256, sizeof(T) == 8 ? 1 : kBackwardBlocks)
+FN_KERNEL(kResidentThreads<T>, 1)
 channels_first_flat_forward(ForwardArguments<T> q) {
   using A = opmath_t<T>;
   constexpr int V = kVector<T>;
-  const int chunk = cluster_rank();
   const Samples samples = one_sample();
-  const Team<T, V> team(q, samples, chunk, false);
-  const Run<T> run(q, chunk);
+  const Team<T, V> team(q, samples, in_cluster(), false);
+  const Run<T> run(q, team.chunk);
   run.fetch(q.p.x, 0);
   barrier();
 
@@ -116,7 +115,7 @@ channels_first_flat_forward(ForwardArguments<T> q) {
                           merge_tile<V>(m, x, tile);
                           shelf.next();
                         });
-  const Affine<A> affine = finish_moments(q, team, chunk, m);
+  const Affine<A> affine = finish_moments(q, team, m);
   const Seed seed = seed_of(q.stages);
   shelf = Shelf<T, V, 1>(q.chunks.length);
   team.template each<1>([&](int, const Tile&) { shelf.get(0, x); },
@@ -130,14 +129,13 @@ channels_first_flat_forward(ForwardArguments<T> q) {
 }
 
 template <class T>
-FN_KERNEL(256, sizeof(T) == 8 ? 1 : kBackwardBlocks)
+FN_KERNEL(kResidentThreads<T>, 1)
 channels_first_flat_backward(BackwardArguments<T> q) {
   using A = opmath_t<T>;
   constexpr int V = kVector<T>;
-  const int chunk = cluster_rank();
   const Samples samples = one_sample();
-  const Team<T, V> team(q, samples, chunk, false);
-  const Run<T> run(q, chunk);
+  const Team<T, V> team(q, samples, in_cluster(), false);
+  const Run<T> run(q, team.chunk);
   run.fetch(q.p.x, 0);
   run.fetch(q.p.g, 1);
   barrier();
@@ -153,18 +151,18 @@ channels_first_flat_backward(BackwardArguments<T> q) {
   };
   team.template each<1>(read, [&](int, const Tile& tile) {
     const uint32_t keep = decisions(q, team, seed, tile);
-    A dz[kFragment];
-    local_gradient<V>(q, affine, keep, x, g, dz);
-    add_tile<V>(sums, dz, x, affine.mean);
+    A dz[kFragment], centred[kFragment];
+    local_gradient<V>(q, affine, keep, x, g, dz, centred);
+    add_tile(sums, dz, centred);
     *shelf.byte = static_cast<uint8_t>(keep);
     shelf.next();
   });
-  const math::InputGradient<A> k = finish_sums(q, team, chunk, affine, sums);
+  const math::InputGradient<A> k = finish_sums(q, team, affine, sums);
   shelf = Shelf<T, V, 2>(q.chunks.length);
   team.template each<1>(read, [&](int, const Tile&) {
-    A dz[kFragment];
-    local_gradient<V>(q, affine, *shelf.byte, x, g, dz);
-    input_gradient<V>(k, dz, affine.mean, x);
+    A dz[kFragment], centred[kFragment];
+    local_gradient<V>(q, affine, *shelf.byte, x, g, dz, centred);
+    input_gradient<V>(k, dz, centred, x);
     shelf.put(0, x);
     shelf.next();
   });

@@ -10,8 +10,7 @@
 
 namespace fusednorm::cuda {
 
-constexpr int kSlotBytes = 256;  // a Pair for each team, behind the scratch of the sums
-static_assert(kSlotBytes >= 8 * sizeof(Pair<double>));
+constexpr int kSlotBytes = kMostWarps * sizeof(Pair<double>);  // a Pair for each team, behind the scratch of the sums
 constexpr int kResidentScratch = kTeamScratch + kSlotBytes;
 
 // What a team puts away: for each tensor the tiles of its chunk one after another, and, if there are two of them, a
@@ -26,7 +25,7 @@ struct Shelf {
   FN_DEVICE explicit Shelf(int64_t chunk_rows) {
     const int tiles = tiles_of(chunk_rows), warp = threadIdx.x / kWarp;
     area = blockDim.y * tiles * (kTile / V);
-    bytes = kept(blockDim.x * kFragment);
+    bytes = kept(static_cast<int>(blockDim.x) * kFragment);
     T* first = shared_memory<T>(kResidentScratch) + threadIdx.y * tiles * kTile;
     own = reinterpret_cast<Pack<T, V>*>(first + warp * kTile) + lane();
     byte = shared_memory<uint8_t>(kResidentScratch) + Tensors * area * V * sizeof(T) +
@@ -50,6 +49,10 @@ inline int64_t shelf_bytes(int64_t chunk_rows, int teams, int tensors, int bytes
   return int64_t{tiles_of(chunk_rows)} * teams * (tensors * kTile * bytes + (tensors > 1 ? kWarp : 0));
 }
 
+// Of a block, at most: where half as many leave room for two blocks, registers are as many either way.
+template <class T>
+constexpr int kResidentThreads = sizeof(T) == 8 ? 256 : 512;
+
 // Exchanges one pair per team among the blocks of the cluster: f(part), where part(i) is that of block i.
 template <class A, class F>
 FN_DEVICE Pair<A> exchange(Pair<A> own, F f) {
@@ -63,25 +66,23 @@ FN_DEVICE Pair<A> exchange(Pair<A> own, F f) {
 
 // Of the whole channel, from what the team's threads have gathered of the chunk.
 template <class T, int V, class A>
-FN_DEVICE Affine<A> finish_moments(const ForwardArguments<T>& q, const Team<T, V>& team, int chunk,
-                                   const Moments<A>& own) {
+FN_DEVICE Affine<A> finish_moments(const ForwardArguments<T>& q, const Team<T, V>& team, const Moments<A>& own) {
   const Pair<A> moments =
-      exchange(merge_team(own, q.chunks.size(chunk)), [&](auto part) { return merge_chunks<A>(q.chunks, part); });
-  return finish_statistics(q, team.c, moments.first, moments.second, team.leads() && chunk == 0);
+      exchange(merge_team(own, q.chunks.size(team.chunk)), [&](auto part) { return merge_chunks<A>(q.chunks, part); });
+  return finish_statistics(q, team.c, moments.first, moments.second, team.writes());
 }
 template <class T, int V, class A>
-FN_DEVICE math::InputGradient<A> finish_sums(const BackwardArguments<T>& q, const Team<T, V>& team, int chunk,
+FN_DEVICE math::InputGradient<A> finish_sums(const BackwardArguments<T>& q, const Team<T, V>& team,
                                              const Affine<A>& affine, Pair<A> own) {
   const Pair<A> sums = exchange(team_sum(own), [&](auto part) { return sum_chunks<A>(q.chunks, part); });
-  return finish_gradient(q, team.c, affine.scale, sums, team.leads() && chunk == 0);
+  return finish_gradient(q, team.c, affine.scale, sums, team.writes());
 }
 
 template <class T, int V>
-FN_KERNEL(256, kBackwardBlocks)
+FN_KERNEL(kResidentThreads<T>, 1)
 channels_first_resident_forward(ForwardArguments<T> q) {
   using A = opmath_t<T>;
-  const int chunk = cluster_rank();
-  const Team<T, V> team(q, q.samples, chunk, false);
+  const Team<T, V> team(q, q.samples, in_cluster(), false);
   Shelf<T, V, 1> shelf(q.chunks.length);
   Moments<A> m{0, 0, 0};
   Fragment<T, V> x[kTilesInFlight<T, V>];
@@ -91,7 +92,7 @@ channels_first_resident_forward(ForwardArguments<T> q) {
                                              shelf.put(0, x[u]);
                                              shelf.next();
                                            });
-  const Affine<A> affine = finish_moments(q, team, chunk, m);
+  const Affine<A> affine = finish_moments(q, team, m);
   const Seed seed = seed_of(q.stages);
   shelf = Shelf<T, V, 1>(q.chunks.length);
   team.template each<1>([&](int, const Tile&) { shelf.get(0, x[0]); },
@@ -103,11 +104,10 @@ channels_first_resident_forward(ForwardArguments<T> q) {
 }
 
 template <class T, int V>
-FN_KERNEL(256, sizeof(T) == 8 ? 1 : kBackwardBlocks)
+FN_KERNEL(kResidentThreads<T>, 1)
 channels_first_resident_backward(BackwardArguments<T> q) {
   using A = opmath_t<T>;
-  const int chunk = cluster_rank();
-  const Team<T, V> team(q, q.samples, chunk, false);
+  const Team<T, V> team(q, q.samples, in_cluster(), false);
   Shelf<T, V, 2> shelf(q.chunks.length);
   const Affine<A> affine = saved_statistics(q, team.c);
   const Seed seed = seed_unless_saved(q);
@@ -120,15 +120,15 @@ channels_first_resident_backward(BackwardArguments<T> q) {
       },
       [&](int u, const Tile& tile) {
         const uint32_t keep = decisions(q, team, seed, tile);
-        A dz[kFragment];
-        local_gradient<V>(q, affine, keep, x[u], g[u], dz);
-        add_tile<V>(sums, dz, x[u], affine.mean);
+        A dz[kFragment], centred[kFragment];
+        local_gradient<V>(q, affine, keep, x[u], g[u], dz, centred);
+        add_tile(sums, dz, centred);
         shelf.put(0, x[u]);
         shelf.put(1, g[u]);
         *shelf.byte = static_cast<uint8_t>(keep);
         shelf.next();
       });
-  const math::InputGradient<A> k = finish_sums(q, team, chunk, affine, sums);
+  const math::InputGradient<A> k = finish_sums(q, team, affine, sums);
   shelf = Shelf<T, V, 2>(q.chunks.length);
   team.template each<1>(
       [&](int, const Tile&) {
@@ -136,9 +136,9 @@ channels_first_resident_backward(BackwardArguments<T> q) {
         shelf.get(1, g[0]);
       },
       [&](int, const Tile& tile) {
-        A dz[kFragment];
-        local_gradient<V>(q, affine, *shelf.byte, x[0], g[0], dz);
-        input_gradient<V>(k, dz, affine.mean, x[0]);
+        A dz[kFragment], centred[kFragment];
+        local_gradient<V>(q, affine, *shelf.byte, x[0], g[0], dz, centred);
+        input_gradient<V>(k, dz, centred, x[0]);
         team.write(q.p.dx, tile, x[0]);
         shelf.next();
       });

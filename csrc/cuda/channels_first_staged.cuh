@@ -29,6 +29,7 @@ template <class T, int V>
 struct StagedTeam {
   using A = opmath_t<T>;
   int64_t group, c;
+  int chunk;
   bool active;
   const Samples& samples;
   Window window;
@@ -36,9 +37,10 @@ struct StagedTeam {
   SavedBytes saved;
   A weight[1];  // PReLU's
   template <class Arguments>
-  FN_DEVICE StagedTeam(const Arguments& q, int chunk, bool descending)
-      : group(q.groups.group()),
-        c(q.groups.block_x() * blockDim.y + threadIdx.y),
+  FN_DEVICE StagedTeam(const Arguments& q, Place place, bool descending)
+      : group(q.groups.group(place)),
+        c(int64_t{q.groups.block_x(place)} * blockDim.y + threadIdx.y),
+        chunk(place.chunk),
         active(c < q.shape.C),
         samples(q.samples),
         window(q.chunks, q.groups, group),
@@ -48,6 +50,8 @@ struct StagedTeam {
     weight[0] = cuda::read<A>(q.p.act_weight, c, A(0));
   }
   FN_DEVICE bool leads() const { return active && threadIdx.x == 0; }
+  FN_DEVICE bool writes() const { return leads() && blockIdx.y == 0; }
+
   FN_DEVICE CutTile cut(const Tile& tile) const { return CutTile(tile, visits.row(tile), window.first); }
   FN_DEVICE void read(const T* p, const Tile& tile, Fragment<T, V>& to) const {
     cuda::read<V>(p, cut(tile), samples, to);
@@ -260,9 +264,9 @@ FN_DEVICE void team_sums(const StagedBackwardArguments<T>& q, A (&sums)[kSums]) 
 
 // The moments of the chunk's rows.
 template <class T, int V, class A = opmath_t<T>>
-FN_DEVICE Pair<A> merge_window(const StagedTeam<T, V>& team, int chunk, const Moments<A>& own) {
-  const int64_t rows = team.window.size(chunk);
-  const int skipped = chunk == 0 ? static_cast<int>(team.window.first % math::kRowsPerCall) : 0;
+FN_DEVICE Pair<A> merge_window(const StagedTeam<T, V>& team, const Moments<A>& own) {
+  const int64_t rows = team.window.size(team.chunk);
+  const int skipped = team.chunk == 0 ? static_cast<int>(team.window.first % math::kRowsPerCall) : 0;
   return merge_team(own, rows > 0 ? rows : 1, skipped / V);
 }
 
@@ -271,19 +275,19 @@ template <class T, int V>
 FN_KERNEL(256, kBackwardBlocks)
 channels_first_staged_statistics(StagedForwardArguments<T> q) {
   using A = opmath_t<T>;
-  const int chunk = blockIdx.y;
-  const StagedTeam<T, V> team(q, chunk, false);
+  next_grid_may_start();
+  const StagedTeam<T, V> team(q, in_first_pass(), false);
   const Seed seed = seed_of(q.program);
   Moments<A> m{0, 0, 0}, matched{0, 0, 0};
   Queue<T, V> x;
   team.template each<Queue<T, V>::kLength>(
       [&](int u, const Tile& tile) { team.read(q.p.x, tile, x.tile[u]); },
       [&](const Tile& tile) { gather_tile(q, team, seed, tile, x.tile[0], m, matched); }, [&] { x.move(); });
-  const int64_t at = (team.group * q.chunks.count + chunk) * q.shape.C + team.c;
-  const Pair<A> moments = merge_window(team, chunk, m);
+  const int64_t at = (team.group * q.chunks.count + team.chunk) * q.shape.C + team.c;
+  const Pair<A> moments = merge_window(team, m);
   if (team.leads()) q.partials[at] = moments;
   if (q.matches()) {
-    const Pair<A> quiet = merge_window(team, chunk, matched);
+    const Pair<A> quiet = merge_window(team, matched);
     if (team.leads()) q.matched_partials[at] = quiet;
   }
 }
@@ -292,8 +296,8 @@ template <class T, int V>
 FN_KERNEL(256, kBackwardBlocks)
 channels_first_staged_apply(StagedForwardArguments<T> q) {
   using A = opmath_t<T>;
-  const int chunk = blockIdx.y;
-  const StagedTeam<T, V> team(q, chunk, true);
+  previous_grid_ends();
+  const StagedTeam<T, V> team(q, in_second_pass(), true);
   Pair<A> moments{0, 0}, matched{0, 0};
   const int64_t group_begin = team.group * q.chunks.count;
   const auto merged = [&](const Pair<A>* partials) {
@@ -301,8 +305,7 @@ channels_first_staged_apply(StagedForwardArguments<T> q) {
   };
   if (q.training) moments = merged(q.partials);
   if (q.matches()) matched = merged(q.matched_partials);
-  const Affine<A> affine =
-      finish_statistics(q, team.group, team.window.rows, team.c, moments, matched, team.leads() && chunk == 0);
+  const Affine<A> affine = finish_statistics(q, team.group, team.window.rows, team.c, moments, matched, team.writes());
   const Seed seed = seed_of(q.program);
   Queue<T, V> x, residual;
   team.template each<Queue<T, V>::kLength>(
@@ -321,8 +324,8 @@ template <class T, int V>
 FN_KERNEL(256, kBackwardBlocks)
 channels_first_staged_gradient_sums(StagedBackwardArguments<T> q) {
   using A = opmath_t<T>;
-  const int chunk = blockIdx.y;
-  const StagedTeam<T, V> team(q, chunk, false);
+  next_grid_may_start();
+  const StagedTeam<T, V> team(q, in_first_pass(), false);
   const Affine<A> affine = saved_statistics(q, team.group, team.c);
   const Seed seed = seed_of(q.program);
   A sums[kSums] = {};
@@ -338,7 +341,7 @@ channels_first_staged_gradient_sums(StagedBackwardArguments<T> q) {
   if (!team.leads()) return;
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
-    if (i < 2 || q.program.has_weight) *q.partial(i, team.group, chunk, team.c) = sums[i];
+    if (i < 2 || q.program.has_weight) *q.partial(i, team.group, team.chunk, team.c) = sums[i];
   }
 }
 
@@ -346,8 +349,8 @@ template <class T, int V>
 FN_KERNEL(256, kBackwardBlocks)
 channels_first_staged_input_gradient(StagedBackwardArguments<T> q) {
   using A = opmath_t<T>;
-  const int chunk = blockIdx.y;
-  const StagedTeam<T, V> team(q, chunk, true);
+  previous_grid_ends();
+  const StagedTeam<T, V> team(q, in_second_pass(), true);
   A sums[kSums] = {};
   if (q.partials) {
     for (int i = threadIdx.x; i < q.chunks.count; i += blockDim.x) {
@@ -357,7 +360,7 @@ channels_first_staged_input_gradient(StagedBackwardArguments<T> q) {
       }
     }
     team_sums(q, sums);
-    if (team.group == 0 && chunk == 0) {
+    if (team.group == 0 && blockIdx.y == 0) {
       A gradients[kSums] = {};
       if (q.groups.count == 1) {
         add_parameter_gradients(q, 0, team.window.rows, team.c, sums, gradients);
@@ -385,11 +388,10 @@ channels_first_staged_input_gradient(StagedBackwardArguments<T> q) {
 // Resident, as in channels_first_resident.cuh. The residual is read where it is needed; backward of several groups is
 // never resident, because the sums of all groups meet in a second kernel.
 template <class T, int V>
-FN_KERNEL(256, kBackwardBlocks)
+FN_KERNEL(kResidentThreads<T>, 1)
 channels_first_staged_resident_forward(StagedForwardArguments<T> q) {
   using A = opmath_t<T>;
-  const int chunk = cluster_rank();
-  const StagedTeam<T, V> team(q, chunk, false);
+  const StagedTeam<T, V> team(q, in_cluster(), false);
   Shelf<T, V, 1> shelf(q.chunks.length);
   const Seed seed = seed_of(q.program);
   Moments<A> m{0, 0, 0}, own_matched{0, 0, 0};
@@ -402,13 +404,12 @@ channels_first_staged_resident_forward(StagedForwardArguments<T> q) {
                                            },
                                            [&] { x.move(); });
   const auto merged = [&](const Moments<A>& own) {
-    return exchange(merge_window(team, chunk, own), [&](auto part) { return merge_chunks<A>(team.window, part); });
+    return exchange(merge_window(team, own), [&](auto part) { return merge_chunks<A>(team.window, part); });
   };
   const Pair<A> moments = merged(m);
   Pair<A> matched{0, 0};
   if (q.matches()) matched = merged(own_matched);
-  const Affine<A> affine =
-      finish_statistics(q, team.group, team.window.rows, team.c, moments, matched, team.leads() && chunk == 0);
+  const Affine<A> affine = finish_statistics(q, team.group, team.window.rows, team.c, moments, matched, team.writes());
   Queue<T, V> residual;
   shelf = Shelf<T, V, 1>(q.chunks.length);
   team.template each<Queue<T, V>::kLength>(
@@ -425,11 +426,10 @@ channels_first_staged_resident_forward(StagedForwardArguments<T> q) {
 
 // What is put away beside x and g: the bits of a fragment, decisions or those of a mask that replace them.
 template <class T, int V>
-FN_KERNEL(256, sizeof(T) == 8 ? 1 : kBackwardBlocks)
+FN_KERNEL(kResidentThreads<T>, 1)
 channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
   using A = opmath_t<T>;
-  const int chunk = cluster_rank();
-  const StagedTeam<T, V> team(q, chunk, false);
+  const StagedTeam<T, V> team(q, in_cluster(), false);
   Shelf<T, V, 2> shelf(q.chunks.length);
   const Affine<A> affine = saved_statistics(q, team.group, team.c);
   const Seed seed = seed_of(q.program);
@@ -458,7 +458,7 @@ channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
     exchanged(sums[2], sums[3]);
     exchanged(sums[4], none);
   }
-  if (team.leads() && chunk == 0) {
+  if (team.writes()) {
     A gradients[kSums] = {};
     add_parameter_gradients(q, 0, team.window.rows, team.c, sums, gradients);
     write_parameter_gradients(q, team.c, gradients);
@@ -490,7 +490,7 @@ template <class T, int V>
 FN_KERNEL(256, kBackwardBlocks)
 channels_first_noise(StagedForwardArguments<T> q) {
   using A = opmath_t<T>;
-  const StagedTeam<T, V> team(q, blockIdx.y, false);
+  const StagedTeam<T, V> team(q, in_first_pass(), false);
   const Seed seed = seed_of(q.program);
   Queue<T, V> x;
   team.template each<Queue<T, V>::kLength>(

@@ -15,10 +15,15 @@ constexpr int kRows = math::kRowsPerCall;
 // The thread's columns; a thread beyond the last one reads and writes nothing, but meets the others.
 template <class T, int V>
 struct Columns {
+  int chunk;
   int64_t block_c, c, C;  // the first channels of the block and of the thread; the number of all
   bool active;
-  FN_DEVICE explicit Columns(const Shape& shape, int64_t block = blockIdx.x)
-      : block_c(block * blockDim.x * V), c(block_c + threadIdx.x * V), C(shape.C), active(c < shape.C) {
+  FN_DEVICE Columns(const Shape& shape, Place place)
+      : chunk(place.chunk),
+        block_c(int64_t{place.x} * blockDim.x * V),
+        c(block_c + threadIdx.x * V),
+        C(shape.C),
+        active(c < shape.C) {
     if (!active) c = 0;
   }
   FN_DEVICE bool leads() const { return active && threadIdx.y == 0; }
@@ -35,8 +40,8 @@ struct Columns {
   template <class Chunks, class F>
   FN_DEVICE void each_group(const Chunks& chunks, bool descending, F f) const {
     if (!active) return;
-    const int64_t begin = chunks.begin(blockIdx.y);
-    const int rows = static_cast<int>(chunks.end(blockIdx.y) - begin), groups = (rows + kRows - 1) / kRows;
+    const int64_t begin = chunks.begin(chunk);
+    const int rows = static_cast<int>(chunks.end(chunk) - begin), groups = (rows + kRows - 1) / kRows;
     for (int i = threadIdx.y; i < groups; i += blockDim.y) {
       const int at = (descending ? groups - 1 - i : i) * kRows;
       f(begin + at, rows - at);
@@ -221,7 +226,7 @@ FN_DEVICE void write_partials(Pair<A>* partials, const Columns<T, V>& columns, c
                               const A (&second)[V]) {
   if (!columns.leads()) return;
 #pragma unroll
-  for (int v = 0; v < V; ++v) partials[blockIdx.y * columns.C + columns.c + v] = {first[v], second[v]};
+  for (int v = 0; v < V; ++v) partials[columns.chunk * columns.C + columns.c + v] = {first[v], second[v]};
 }
 
 // Values first, first + 1, ... of a pack.
@@ -238,7 +243,8 @@ template <class T, int V>
 FN_KERNEL(256, kColumnBlocks)
 channels_last_statistics(ForwardArguments<T> q) {
   using A = opmath_t<T>;
-  const Columns<T, V> columns(q.shape);
+  next_grid_may_start();
+  const Columns<T, V> columns(q.shape, in_first_pass());
   Moments<A> m[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) m[v] = {0, 0, 0};
@@ -261,7 +267,7 @@ channels_last_statistics(ForwardArguments<T> q) {
     }
   });
   A mean[V], m2[V];
-  merge_column(m, q.chunks.size(blockIdx.y), mean, m2);
+  merge_column(m, q.chunks.size(columns.chunk), mean, m2);
   write_partials(q.partials, columns, mean, m2);
 }
 
@@ -269,7 +275,8 @@ template <class T, int V>
 FN_KERNEL(256, kColumnBlocks)
 channels_last_apply(ForwardArguments<T> q) {
   using A = opmath_t<T>;
-  const Columns<T, V> columns(q.shape);
+  previous_grid_ends();
+  const Columns<T, V> columns(q.shape, in_second_pass());
   const ChannelTable<A, V> table;
   const auto finish = [&](int channel, Pair<A> moments) {
     const int64_t c = columns.block_c + channel;
@@ -346,7 +353,8 @@ template <class T, int V>
 FN_KERNEL(256, kColumnBlocks)
 channels_last_gradient_sums(BackwardArguments<T> q) {
   using A = opmath_t<T>;
-  const Columns<T, V> columns(q.shape);
+  next_grid_may_start();
+  const Columns<T, V> columns(q.shape, in_first_pass());
   const ChannelTable<A, V> table;
   each_channel<V>([&](int channel) {
     const int64_t c = columns.block_c + channel;
@@ -372,7 +380,8 @@ template <class T, int V>
 FN_KERNEL(256, kColumnBlocks)
 channels_last_input_gradient(BackwardArguments<T> q) {
   using A = opmath_t<T>;
-  const Columns<T, V> columns(q.shape);
+  previous_grid_ends();
+  const Columns<T, V> columns(q.shape, in_second_pass());
   const ChannelTable<A, V> table;
   const auto finish = [&](int channel, Pair<A> sums) {
     const int64_t c = columns.block_c + channel;

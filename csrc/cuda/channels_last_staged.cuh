@@ -46,11 +46,13 @@ struct StagedColumns : Columns<T, V> {
   int64_t group;
   Window window;
   template <class Arguments>
-  FN_DEVICE explicit StagedColumns(const Arguments& q)
-      : Columns<T, V>(q.shape, q.groups.block_x()), group(q.groups.group()), window(q.chunks, q.groups, group) {}
+  FN_DEVICE StagedColumns(const Arguments& q, Place place)
+      : Columns<T, V>(q.shape, Place{q.groups.block_x(place), place.chunk}),
+        group(q.groups.group(place)),
+        window(q.chunks, q.groups, group) {}
 
   FN_DEVICE Eight eight(int64_t row) const {
-    const int64_t end = window.end(blockIdx.y);
+    const int64_t end = window.end(this->chunk);
     return {row, row < window.first ? static_cast<int>(window.first - row) : 0,
             row + kRows < end ? kRows : static_cast<int>(end - row)};
   }
@@ -238,7 +240,7 @@ FN_DEVICE void merge_values(Moments<A> (&m)[V], const A (&u)[kFragment], const E
 template <class T, int V, class A = opmath_t<T>>
 FN_DEVICE void write_moments(const StagedForwardArguments<T>& q, const StagedColumns<T, V>& columns,
                              const Moments<A> (&m)[V], Pair<A>* partials) {
-  const int64_t rows = columns.window.size(blockIdx.y);
+  const int64_t rows = columns.window.size(columns.chunk);
   A mean[V], m2[V];
   merge_column(m, rows > 0 ? rows : 1, mean, m2);
   write_partials(partials + columns.group * q.chunks.count * columns.C, columns, mean, m2);
@@ -248,7 +250,8 @@ template <class T, int V>
 FN_KERNEL(256, kColumnBlocks)
 channels_last_staged_statistics(StagedForwardArguments<T> q) {
   using A = opmath_t<T>;
-  const StagedColumns<T, V> columns(q);
+  next_grid_may_start();
+  const StagedColumns<T, V> columns(q, in_first_pass());
   const Seed seed = seed_of(q.program);
   A weight[V];
   columns.weights(q.p.act_weight, weight);
@@ -286,7 +289,8 @@ template <class T, int V>
 FN_KERNEL(256, kColumnBlocks)
 channels_last_staged_apply(StagedForwardArguments<T> q) {
   using A = opmath_t<T>;
-  const StagedColumns<T, V> columns(q);
+  previous_grid_ends();
+  const StagedColumns<T, V> columns(q, in_second_pass());
   const Table<A, V> table;
   const auto merge = [&](const Pair<A>* partials, int row) {
     const Pair<A>* of_group = partials + columns.group * q.chunks.count * columns.C;
@@ -424,7 +428,8 @@ template <class T, int V>
 FN_KERNEL(256, kColumnBlocks)
 channels_last_staged_gradient_sums(StagedBackwardArguments<T> q) {
   using A = opmath_t<T>;
-  const StagedColumns<T, V> columns(q);
+  next_grid_may_start();
+  const StagedColumns<T, V> columns(q, in_first_pass());
   Affine<A> affine[V];
   A weight[V], sums[kSums][V] = {};
 #pragma unroll
@@ -463,7 +468,7 @@ channels_last_staged_gradient_sums(StagedBackwardArguments<T> q) {
   for (int i = 0; i < kSums; ++i) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      if (i < 2 || q.program.has_weight) *q.partial(i, columns.group, blockIdx.y, columns.c + v) = sums[i][v];
+      if (i < 2 || q.program.has_weight) *q.partial(i, columns.group, columns.chunk, columns.c + v) = sums[i][v];
     }
   }
 }
@@ -472,7 +477,8 @@ template <class T, int V>
 FN_KERNEL(256, kColumnBlocks)
 channels_last_staged_input_gradient(StagedBackwardArguments<T> q) {
   using A = opmath_t<T>;
-  const StagedColumns<T, V> columns(q);
+  previous_grid_ends();
+  const StagedColumns<T, V> columns(q, in_second_pass());
   const int64_t rows = columns.window.rows;
   A sums[kSums][V] = {};
   const auto channel_sums = [&](int v, A(&of)[kSums]) {
@@ -555,7 +561,7 @@ template <class T, int V>
 FN_KERNEL(256, kColumnBlocks)
 channels_last_noise(StagedForwardArguments<T> q) {
   using A = opmath_t<T>;
-  const StagedColumns<T, V> columns(q);
+  const StagedColumns<T, V> columns(q, in_first_pass());
   const Seed seed = seed_of(q.program);
   RowQueue<T, V, kForwardBytes> x;
   RowNoise<T, V> noise{behind_columns<A, V>()};

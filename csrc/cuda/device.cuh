@@ -13,10 +13,13 @@
 
 #include <map>
 #include <mutex>
+#include <set>
+
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #define FN_DEVICE __device__ __forceinline__
 #define FN_HOST_DEVICE __host__ __device__ __forceinline__
@@ -151,8 +154,13 @@ FN_DEVICE float ratio(float a, float b) {
 FN_DEVICE double ratio(double a, double b) { return a / b; }
 
 // v, which the compiler then keeps in a register instead of computing it anew in every round of a loop.
-FN_DEVICE int kept(int v) {
-  asm volatile("" : "+r"(v));
+template <class V>
+FN_DEVICE V kept(V v) {
+  if constexpr (std::is_same_v<V, float>) {
+    asm volatile("" : "+f"(v));
+  } else if constexpr (sizeof(V) == 4) {
+    asm volatile("" : "+r"(v));
+  }
   return v;
 }
 
@@ -192,6 +200,21 @@ FN_DEVICE const T* cluster_peer(const T* p, unsigned rank) {
 #endif
 }
 
+// ---- kernels that follow each other (compute capability 9.0 and up) ------------------------------------------------
+// A kernel that is launched early may start as soon as all blocks of the one in front have called
+// next_grid_may_start(), which keeps them from waiting for its launch. What that kernel writes is there behind
+// previous_grid_ends().
+FN_DEVICE void next_grid_may_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+FN_DEVICE void previous_grid_ends() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- launches (host) ----------------------------------------------------------------------------------------------
 struct Launch {
   dim3 grid, block;
@@ -199,6 +222,7 @@ struct Launch {
   unsigned cluster;  // blocks of a cluster along grid.y; 1: none
   void* stream;      // cudaStream_t
   int most_shared;   // bytes that a block may ask for
+  bool early;        // it may start before the kernel in front has ended: see previous_grid_ends()
 };
 
 inline void check(cudaError_t error, const char* what) {
@@ -215,25 +239,42 @@ bool compiled_for_clusters(void (*kernel)(Arguments)) {
   return attributes.ptxVersion >= 90;
 }
 
-// A kernel's attributes are shared by all host threads, so always the same is asked for: all shared memory that there
-// is, and the L1 cache made small enough for two blocks with half of it each.
+// A kernel's attributes are shared by all host threads, so always the same is asked for, once on each device: all
+// shared memory that there is, and the L1 cache made small enough for two blocks with half of it each.
+inline void allow_shared_memory(const char* name, const void* kernel, int bytes) {
+  int device;
+  check(cudaGetDevice(&device), name);
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({device, kernel})) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), name);
+  allowed.insert({device, kernel});
+}
+
+constexpr int kMostAttributes = 2;
 template <class Arguments>
 cudaLaunchConfig_t configure(const char* name, const Launch& at, void (*kernel)(Arguments),
-                             cudaLaunchAttribute& attribute) {
-  if (at.shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.most_shared), name);
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), name);
-  }
-  attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {1, at.cluster, 1};
+                             cudaLaunchAttribute (&attributes)[kMostAttributes]) {
+  if (at.shared > 48 * 1024) allow_shared_memory(name, reinterpret_cast<const void*>(kernel), at.most_shared);
+
   cudaLaunchConfig_t config{};
   config.gridDim = at.grid;
   config.blockDim = at.block;
   config.dynamicSmemBytes = at.shared;
   config.stream = static_cast<cudaStream_t>(at.stream);
-  config.attrs = &attribute;
-  config.numAttrs = at.cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  if (at.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {1, at.cluster, 1};
+  }
+  if (at.early) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   return config;
 }
 
@@ -250,8 +291,8 @@ bool can_hold(const char* name, const Launch& at, void (*kernel)(Arguments)) {
   const auto [entry, unknown] = known.try_emplace(
       {device, reinterpret_cast<const void*>(kernel), at.cluster, at.block.x * at.block.y, at.shared}, false);
   if (unknown) {
-    cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = configure(name, at, kernel, attribute);
+    cudaLaunchAttribute attributes[kMostAttributes] = {};
+    const cudaLaunchConfig_t config = configure(name, at, kernel, attributes);
     int clusters = 0;
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
     if (error != cudaSuccess) cudaGetLastError();
@@ -263,8 +304,8 @@ bool can_hold(const char* name, const Launch& at, void (*kernel)(Arguments)) {
 // Every kernel takes one struct by value.
 template <class Arguments>
 void launch(const char* name, const Launch& at, void (*kernel)(Arguments), const Arguments& arguments) {
-  cudaLaunchAttribute attribute;
-  const cudaLaunchConfig_t config = configure(name, at, kernel, attribute);
+  cudaLaunchAttribute attributes[kMostAttributes] = {};
+  const cudaLaunchConfig_t config = configure(name, at, kernel, attributes);
   check(cudaLaunchKernelEx(&config, kernel, arguments), name);
 }
 

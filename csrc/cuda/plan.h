@@ -97,12 +97,13 @@ inline Plan plan_channels_last(const Shape& shape, const Cut& part, int vector, 
 // a chunk are a multiple of, bytes_of(plan) what a block stores. Returns whether there is one; the plan's chunks are
 // the blocks of the cluster.
 constexpr int kReservedShared = 1024;  // bytes that the hardware keeps of each block's share
+inline int half_of_shared(const Machine& machine) { return (machine.shared_per_block - kReservedShared) / 2; }
 template <class BytesOf>
 bool plan_resident(const Plan& teams, const Cut& part, int64_t unit, const Machine& machine, Plan& plan,
                    BytesOf bytes_of) {
   if (machine.residency == Residency::never) return false;
   const bool always = machine.residency == Residency::always_if_it_fits;
-  const int half = (machine.shared_per_block - kReservedShared) / 2;
+
   Plan next = teams;
   bool found = false;
   for (int cluster = 1; cluster <= machine.max_cluster; cluster *= 2) {
@@ -113,7 +114,7 @@ bool plan_resident(const Plan& teams, const Cut& part, int64_t unit, const Machi
       plan = next;
       found = true;
     }
-    if (needed <= half && (always || blocks >= machine.multiprocessors)) break;
+    if (needed <= half_of_shared(machine) && (always || blocks >= machine.multiprocessors)) break;
   }
   return found;
 }

@@ -22,8 +22,8 @@ FN_DEVICE int lane() { return threadIdx.x % kWarp; }  // of a team
 
 // ---- teams --------------------------------------------------------------------------------------------------------
 // Every function of a team is called by all threads of the block and gives all threads of a team the same result.
-constexpr int kTeamScratch = 320;  // bytes, at the start of shared memory: up to 5 numbers for each warp
-static_assert(kTeamScratch >= 8 * 5 * sizeof(double));
+constexpr int kMostWarps = 16;                                 // of a block
+constexpr int kTeamScratch = kMostWarps * 5 * sizeof(double);  // bytes, at the start of shared memory
 
 template <class A>
 FN_DEVICE A warp_sum(A v) {

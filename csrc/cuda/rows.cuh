@@ -152,19 +152,19 @@ struct Visits {
         read(0, next);
         f(0, next);
       }
-      return;
-    }
-    while (next.visit < count) {
-      Tile tile[Ahead];
+    } else {
+      while (next.visit < count) {
+        Tile tile[Ahead];
 #pragma unroll
-      for (int u = 0; u < Ahead; ++u) {
-        tile[u] = next;
-        if (next.visit < count) read(u, tile[u]);
-        advance(next, samples);
-      }
+        for (int u = 0; u < Ahead; ++u) {
+          tile[u] = next;
+          if (next.visit < count) read(u, tile[u]);
+          advance(next, samples);
+        }
 #pragma unroll
-      for (int u = 0; u < Ahead; ++u) {
-        if (tile[u].visit < count) f(u, tile[u]);
+        for (int u = 0; u < Ahead; ++u) {
+          if (tile[u].visit < count) f(u, tile[u]);
+        }
       }
     }
   }

@@ -47,7 +47,7 @@ update_statistics_kernel(UpdateStatistics p) {
 void update_statistics(const Context& context, const UpdateStatistics& p) {
   const int64_t threads = context.machine.threads, blocks = p.cumulative ? 1 : (p.C + threads - 1) / threads;
   const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
-  launch("update_statistics", Launch{grid, block, 0, 1, context.stream, 0}, update_statistics_kernel, p);
+  launch("update_statistics", Launch{grid, block, 0, 1, context.stream, 0, false}, update_statistics_kernel, p);
 }
 
 // The published ten rounds here: a seed must not resemble the draws that are made from it.
@@ -63,7 +63,7 @@ draw_seed_kernel(DrawSeed p) {
 bool compiled_for_clusters() { return compiled_for_clusters(draw_seed_kernel); }
 
 void draw_seed(const Context& context, const DrawSeed& p) {
-  launch("draw_seed", Launch{dim3(1), dim3(32), 0, 1, context.stream, 0}, draw_seed_kernel, p);
+  launch("draw_seed", Launch{dim3(1), dim3(32), 0, 1, context.stream, 0, false}, draw_seed_kernel, p);
 }
 
 }  // namespace fusednorm::cuda

@@ -160,7 +160,10 @@ FN_DEVICE T* shared_memory(int offset = 0, FN_SITE) {
   return reinterpret_cast<T*>(host::shared(offset, site));
 }
 
-FN_DEVICE int kept(int v) { return v; }
+template <class V>
+FN_DEVICE V kept(V v) {
+  return v;
+}
 FN_DEVICE float ratio(float a, float b) { return a / b; }
 FN_DEVICE double ratio(double a, double b) { return a / b; }
 
@@ -176,6 +179,10 @@ FN_DEVICE const T* cluster_peer(const T* p, unsigned rank, FN_SITE) {
   return static_cast<const T*>(host::cluster_peer(p, rank, site));
 }
 
+// One kernel runs after the other, but each thread of one that is launched early has to wait.
+FN_DEVICE void next_grid_may_start() {}
+FN_DEVICE void previous_grid_ends() { ++host::waits; }
+
 // ---- launches -------------------------------------------------------------------------------------------------------
 struct Launch {
   dim3 grid, block;
@@ -183,6 +190,7 @@ struct Launch {
   unsigned cluster;
   void* stream;
   int most_shared;
+  bool early;
 };
 
 template <class Arguments>
@@ -206,7 +214,9 @@ void launch(const char* name, const Launch& at, void (*kernel)(Arguments), const
     bound->kernel(bound->arguments);
   };
   const void* function = reinterpret_cast<const void*>(kernel);
+  host::waits = 0;
   host::run({name, body, &bound, function, &arguments, sizeof arguments}, {at.grid, at.block, at.shared, at.cluster});
+  host::expect_waits(name, at.early);
 }
 
 }  // namespace fusednorm::cuda

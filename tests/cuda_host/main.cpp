@@ -96,7 +96,7 @@ class Case {
     }
     machine_ = {int(number("mp")), int(number("shared")), int(number("cluster")), int(number("threads")),
                 static_cast<Residency>(int(number("residency")))};
-    host::settings.max_threads = machine_.threads;
+    host::settings.max_threads = 2 * machine_.threads;  // of resident kernels
     host::settings.max_shared = machine_.shared_per_block;
     host::settings.max_cluster = machine_.max_cluster;
     host::settings.max_schedulable = number("crowded") != 0 ? 1 : 8;

@@ -126,12 +126,12 @@ MUTATIONS = (
         "asan",
         OVERFLOW,
     ),
-    Mutation("small_shelf", "channels_first_resident.cuh", "(tensors > 1 ? 1 : 0)", "0", says="beyond its end"),
+    Mutation("small_shelf", "channels_first_resident.cuh", "(tensors > 1 ? kWarp : 0)", "0", says="beyond its end"),
     Mutation(
         "shelves_overlap",
         "channels_first_resident.cuh",
-        "threads * Tensors * kFragment * sizeof(T)",
-        "threads * kFragment * sizeof(T)",
+        "Tensors * area * V * sizeof(T)",
+        "area * V * sizeof(T)",
     ),
     Mutation(
         "mask_too_far",
@@ -179,6 +179,12 @@ MUTATIONS = (
         OVERFLOW,
     ),
     Mutation("last_group_counts", "state.cu", "group + i == p.groups - 1 ? last : usual", "usual"),
+    # Flat kernels.
+    Mutation("next_channel's_rows", "channels_first_flat.cuh", "(row + i < S ? 0 : pitch - S)", "0"),
+    Mutation(
+        "vectors_of_a_sector", "channels_first_flat.cuh", "% kLanes - before;", "% kLanes;", says="differ|exit code"
+    ),
+    Mutation("tail_of_rows", "channels_first.cuh", "(i / V) + i % V)", "(i / V))"),
     # Programs.
     Mutation("matched_statistics_are_noisy", "chain.cuh", "is(steps, Stage::drop) && noisy", "is(steps, Stage::drop)"),
     Mutation("no_residual_gradient", "chain.cuh", "if (is(steps, Stage::add)) added(g);", ""),
@@ -214,9 +220,10 @@ MUTATIONS = (
         "channels_last_staged.cuh",
         "int64_t{V} * kRows * threads * sizeof(float)",
         "int64_t{V} * threads * sizeof(float)",
-        says="beyond its end",
+        says="beyond its end|exit code -6",
     ),
     # Launches.
+    Mutation("early_and_no_wait", "channels_first.cuh", "previous_grid_ends();", "", says="does not wait"),
     Mutation(
         "no_room_for_clusters", "backend.cuh", "if (!can_hold(name, at, kernel)) return false;", "", says="find room"
     ),

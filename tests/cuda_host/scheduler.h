@@ -4,9 +4,11 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include <atomic>
 #include <set>
 #include <string>
 
@@ -60,6 +62,12 @@ struct Kernel {
 // Runs the kernel on every thread of the grid, to the end.
 void run(const Kernel& kernel, const Grid& grid);
 inline std::set<std::string> launched;  // the kernels that ran so far
+inline std::atomic<int64_t> waits;      // of a kernel's threads for the kernel in front to end
+inline void expect_waits(const char* kernel, bool early) {
+  if (!early || waits > 0) return;
+  fprintf(stderr, "%s is launched early and does not wait\n", kernel);
+  exit(kReported);
+}
 
 // Global memory: of a case that begins there is none, then what it is given. A sanitizer knows that by itself.
 void forget_memory();

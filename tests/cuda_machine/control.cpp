@@ -1,4 +1,5 @@
 // Where a warp's lanes go: branches, calls, and the places where they wait for one another.
+#include "../cuda/scheduler.h"
 #include "instructions.h"
 #include "machine.h"
 
@@ -52,6 +53,8 @@ void exit_lanes(Warp& w, I, Mask active) {
   w.put(active, State::exited);
   release(w);
 }
+
+void wait_for_grid(Warp&, I, Mask active) { fusednorm::cuda::host::waits += __builtin_popcount(active); }
 
 int barrier_of(I in) { return std::atoi(in.operands[0].name.c_str() + 1); }
 void bssy(Warp& w, I in, Mask active) { w.reconvergence[barrier_of(in)] = active; }
@@ -120,6 +123,8 @@ const Named* control_instructions() {
   static const Named all[] = {
       {"BRA", bra},
       {"BRX", brx},
+      {"PREEXIT", nothing},
+      {"ACQBULK", wait_for_grid},
       {"CALL", call},
       {"RET", ret},
       {"EXIT", exit_lanes},
