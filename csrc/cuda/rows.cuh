@@ -248,10 +248,15 @@ FN_DEVICE void row_values(const float (&drawn)[math::kRowsPerCall], A (&m)[kFrag
 struct SampleDraws {
   uint64_t call;  // the thread's
   int skipped;    // samples of the first call that lie before the tile
-  FN_DEVICE SampleDraws(const Samples& samples, const Visits& visits, const Tile& tile) {
-    const uint64_t first = samples.one ? 0 : visits.row(tile) / samples.length;
-    call = first / math::kRowsPerCall + lane();
-    skipped = first % math::kRowsPerCall;
+  FN_DEVICE SampleDraws(const Samples& samples, const Visits& visits, const Tile& tile, bool per_sample = true) {
+    if (per_sample) {
+      const uint64_t first = samples.one ? 0 : visits.row(tile) / samples.length;
+      call = first / math::kRowsPerCall + lane();
+      skipped = first % math::kRowsPerCall;
+    } else {
+      call = visits.call(tile);
+      skipped = 0;
+    }
   }
   // Where the draw of element j * V of the fragment is among those of the warp.
   template <int V>
@@ -320,8 +325,8 @@ FN_DEVICE Drawn draw_fragment(const Program<A>& q, Seed seed, const Samples& sam
   }
   float drawn[math::kRowsPerCall] = {};
   const bool per_sample = q.draw == Draw::each_sample;
-  const SampleDraws draws(samples, visits, tile);
-  const uint32_t byte = draw_call(q, seed, per_sample ? draws.call : visits.call(tile), c, drawn);
+  const SampleDraws draws(samples, visits, tile, per_sample);
+  const uint32_t byte = draw_call(q, seed, draws.call, c, drawn);
   if (q.noise != Noise::bernoulli) {
     per_sample ? draws.values<V>(samples, tile, drawn, m) : row_values<V>(drawn, m);
     return {kKeepAll, kKeepAll};

@@ -143,6 +143,9 @@ Operand read_operand(std::string text, char type) {
   if (const size_t dot = plain.find(".H"); dot != std::string::npos) {
     found.half = plain[dot + 2] - '0';
     plain.resize(dot);
+  } else if (const size_t dot = plain.find(".B"); dot != std::string::npos) {
+    found.byte = plain[dot + 2] - '0';
+    plain.resize(dot);
   }
   if ((found.index = numbered(plain, "R", "RZ", kZero)) >= 0) {
     found.kind = Kind::general;

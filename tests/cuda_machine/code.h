@@ -19,7 +19,7 @@ struct Operand {
   Kind kind = Kind::immediate;
   int index = 0;  // of the register or predicate; of a constant's bank
   bool negative = false, absolute = false, inverted = false;
-  int half = -1;               // of the register, as 16-bit values: 0, 1, or the whole of it
+  int half = -1, byte = -1;    // of the register, as values of so many bits; or the whole of it
   uint64_t value = 0;          // an immediate's bits, as the instruction takes them; an offset; a label's pc
   int base = kZero;            // constant and address: a general register,
   bool wide = false;           // which is a pair,

@@ -39,6 +39,8 @@ Lanes raw(const Warp& w, const Operand& from) {
   }
   if (from.half >= 0) {
     for (uint32_t& v : found) v = from.half ? v >> 16 : v & 0xffff;
+  } else if (from.byte >= 0) {
+    for (uint32_t& v : found) v = v >> 8 * from.byte & 0xff;
   }
   return found;
 }
