@@ -172,8 +172,8 @@ def widths(dtypes):
 
 
 def flat(dtypes):
-    """Short samples of as many channels as vectors have values, or twice as many: of one block and of clusters, the last
-    one short; more than a tile; addresses that are and are not multiples of 16 bytes and of a sector; draws of samples."""
+    """Short samples of as many channels as vectors have values, or more: of one block and of clusters, the last one
+    short; more than a tile; addresses that are and are not multiples of 16 bytes and of a sector; draws of samples."""
     cases = []
     for dtype in dtypes:
         for (n, s), machine in (

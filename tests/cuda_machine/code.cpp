@@ -38,8 +38,11 @@ std::vector<std::string> split(const std::string& text, char separator) {
 
 const std::map<std::string, int>& mods() {
   static const std::map<std::string, int> known = [] {
-    std::map<std::string, int> known{
-        {"32", int(Mod::WORD)}, {"64", int(Mod::DOUBLE)}, {"128", int(Mod::QUAD)}, {"NAN", int(Mod::UNORDERED)}, {"U16x2", int(Mod::U16X2)}};
+    std::map<std::string, int> known{{"32", int(Mod::WORD)},
+                                     {"64", int(Mod::DOUBLE)},
+                                     {"128", int(Mod::QUAD)},
+                                     {"NAN", int(Mod::UNORDERED)},
+                                     {"U16x2", int(Mod::U16X2)}};
 #define MACHINE_MOD(name) known.emplace(#name, int(Mod::name));
     MACHINE_MODS(MACHINE_MOD)
 #undef MACHINE_MOD
