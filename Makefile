@@ -16,7 +16,7 @@ CENSUS_VENV = $(if $(VENV),.venv-census)
 CUDA_TORCH = torch==2.11.0
 CUDA_VENV  = $(if $(VENV),.venv-cuda)
 CUDA_BUILD = build/cuda
-TORCH_CUDA_ARCH_LIST ?= 7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX
+TORCH_CUDA_ARCH_LIST ?= 8.0 9.0+PTX
 REPORT =
 
 PY     := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))

@@ -102,6 +102,7 @@ void run(const Kernel& kernel, const Grid& grid) {
   };
   const unsigned columns = most("FN_MACHINE_COLUMNS", grid.grid.x);
   const unsigned chunks = most("FN_MACHINE_CHUNKS", grid.grid.y / grid.cluster);
+  if (columns == 0 || chunks == 0) waits = 1;  // nobody is there to wait
   Launched* launch = nullptr;
   if (counting()) {
     launch = &count_launch(
