@@ -102,12 +102,7 @@ inline Launch launch_of(const Context& context, const Plan& plan, int chunks, si
   const dim3 block(static_cast<unsigned>(plan.threads_x), static_cast<unsigned>(plan.threads_y));
   return {grid, block, shared, cluster, context.stream, context.machine.shared_per_block, false};
 }
-template <class Arguments>
-void run(const Context& context, const char* name, const Plan& plan, int chunks, size_t shared,
-         void (*kernel)(Arguments), const Arguments& arguments, int64_t groups = 1) {
-  launch(name, launch_of(context, plan, chunks, shared, 1, groups), kernel, arguments);
-}
-// Behind a first kernel, if that was launched: where clusters are, kernels can also be launched early.
+// A second kernel, `behind` a first one if that was launched: where clusters are, it can also be launched early.
 template <class Arguments>
 void run_second(const Context& context, bool behind, const char* name, const Plan& plan, int chunks, size_t shared,
                 void (*kernel)(Arguments), const Arguments& arguments, int64_t groups = 1) {
@@ -115,11 +110,16 @@ void run_second(const Context& context, bool behind, const char* name, const Pla
   at.early = behind && context.machine.max_cluster > 1;
   launch(name, at, kernel, arguments);
 }
+template <class Arguments>
+void run(const Context& context, const char* name, const Plan& plan, int chunks, size_t shared,
+         void (*kernel)(Arguments), const Arguments& arguments, int64_t groups = 1) {
+  run_second(context, false, name, plan, chunks, shared, kernel, arguments, groups);
+}
 
-// Runs a resident kernel, which keeps so many tensors, if there is a plan for it and room for its clusters. `set` takes
-// the plan into the arguments.
+// Runs a kernel that keeps so many tensors on its shelf, if there is a plan for it and room for its clusters. `set`
+// takes the plan into the arguments.
 template <class T, class Arguments, class Set>
-bool run_resident(const Context& context, const char* name, const Plan& teams, const Cut& part, int64_t unit,
+bool run_on_shelf(const Context& context, const char* name, const Plan& teams, const Cut& part, int64_t unit,
                   int tensors, void (*kernel)(Arguments), Arguments& arguments, Set set) {
   const auto bytes = [&](const Plan& plan) {
     return kResidentScratch + shelf_bytes(plan.chunk_rows, plan.threads_y, tensors, sizeof(T));
@@ -137,6 +137,13 @@ bool run_resident(const Context& context, const char* name, const Plan& teams, c
   launch(name, at, kernel, arguments);
   return true;
 }
+template <class T, class Arguments, class Set>
+bool run_resident(const Context& context, const char* name, const Shape& shape, const Cut& part, int tensors,
+                  void (*kernel)(Arguments), Arguments& arguments, Set set) {
+  return run_on_shelf<T>(context, name, plan_teams(shape, part, sizeof(T), context.machine), part, kTileRows, tensors,
+                         kernel, arguments, set);
+}
+
 template <class A>
 Pair<A>* partials(const Context& context, const Plan& plan, int64_t C) {
   return static_cast<Pair<A>*>(context.workspace(sizeof(Pair<A>) * static_cast<size_t>(plan.chunks * C)));
@@ -144,19 +151,19 @@ Pair<A>* partials(const Context& context, const Plan& plan, int64_t C) {
 
 // Flat kernels, for whole groups of as many channels as a vector has values.
 template <class T>
-bool is_flat(const Context& context, const Call& call, const Shape& shape, std::initializer_list<const T*> tensors) {
+bool is_flat(const Context& context, Draw draw, const Shape& shape, std::initializer_list<const T*> tensors) {
   constexpr int V = kVector<T>;
   for (const T* p : tensors) {
     if (!p || reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
   }
   return !shape.channels_last && shape.S % V != 0 && shape.S > V && shape.S < kMostReciprocal && shape.N > 1 &&
          shape.C % V == 0 && shape.C * shape.S < INT32_MAX && context.machine.threads >= kWarp * V &&
-         stages_of<opmath_t<T>>(call).draw != Draw::each_sample;
+         draw != Draw::each_sample;
 }
 template <class T, class Arguments, class Set>
 bool run_flat(const Context& context, const char* name, const Shape& shape, int tensors, void (*kernel)(Arguments),
               Arguments& arguments, Set set) {
-  return run_resident<T>(context, name, plan_flat(shape, kVector<T>, context.machine), whole(shape), 8 * shape.S,
+  return run_on_shelf<T>(context, name, plan_flat(shape, kVector<T>, context.machine), whole(shape), 8 * shape.S,
                          tensors, kernel, arguments, set);
 }
 
@@ -183,13 +190,12 @@ void forward(const Context& context, const Call& call, const Forward<T>& p) {
     run_second(context, q.training, "channels_last_apply", plan, plan.chunks, scratch, channels_last_apply<T, V>, q);
     return;
   }
-  if (q.training && V < kVector<T> && is_flat<T>(context, call, q.shape, {p.x, p.y}) &&
+  if (q.training && V < kVector<T> && is_flat<T>(context, q.stages.draw, q.shape, {p.x, p.y}) &&
       run_flat<T>(context, "channels_first_flat_forward", q.shape, 1, channels_first_flat_forward<T>, q, cut)) {
     return;
   }
-  if (q.training && run_resident<T>(context, "channels_first_resident_forward",
-                                    plan_teams(q.shape, whole(q.shape), sizeof(T), context.machine), whole(q.shape),
-                                    kTileRows, 1, channels_first_resident_forward<T, V>, q, cut)) {
+  if (q.training && run_resident<T>(context, "channels_first_resident_forward", q.shape, whole(q.shape), 1,
+                                    channels_first_resident_forward<T, V>, q, cut)) {
     return;
   }
   const Plan plan = plan_channels_first(q.shape, whole(q.shape), sizeof(T), kBlocks<T>, context.machine);
@@ -227,13 +233,12 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
                channels_last_input_gradient<T, V>, q);
     return;
   }
-  if (gathers && p.dx && V < kVector<T> && is_flat<T>(context, call, q.shape, {p.x, p.g, p.dx}) &&
+  if (gathers && p.dx && V < kVector<T> && is_flat<T>(context, q.stages.draw, q.shape, {p.x, p.g, p.dx}) &&
       run_flat<T>(context, "channels_first_flat_backward", q.shape, 2, channels_first_flat_backward<T>, q, cut)) {
     return;
   }
   if (gathers && p.dx &&
-      run_resident<T>(context, "channels_first_resident_backward",
-                      plan_teams(q.shape, whole(q.shape), sizeof(T), context.machine), whole(q.shape), kTileRows, 2,
+      run_resident<T>(context, "channels_first_resident_backward", q.shape, whole(q.shape), 2,
                       channels_first_resident_backward<T, V>, q, cut)) {
     return;
   }
@@ -307,8 +312,7 @@ void forward_staged(const Context& context, const Call& call, const Forward<T>& 
   }
   const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
   if constexpr (kStagedResident<V>) {
-    if (q.training && run_resident<T>(context, "channels_first_staged_resident_forward",
-                                      plan_teams(q.shape, part, sizeof(T), context.machine), part, kTileRows, 1,
+    if (q.training && run_resident<T>(context, "channels_first_staged_resident_forward", q.shape, part, 1,
                                       channels_first_staged_resident_forward<T, V>, q, set)) {
       return;
     }
@@ -357,8 +361,7 @@ void backward_staged(const Context& context, const Call& call, const Backward<T>
   const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
   if constexpr (kStagedResident<V>) {
     if (gathers && elements && part.groups == 1 &&
-        run_resident<T>(context, "channels_first_staged_resident_backward",
-                        plan_teams(q.shape, part, sizeof(T), context.machine), part, kTileRows, 2,
+        run_resident<T>(context, "channels_first_staged_resident_backward", q.shape, part, 2,
                         channels_first_staged_resident_backward<T, V>, q, set)) {
       return;
     }

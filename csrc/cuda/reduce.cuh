@@ -99,7 +99,7 @@ struct Table {
     constexpr int kValues = N * sizeof(A) > 16 ? 16 / sizeof(A) : N;
 #pragma unroll
     for (int i = 0; i < N; i += kValues) {
-      const auto pack = *reinterpret_cast<const Pack<A, kValues>*>(&at(row, threadIdx.x * V + first + i));
+      const Pack<A, kValues> pack = load<kValues>(&at(row, threadIdx.x * V + first + i));
 #pragma unroll
       for (int j = 0; j < kValues; ++j) to[i + j] = pack.word[j];
     }
