@@ -212,3 +212,24 @@ def test_tables(benchmarks, model, reported, everything, tables):
     for gpu in model.GPUS:
         assert (gpu in text) == (everything or gpu == "H100")
     assert ("(0.0) us" in text) == everything  # a B200 runs it only where it is told to
+
+
+def test_residency_is_what_is_predicted_to_be_faster():
+    """plan.h chooses by constants; on each GPU and for each row that has both ways, as the stored predictions would."""
+    stored = json.loads((ROOT / "benchmarks" / "results" / "cuda-report-sm_90.json").read_text())
+    ways = {}
+    for row in stored["rows"]:
+        kernel = row["kernel"].split("<")[0].removeprefix("channels_first_")
+        if kernel == row["kernel"].split("<")[0]:
+            continue
+        forward = kernel.endswith(("statistics", "apply", "forward"))
+        resident = kernel.startswith(("resident", "flat"))
+        for gpu, at in row["gpus"].items():
+            both = ways.setdefault((row["row"], forward, gpu), {})
+            way = both.setdefault(resident, {"predicted_us": 0, "default": at["default"]})
+            way["predicted_us"] += at["predicted_us"]
+    ways = {key: both for key, both in ways.items() if len(both) == 2}
+    assert {gpu for *_, gpu in ways} >= {"H100", "H200", "B200"}
+    for key, both in ways.items():
+        chosen = next(way for way in both.values() if way["default"])
+        assert chosen["predicted_us"] == min(way["predicted_us"] for way in both.values()), key

@@ -6,7 +6,6 @@
 #include "channels_first.cuh"
 #include "channels_first_flat.cuh"
 #include "channels_first_resident.cuh"
-#include "channels_first_staged.cuh"
 #include "channels_last.cuh"
 #include "channels_last_staged.cuh"
 #include "plan.h"
@@ -24,8 +23,9 @@ bool vectorises(const Shape& shape, std::initializer_list<const T*> tensors, con
   return (shape.channels_last ? shape.C : shape.S) % V == 0;
 }
 
+// The chain as kernels take it.
 template <class A>
-Stages<A> stages_of(const Call& call) {
+void chain_of(const Call& call, Stages<A>& q) {
   const Chain& chain = call.chain;
   Draw draw = Draw::each_sample;
   if (!chain.draws()) {
@@ -34,12 +34,12 @@ Stages<A> stages_of(const Call& call) {
     draw = Draw::each_row;  // S = 1: r is n, the same draws
   }
   const bool acts = chain.before_has(Stage::act) || chain.after_at(Stage::act) >= 0;
-  return {acts ? chain.activation : 0,  // an order may leave it out
-          {static_cast<A>(chain.parameters[0]), static_cast<A>(chain.parameters[1])},
-          draw,
-          chain.threshold,
-          static_cast<A>(chain.multiplier),
-          call.seed};
+  q = {acts ? chain.activation : 0,  // an order may leave it out
+       {static_cast<A>(chain.parameters[0]), static_cast<A>(chain.parameters[1])},
+       draw,
+       chain.threshold,
+       static_cast<A>(chain.multiplier),
+       call.seed};
 }
 
 // Whether Stages say it all.
@@ -52,10 +52,9 @@ inline bool is_plain(const Call& call) {
 }
 
 template <class A>
-Program<A> program_of(const Call& call) {
+void chain_of(const Call& call, Program<A>& q) {
   const Chain& chain = call.chain;
-  Program<A> q{};
-  static_cast<Stages<A>&>(q) = stages_of<A>(call);
+  chain_of(call, static_cast<Stages<A>&>(q));
   const auto append = [](Steps& to, Steps step) {
     int at = 0;
     while (to >> at) at += 4;
@@ -80,7 +79,6 @@ Program<A> program_of(const Call& call) {
   q.noisy = q.noisy_before || chain.after_at(Stage::drop) >= 0;
   q.saves_pass = chain.saves_pass();
   q.saves_keep = chain.saves_keep();
-  return q;
 }
 
 // With one channel, samples follow one another: one long sample, unless its noise or its groups ask where each begins.
@@ -96,6 +94,13 @@ inline Cut group_of(const Call& call, const Shape& shape) {
   return call.groups == 1 ? whole(shape) : Cut{call.ghost * shape.S, call.groups};
 }
 
+// A kernel and its name.
+template <class Arguments>
+struct Kernel {
+  const char* name;
+  void (*code)(Arguments);
+};
+
 inline Launch launch_of(const Context& context, const Plan& plan, int chunks, size_t shared, unsigned cluster,
                         int64_t groups) {
   const dim3 grid(static_cast<unsigned>(plan.blocks_x * groups), static_cast<unsigned>(chunks));
@@ -104,23 +109,23 @@ inline Launch launch_of(const Context& context, const Plan& plan, int chunks, si
 }
 // A second kernel, `behind` a first one if that was launched: where clusters are, it can also be launched early.
 template <class Arguments>
-void run_second(const Context& context, bool behind, const char* name, const Plan& plan, int chunks, size_t shared,
-                void (*kernel)(Arguments), const Arguments& arguments, int64_t groups = 1) {
+void run_second(const Context& context, bool behind, Kernel<Arguments> kernel, const Plan& plan, int chunks,
+                size_t shared, const Arguments& arguments, int64_t groups) {
   Launch at = launch_of(context, plan, chunks, shared, 1, groups);
   at.early = behind && context.machine.max_cluster > 1;
-  launch(name, at, kernel, arguments);
+  launch(kernel.name, at, kernel.code, arguments);
 }
 template <class Arguments>
-void run(const Context& context, const char* name, const Plan& plan, int chunks, size_t shared,
-         void (*kernel)(Arguments), const Arguments& arguments, int64_t groups = 1) {
-  run_second(context, false, name, plan, chunks, shared, kernel, arguments, groups);
+void run(const Context& context, Kernel<Arguments> kernel, const Plan& plan, size_t shared,
+         const Arguments& arguments) {
+  run_second(context, false, kernel, plan, plan.chunks, shared, arguments, arguments.groups.count);
 }
 
 // Runs a kernel that keeps so many tensors on its shelf, if there is a plan for it and room for its clusters. `set`
 // takes the plan into the arguments.
 template <class T, class Arguments, class Set>
-bool run_on_shelf(const Context& context, const char* name, const Plan& teams, const Cut& part, int64_t unit,
-                  int tensors, void (*kernel)(Arguments), Arguments& arguments, Set set) {
+bool run_on_shelf(const Context& context, Kernel<Arguments> kernel, const Plan& teams, const Cut& part, int64_t unit,
+                  int tensors, Arguments& arguments, Set set) {
   const auto bytes = [&](const Plan& plan) {
     return kResidentScratch + shelf_bytes(plan.chunk_rows, plan.threads_y, tensors, sizeof(T));
   };
@@ -132,24 +137,13 @@ bool run_on_shelf(const Context& context, const char* name, const Plan& teams, c
   }
 
   const Launch at = launch_of(context, plan, plan.chunks, bytes(plan), plan.chunks, part.groups);
-  if (!can_hold(name, at, kernel)) return false;
+  if (!can_hold(kernel.name, at, kernel.code)) return false;
   set(plan);
-  launch(name, at, kernel, arguments);
+  launch(kernel.name, at, kernel.code, arguments);
   return true;
 }
-template <class T, class Arguments, class Set>
-bool run_resident(const Context& context, const char* name, const Shape& shape, const Cut& part, int tensors,
-                  void (*kernel)(Arguments), Arguments& arguments, Set set) {
-  return run_on_shelf<T>(context, name, plan_teams(shape, part, sizeof(T), context.machine), part, kTileRows, tensors,
-                         kernel, arguments, set);
-}
 
-template <class A>
-Pair<A>* partials(const Context& context, const Plan& plan, int64_t C) {
-  return static_cast<Pair<A>*>(context.workspace(sizeof(Pair<A>) * static_cast<size_t>(plan.chunks * C)));
-}
-
-// Flat kernels, for whole groups of as many channels as a vector has values.
+// Flat kernels are for whole groups of as many channels as a vector has values.
 template <class T>
 bool is_flat(const Context& context, Draw draw, const Shape& shape, std::initializer_list<const T*> tensors) {
   constexpr int V = kVector<T>;
@@ -160,111 +154,62 @@ bool is_flat(const Context& context, Draw draw, const Shape& shape, std::initial
          shape.C % V == 0 && shape.C * shape.S < INT32_MAX && context.machine.threads >= kWarp * V &&
          draw != Draw::each_sample;
 }
-template <class T, class Arguments, class Set>
-bool run_flat(const Context& context, const char* name, const Shape& shape, int tensors, void (*kernel)(Arguments),
-              Arguments& arguments, Set set) {
-  return run_on_shelf<T>(context, name, plan_flat(shape, kVector<T>, context.machine), whole(shape), 8 * shape.S,
-                         tensors, kernel, arguments, set);
-}
 
-template <class T, int V>
-void forward(const Context& context, const Call& call, const Forward<T>& p) {
-  using A = opmath_t<T>;
-  ForwardArguments<T> q{};
-  q.shape = simplified(call);
-  q.samples = samples_of(q.shape);
-  q.stages = stages_of<A>(call);
-  q.p = p;
-  q.eps = static_cast<A>(call.eps);
-  q.training = call.training;
-  const auto cut = [&](const Plan& plan) { q.chunks = {q.shape.rows(), plan.chunk_rows, plan.chunks}; };
-
-  if (q.shape.channels_last) {
-    const Plan plan = plan_channels_last(q.shape, whole(q.shape), V, sizeof(T), context.machine);
-    const size_t scratch = column_scratch<A, V>(plan.threads_x * plan.threads_y, plan.threads_x);
-    cut(plan);
-    if (q.training) {
-      q.partials = partials<A>(context, plan, q.shape.C);
-      run(context, "channels_last_statistics", plan, plan.chunks, scratch, channels_last_statistics<T, V>, q);
-    }
-    run_second(context, q.training, "channels_last_apply", plan, plan.chunks, scratch, channels_last_apply<T, V>, q);
-    return;
-  }
-  if (q.training && V < kVector<T> && is_flat<T>(context, q.stages.draw, q.shape, {p.x, p.y}) &&
-      run_flat<T>(context, "channels_first_flat_forward", q.shape, 1, channels_first_flat_forward<T>, q, cut)) {
-    return;
-  }
-  if (q.training && run_resident<T>(context, "channels_first_resident_forward", q.shape, whole(q.shape), 1,
-                                    channels_first_resident_forward<T, V>, q, cut)) {
-    return;
-  }
-  const Plan plan = plan_channels_first(q.shape, whole(q.shape), sizeof(T), kBlocks<T>, context.machine);
-  cut(plan);
-  if (q.training) {
-    q.partials = partials<A>(context, plan, q.shape.C);
-    run(context, "channels_first_statistics", plan, plan.chunks, kTeamScratch, channels_first_statistics<T, V>, q);
-  }
-  run_second(context, q.training, "channels_first_apply", plan, plan.chunks, kTeamScratch, channels_first_apply<T, V>,
-             q);
-}
-
-template <class T, int V>
-void backward(const Context& context, const Call& call, const Backward<T>& p) {
-  using A = opmath_t<T>;
-  BackwardArguments<T> q{};
-  q.shape = simplified(call);
-  q.samples = samples_of(q.shape);
-  q.stages = stages_of<A>(call);
-  q.p = p;
-  q.training = call.training;
-  const bool gathers = call.training || p.grad_weight.data || p.grad_bias.data;
-  const auto cut = [&](const Plan& plan) { q.chunks = {q.shape.rows(), plan.chunk_rows, plan.chunks}; };
-  const auto chunks_of_dx = [&](const Plan& plan) { return p.dx ? plan.chunks : 1; };  // 1: only to merge the sums
-
-  if (q.shape.channels_last) {
-    const Plan plan = plan_channels_last(q.shape, whole(q.shape), V, sizeof(T), context.machine);
-    const size_t scratch = column_scratch<A, V>(plan.threads_x * plan.threads_y, plan.threads_x);
-    cut(plan);
-    if (gathers) {
-      q.partials = partials<A>(context, plan, q.shape.C);
-      run(context, "channels_last_gradient_sums", plan, plan.chunks, scratch, channels_last_gradient_sums<T, V>, q);
-    }
-    run_second(context, gathers, "channels_last_input_gradient", plan, chunks_of_dx(plan), scratch,
-               channels_last_input_gradient<T, V>, q);
-    return;
-  }
-  if (gathers && p.dx && V < kVector<T> && is_flat<T>(context, q.stages.draw, q.shape, {p.x, p.g, p.dx}) &&
-      run_flat<T>(context, "channels_first_flat_backward", q.shape, 2, channels_first_flat_backward<T>, q, cut)) {
-    return;
-  }
-  if (gathers && p.dx &&
-      run_resident<T>(context, "channels_first_resident_backward", q.shape, whole(q.shape), 2,
-                      channels_first_resident_backward<T, V>, q, cut)) {
-    return;
-  }
-  const Plan plan = plan_channels_first(q.shape, whole(q.shape), sizeof(T), kBackwardBlocks, context.machine);
-  cut(plan);
-  if (gathers) {
-    q.partials = partials<A>(context, plan, q.shape.C);
-    run(context, "channels_first_gradient_sums", plan, plan.chunks, kTeamScratch, channels_first_gradient_sums<T, V>,
-        q);
-  }
-  run_second(context, gathers, "channels_first_input_gradient", plan, chunks_of_dx(plan), kTeamScratch,
-             channels_first_input_gradient<T, V>, q);
-}
-
-// ---- programs -----------------------------------------------------------------------------------------------------
-// Resident where 4 values go at a time or more, as on most maps: staged kernels of less would spill.
-template <int V>
-constexpr bool kStagedResident = V >= 4;
+// The kernels of a chain that is Stages, and of one that is a Program.
+template <class Type, int Vector>
+struct Plain {
+  using T = Type;
+  static constexpr int V = Vector, kColumns = V, kFirstBlocks = kBlocks<T>;
+  static constexpr bool resident = true, flat = V < kVector<T>;
+  using Forward = ForwardArguments<T>;
+  static constexpr Kernel<Forward> statistics{"channels_first_statistics", channels_first_statistics<T, V>};
+  static constexpr Kernel<Forward> apply{"channels_first_apply", channels_first_apply<T, V>};
+  static constexpr Kernel<Forward> resident_forward{"channels_first_resident_forward",
+                                                    channels_first_resident_forward<T, V>};
+  static constexpr Kernel<Forward> column_statistics{"channels_last_statistics", channels_last_statistics<T, V>};
+  static constexpr Kernel<Forward> column_apply{"channels_last_apply", channels_last_apply<T, V>};
+  using Backward = BackwardArguments<T>;
+  static constexpr Kernel<Backward> sums{"channels_first_gradient_sums", channels_first_gradient_sums<T, V>};
+  static constexpr Kernel<Backward> gradient{"channels_first_input_gradient", channels_first_input_gradient<T, V>};
+  static constexpr Kernel<Backward> resident_backward{"channels_first_resident_backward",
+                                                      channels_first_resident_backward<T, V>};
+  static constexpr Kernel<Backward> column_sums{"channels_last_gradient_sums", channels_last_gradient_sums<T, V>};
+  static constexpr Kernel<Backward> column_gradient{"channels_last_input_gradient", channels_last_input_gradient<T, V>};
+};
+template <class Type, int Vector>
+struct Staged {
+  using T = Type;
+  static constexpr int V = Vector, kColumns = V < kStagedColumns ? V : kStagedColumns, kFirstBlocks = kBackwardBlocks;
+  static constexpr bool resident = V >= 4, flat = false;  // of less, kernels with a shelf would spill
+  using Forward = StagedForwardArguments<T>;
+  static constexpr Kernel<Forward> statistics{"channels_first_staged_statistics",
+                                              channels_first_staged_statistics<T, V>};
+  static constexpr Kernel<Forward> apply{"channels_first_staged_apply", channels_first_staged_apply<T, V>};
+  static constexpr Kernel<Forward> resident_forward{"channels_first_staged_resident_forward",
+                                                    channels_first_staged_resident_forward<T, V>};
+  static constexpr Kernel<Forward> column_statistics{"channels_last_staged_statistics",
+                                                     channels_last_staged_statistics<T, kColumns>};
+  static constexpr Kernel<Forward> column_apply{"channels_last_staged_apply", channels_last_staged_apply<T, kColumns>};
+  using Backward = StagedBackwardArguments<T>;
+  static constexpr Kernel<Backward> sums{"channels_first_staged_gradient_sums",
+                                         channels_first_staged_gradient_sums<T, V>};
+  static constexpr Kernel<Backward> gradient{"channels_first_staged_input_gradient",
+                                             channels_first_staged_input_gradient<T, V>};
+  static constexpr Kernel<Backward> resident_backward{"channels_first_staged_resident_backward",
+                                                      channels_first_staged_resident_backward<T, V>};
+  static constexpr Kernel<Backward> column_sums{"channels_last_staged_gradient_sums",
+                                                channels_last_staged_gradient_sums<T, kColumns>};
+  static constexpr Kernel<Backward> column_gradient{"channels_last_staged_input_gradient",
+                                                    channels_last_staged_input_gradient<T, kColumns>};
+};
 
 // What forward, backward and noise have in common.
-template <class Arguments, class T>
-Arguments staged_arguments(const Call& call) {
+template <class Arguments>
+Arguments arguments_of(const Call& call) {
   Arguments q{};
   q.shape = simplified(call);
   q.samples = samples_of(q.shape);
-  q.program = program_of<opmath_t<T>>(call);
+  chain_of(call, q.chain);
   q.training = call.training;
   return q;
 }
@@ -274,126 +219,120 @@ void apply_plan(Arguments& q, const Cut& part, const Plan& plan) {
   q.groups = {part.groups, static_cast<unsigned>(plan.blocks_x), q.shape.rows()};
 }
 
-template <class T, int V>
-size_t column_bytes(const Plan& plan, const Program<opmath_t<T>>& program) {
-  const int threads = plan.threads_x * plan.threads_y;
-  const bool numbers = program.noise == Noise::uniform || program.noise == Noise::gaussian;
-  return column_scratch<opmath_t<T>, V>(threads, plan.threads_x) + (numbers ? multiplier_bytes(V, threads) : 0);
+// Room for partial sums, `pairs` for each channel of each chunk.
+template <class Arguments, class A = typename Arguments::A>
+Pair<A>* partials(const Context& context, const Arguments& q, int pairs) {
+  const int64_t channels = q.groups.count * q.chunks.count * q.shape.C;
+  return static_cast<Pair<A>*>(context.workspace(sizeof(Pair<A>) * static_cast<size_t>(pairs * channels)));
 }
 
-template <class T, int V>
-void forward_staged(const Context& context, const Call& call, const Forward<T>& p) {
-  using A = opmath_t<T>;
-  auto q = staged_arguments<StagedForwardArguments<T>, T>(call);
+// Shared memory of channels-last kernels.
+template <int V, class A>
+size_t column_bytes(const Plan& plan, const Stages<A>&) {
+  return column_scratch<A, V>(plan.threads_x * plan.threads_y, plan.threads_x);
+}
+template <int V, class A>
+size_t column_bytes(const Plan& plan, const Program<A>& program) {
+  const bool numbers = program.noise == Noise::uniform || program.noise == Noise::gaussian;
+  return column_bytes<V>(plan, static_cast<const Stages<A>&>(program)) +
+         (numbers ? multiplier_bytes(V, plan.threads_x * plan.threads_y) : 0);
+}
+
+template <class Kernels, class T>
+void run_forward(const Context& context, const Call& call, const Forward<T>& p) {
+  constexpr int V = Kernels::V;
+  auto q = arguments_of<typename Kernels::Forward>(call);
   q.p = p;
-  q.eps = static_cast<A>(call.eps);
+  q.eps = static_cast<opmath_t<T>>(call.eps);
   const Cut part = group_of(call, q.shape);
-  const auto gather = [&](const Plan& plan) {
-    Plan all = plan;
-    all.chunks = 1;
-    const int64_t pairs = part.groups * plan.chunks * q.shape.C;
-    q.partials = partials<A>(context, all, pairs);
-    if (p.stat_mean) q.matched_partials = partials<A>(context, all, pairs);
+  const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
+  const auto run_both = [&](const Plan& plan, size_t shared, auto first, auto second) {
+    set(plan);
+    if (q.training) {
+      q.partials[0] = partials(context, q, 1);
+      if (p.stat_mean) q.partials[1] = partials(context, q, 1);
+      run(context, first, plan, shared, q);
+    }
+    run_second(context, q.training, second, plan, plan.chunks, shared, q, part.groups);
   };
 
   if (q.shape.channels_last) {
-    constexpr int kV = V < kStagedColumns ? V : kStagedColumns;
-    const Plan plan = plan_channels_last(q.shape, part, kV, sizeof(T), context.machine);
-    const size_t shared = column_bytes<T, kV>(plan, q.program);
-    apply_plan(q, part, plan);
-    if (q.training) {
-      gather(plan);
-      run(context, "channels_last_staged_statistics", plan, plan.chunks, shared, channels_last_staged_statistics<T, kV>,
-          q, part.groups);
-    }
-    run_second(context, q.training, "channels_last_staged_apply", plan, plan.chunks, shared,
-               channels_last_staged_apply<T, kV>, q, part.groups);
-    return;
+    const Plan plan = plan_channels_last(q.shape, part, Kernels::kColumns, sizeof(T), context.machine);
+    const size_t shared = column_bytes<Kernels::kColumns>(plan, q.chain);
+    return run_both(plan, shared, Kernels::column_statistics, Kernels::column_apply);
   }
-  const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
-  if constexpr (kStagedResident<V>) {
-    if (q.training && run_resident<T>(context, "channels_first_staged_resident_forward", q.shape, part, 1,
-                                      channels_first_staged_resident_forward<T, V>, q, set)) {
+  if constexpr (Kernels::flat) {
+    constexpr Kernel<typename Kernels::Forward> flat{"channels_first_flat_forward", channels_first_flat_forward<T>};
+    if (q.training && is_flat<T>(context, q.chain.draw, q.shape, {p.x, p.y}) &&
+        run_on_shelf<T>(context, flat, plan_flat(q.shape, kVector<T>, context.machine), part, 8 * q.shape.S, 1, q,
+                        set)) {
       return;
     }
   }
-  const Plan plan = plan_channels_first(q.shape, part, sizeof(T), kBackwardBlocks, context.machine);
-  apply_plan(q, part, plan);
-  if (q.training) {
-    gather(plan);
-    run(context, "channels_first_staged_statistics", plan, plan.chunks, kTeamScratch,
-        channels_first_staged_statistics<T, V>, q, part.groups);
+  if constexpr (Kernels::resident) {
+    const Plan teams = plan_teams(q.shape, part, sizeof(T), context.machine);
+    if (q.training && run_on_shelf<T>(context, Kernels::resident_forward, teams, part, kTileRows, 1, q, set)) return;
   }
-  run_second(context, q.training, "channels_first_staged_apply", plan, plan.chunks, kTeamScratch,
-             channels_first_staged_apply<T, V>, q, part.groups);
+  const Plan plan = plan_channels_first(q.shape, part, sizeof(T), Kernels::kFirstBlocks, context.machine);
+  run_both(plan, kTeamScratch, Kernels::statistics, Kernels::apply);
 }
 
-template <class T, int V>
-void backward_staged(const Context& context, const Call& call, const Backward<T>& p) {
-  using A = opmath_t<T>;
-  auto q = staged_arguments<StagedBackwardArguments<T>, T>(call);
+template <class Kernels, class T>
+void run_backward(const Context& context, const Call& call, const Backward<T>& p) {
+  auto q = arguments_of<typename Kernels::Backward>(call);
   q.p = p;
   const Cut part = group_of(call, q.shape);
   const bool elements = p.dx || p.grad_residual;
   const bool gathers = call.training || p.grad_weight.data || p.grad_bias.data || p.grad_act_weight.data;
-  const auto gather = [&](const Plan& plan) {
-    const int64_t values = (q.program.has_weight ? kSums : 2) * part.groups * plan.chunks * q.shape.C;
-    q.partials = static_cast<A*>(context.workspace(sizeof(A) * static_cast<size_t>(values)));
+  const bool resident = gathers && elements && part.groups == 1;
+  const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
+  const auto run_both = [&](const Plan& plan, size_t shared, auto first, auto second) {
+    set(plan);
+    if (gathers) {
+      q.partials = partials(context, q, q.gathers(2) ? kSums / 2 : 1);
+      run(context, first, plan, shared, q);
+    }
+    // Without gradients of elements, the second kernel only finishes those of the parameters.
+    run_second(context, gathers, second, plan, elements ? plan.chunks : 1, shared, q, elements ? part.groups : 1);
   };
-  // Without gradients of elements, the second kernel only finishes those of the parameters.
-  const auto second = [&](const Plan& plan) { return elements ? plan.chunks : 1; };
-  const int64_t second_groups = elements ? part.groups : 1;
 
   if (q.shape.channels_last) {
-    constexpr int kV = V < kStagedColumns ? V : kStagedColumns;
-    const Plan plan = plan_channels_last(q.shape, part, kV, sizeof(T), context.machine);
-    const size_t shared = column_bytes<T, kV>(plan, q.program);
-    apply_plan(q, part, plan);
-    if (gathers) {
-      gather(plan);
-      run(context, "channels_last_staged_gradient_sums", plan, plan.chunks, shared,
-          channels_last_staged_gradient_sums<T, kV>, q, part.groups);
-    }
-    run_second(context, gathers, "channels_last_staged_input_gradient", plan, second(plan), shared,
-               channels_last_staged_input_gradient<T, kV>, q, second_groups);
-    return;
+    const Plan plan = plan_channels_last(q.shape, part, Kernels::kColumns, sizeof(T), context.machine);
+    const size_t shared = column_bytes<Kernels::kColumns>(plan, q.chain);
+    return run_both(plan, shared, Kernels::column_sums, Kernels::column_gradient);
   }
-  const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
-  if constexpr (kStagedResident<V>) {
-    if (gathers && elements && part.groups == 1 &&
-        run_resident<T>(context, "channels_first_staged_resident_backward", q.shape, part, 2,
-                        channels_first_staged_resident_backward<T, V>, q, set)) {
+  if constexpr (Kernels::flat) {
+    constexpr Kernel<typename Kernels::Backward> flat{"channels_first_flat_backward", channels_first_flat_backward<T>};
+    if (resident && is_flat<T>(context, q.chain.draw, q.shape, {p.x, p.g, p.dx}) &&
+        run_on_shelf<T>(context, flat, plan_flat(q.shape, kVector<T>, context.machine), part, 8 * q.shape.S, 2, q,
+                        set)) {
       return;
     }
   }
-  const Plan plan = plan_channels_first(q.shape, part, sizeof(T), kBackwardBlocks, context.machine);
-  apply_plan(q, part, plan);
-  if (gathers) {
-    gather(plan);
-    run(context, "channels_first_staged_gradient_sums", plan, plan.chunks, kTeamScratch,
-        channels_first_staged_gradient_sums<T, V>, q, part.groups);
+  if constexpr (Kernels::resident) {
+    const Plan teams = plan_teams(q.shape, part, sizeof(T), context.machine);
+    if (resident && run_on_shelf<T>(context, Kernels::resident_backward, teams, part, kTileRows, 2, q, set)) return;
   }
-  run_second(context, gathers, "channels_first_staged_input_gradient", plan, second(plan), kTeamScratch,
-             channels_first_staged_input_gradient<T, V>, q, second_groups);
+  const Plan plan = plan_channels_first(q.shape, part, sizeof(T), kBackwardBlocks, context.machine);
+  run_both(plan, kTeamScratch, Kernels::sums, Kernels::gradient);
 }
 
-template <class T, int V>
-void noise_alone(const Context& context, const Call& call, const T* x, T* y) {
-  auto q = staged_arguments<StagedForwardArguments<T>, T>(call);
+template <class Kernels, class T>
+void run_noise(const Context& context, const Call& call, const T* x, T* y) {
+  constexpr int V = Kernels::V, kColumns = Kernels::kColumns;
+  auto q = arguments_of<typename Kernels::Forward>(call);
   q.p.x = x;
   q.p.y = y;
   const Cut part = whole(q.shape);
   if (q.shape.channels_last) {
-    constexpr int kV = V < kStagedColumns ? V : kStagedColumns;
-    const Plan plan = plan_channels_last(q.shape, part, kV, sizeof(T), context.machine);
+    const Plan plan = plan_channels_last(q.shape, part, kColumns, sizeof(T), context.machine);
     apply_plan(q, part, plan);
-    run(context, "channels_last_noise", plan, plan.chunks, column_bytes<T, kV>(plan, q.program),
-        channels_last_noise<T, kV>, q);
-    return;
+    const Kernel<typename Kernels::Forward> kernel{"channels_last_noise", channels_last_noise<T, kColumns>};
+    return run(context, kernel, plan, column_bytes<kColumns>(plan, q.chain), q);
   }
   const Plan plan = plan_channels_first(q.shape, part, sizeof(T), kBackwardBlocks, context.machine);
   apply_plan(q, part, plan);
-  run(context, "channels_first_noise", plan, plan.chunks, 0, channels_first_noise<T, V>, q);
+  run(context, Kernel<typename Kernels::Forward>{"channels_first_noise", channels_first_noise<T, V>}, plan, 0, q);
 }
 
 // ---- what backend.h offers ----------------------------------------------------------------------------------------
@@ -413,10 +352,11 @@ template <class T>
 void forward(const Context& context, const Call& call, const Forward<T>& p) {
   const Shape shape = simplified(call);
   if (is_plain(call)) {
-    with_vector<kVector<T>, T>(shape, {p.x, p.y}, p.mask, [&](auto vector) { forward<T, vector>(context, call, p); });
+    with_vector<kVector<T>, T>(shape, {p.x, p.y}, p.mask,
+                               [&](auto vector) { run_forward<Plain<T, vector>>(context, call, p); });
   } else {
     with_vector<kStagedVector<T>, T>(shape, {p.x, p.y, p.residual}, p.mask,
-                                     [&](auto vector) { forward_staged<T, vector>(context, call, p); });
+                                     [&](auto vector) { run_forward<Staged<T, vector>>(context, call, p); });
   }
 }
 
@@ -425,17 +365,17 @@ void backward(const Context& context, const Call& call, const Backward<T>& p) {
   const Shape shape = simplified(call);
   if (is_plain(call)) {
     with_vector<kVector<T>, T>(shape, {p.x, p.g, p.dx}, p.mask,
-                               [&](auto vector) { backward<T, vector>(context, call, p); });
+                               [&](auto vector) { run_backward<Plain<T, vector>>(context, call, p); });
   } else {
     with_vector<kStagedVector<T>, T>(shape, {p.x, p.g, p.dx, p.residual, p.grad_residual}, p.mask,
-                                     [&](auto vector) { backward_staged<T, vector>(context, call, p); });
+                                     [&](auto vector) { run_backward<Staged<T, vector>>(context, call, p); });
   }
 }
 
 template <class T>
 void noise(const Context& context, const Call& call, const T* x, T* y) {
   with_vector<kStagedVector<T>, T>(simplified(call), {x, y}, nullptr,
-                                   [&](auto vector) { noise_alone<T, vector>(context, call, x, y); });
+                                   [&](auto vector) { run_noise<Staged<T, vector>>(context, call, x, y); });
 }
 
 }  // namespace fusednorm::cuda

@@ -34,69 +34,6 @@ FN_DEVICE Place in_first_pass() { return {blockIdx.x, static_cast<int>(blockIdx.
 FN_DEVICE Place in_second_pass() { return {gridDim.x - 1 - blockIdx.x, static_cast<int>(gridDim.y - 1 - blockIdx.y)}; }
 FN_DEVICE Place in_cluster() { return {blockIdx.x, static_cast<int>(cluster_rank())}; }
 
-// The arguments of every forward kernel, and of every backward kernel.
-template <class T>
-struct ForwardArguments {
-  using A = opmath_t<T>;
-  Shape shape;
-  Chunks chunks;
-  Samples samples;  // channels-first only
-  Stages<A> stages;
-  Forward<T> p;
-  Pair<A>* partials;  // (chunks, C): mean and m2 of a chunk
-  A eps;
-  bool training;
-};
-template <class T>
-struct BackwardArguments {
-  using A = opmath_t<T>;
-  Shape shape;
-  Chunks chunks;
-  Samples samples;
-  Stages<A> stages;
-  Backward<T> p;
-  Pair<A>* partials;  // (chunks, C): sums of dz and of dz*(x - mean) over a chunk; null: not gathered
-  bool training;
-};
-
-template <class A>
-struct Affine {
-  A mean, scale, shift;
-  FN_DEVICE A operator()(A x) const { return math::normalize(x, mean, scale, shift); }
-};
-
-// From the moments of channel c, or from its running statistics when not training. One thread in all `writes`.
-template <class T, class A = opmath_t<T>>
-FN_DEVICE Affine<A> finish_statistics(const ForwardArguments<T>& q, int64_t c, A mean, A m2, bool writes) {
-  const A var = q.training ? ratio(m2, static_cast<A>(q.chunks.rows)) : read<A>(q.p.running_var, c, A(0));
-  if (!q.training) mean = read<A>(q.p.running_mean, c, A(0));
-  const A invstd = math::inverse_std(var, q.eps);
-  if (writes) {
-    static_cast<A*>(q.p.mean)[c] = mean;
-    static_cast<A*>(q.p.invstd)[c] = invstd;
-    static_cast<A*>(q.p.stat_var)[c] = var;
-  }
-  return {mean, read<A>(q.p.weight, c, A(1)) * invstd, read<A>(q.p.bias, c, A(0))};
-}
-
-template <class T, class A = opmath_t<T>>
-FN_DEVICE Affine<A> saved_statistics(const BackwardArguments<T>& q, int64_t c) {
-  const A invstd = static_cast<const A*>(q.p.invstd)[c];
-  return {static_cast<const A*>(q.p.mean)[c], read<A>(q.p.weight, c, A(1)) * invstd, read<A>(q.p.bias, c, A(0))};
-}
-
-// dx = a*dz + b*(x - mean) + c, from the channel's sums of dz and dz*(x - mean).
-template <class T, class A = opmath_t<T>>
-FN_DEVICE math::InputGradient<A> finish_gradient(const BackwardArguments<T>& q, int64_t c, A scale, Pair<A> sums,
-                                                 bool writes) {
-  const A invstd = static_cast<const A*>(q.p.invstd)[c];
-  if (writes && q.p.grad_weight.data) write(q.p.grad_weight, c, sums.second * invstd);
-  if (writes && q.p.grad_bias.data) write(q.p.grad_bias, c, sums.first);
-  if (!q.training) return {scale, A(0), A(0)};
-  return math::input_gradient(scale, invstd, sums.first, sums.second, static_cast<A>(q.chunks.rows));
-}
-
-// ---- programs -----------------------------------------------------------------------------------------------------
 // The groups of a batch. Block x counts the blocks of one group after another.
 struct Groups {
   int64_t count;
@@ -110,10 +47,11 @@ struct Groups {
 // batch's rows, as Philox calls do, so the first one may begin up to 7 rows too early; the last group has fewer rows,
 // and perhaps empty chunks.
 struct Window {
-  int64_t first, last, rows, length;
+  int64_t group, first, last, rows, length;
   int count;
   FN_DEVICE Window(const Chunks& cut, const Groups& groups, int64_t group)
-      : first(group * cut.rows),
+      : group(group),
+        first(group * cut.rows),
         last(first + cut.rows < groups.rows ? first + cut.rows : groups.rows),
         rows(last - first),
         length(cut.length),
@@ -126,102 +64,161 @@ struct Window {
   }
 };
 
-// The arguments of the kernels that walk a program.
-template <class T>
-struct StagedForwardArguments {
+// Sums over rows, from which all gradients of per-channel vectors follow: of dz and dz*(u - mean), and for PReLU behind
+// the norm of its weight's gradient, or before the norm, with w = du/dweight, of dz*w, (u - mean)*w and w. They travel
+// in pairs, so there is one too many.
+constexpr int kSums = 6;
+
+// The arguments of every forward kernel, and of every backward kernel. The chain is Stages, or a Program, which alone
+// has groups, statistics of u without its noise, and PReLU.
+template <class Type, template <class> class Chain>
+struct Arguments {
+  using T = Type;
   using A = opmath_t<T>;
+  static constexpr bool walks = std::is_same_v<Chain<A>, Program<A>>;
   Shape shape;
   Chunks chunks;  // `rows` of a group
   Groups groups;
-  Samples samples;
-  Program<A> program;
-  Forward<T> p;
-  Pair<A>* partials;          // (G, chunks, C)
-  Pair<A>* matched_partials;  // likewise, of u without its noise
-  A eps;
+  Samples samples;  // channels-first only
+  Chain<A> chain;
   bool training;
-  FN_DEVICE bool matches() const { return p.stat_mean != nullptr; }
-};
-// Sums over rows, from which all gradients of per-channel vectors follow: of dz and dz*(u - mean), and for PReLU behind
-// the norm of its weight's gradient, or before the norm, with w = du/dweight, of dz*w, (u - mean)*w and w.
-constexpr int kSums = 5;
-template <class T>
-struct StagedBackwardArguments {
-  using A = opmath_t<T>;
-  Shape shape;
-  Chunks chunks;
-  Groups groups;
-  Samples samples;
-  Program<A> program;
-  Backward<T> p;
-  A* partials;  // (kSums or 2, G, chunks, C); null: not gathered
-  bool training;
-  FN_DEVICE A* partial(int sum, int64_t group, int chunk, int64_t c) const {
-    return partials + ((sum * groups.count + group) * chunks.count + chunk) * shape.C + c;
+  FN_DEVICE unsigned block_x(Place place) const { return walks ? groups.block_x(place) : place.x; }
+  // Of a chunk's partial sums for a channel.
+  FN_DEVICE int64_t place(int64_t group, int chunk, int64_t c) const {
+    return (group * chunks.count + chunk) * shape.C + c;
   }
 };
+template <class T, template <class> class Chain>
+struct AnyForward : Arguments<T, Chain> {
+  using A = opmath_t<T>;
+  static constexpr int moments = AnyForward::walks ? 2 : 1;  // of u, and of u without its noise
+  Forward<T> p;
+  Pair<A>* partials[2];  // (G, chunks, C) each: mean and m2 of a chunk
+  A eps;
+  FN_DEVICE bool gathers(int i) const { return i == 0 || p.stat_mean != nullptr; }
+};
+template <class T, template <class> class Chain>
+struct AnyBackward : Arguments<T, Chain> {
+  using A = opmath_t<T>;
+  static constexpr int sums = AnyBackward::walks ? kSums : 2;
+  Backward<T> p;
+  Pair<A>* partials;  // (pairs of sums, G, chunks, C): of a chunk; null: not gathered
+  FN_HOST_DEVICE bool gathers(int i) const {
+    if constexpr (AnyBackward::walks) return i < 2 || (this->chain.has_weight && i < kSums - 1);
+    return i < 2;
+  }
+  FN_DEVICE Pair<A>* pairs(int i) const {
+    return partials + i / 2 * (this->groups.count * this->chunks.count * this->shape.C);
+  }
+};
+template <class T>
+using ForwardArguments = AnyForward<T, Stages>;
+template <class T>
+using BackwardArguments = AnyBackward<T, Stages>;
+template <class T>
+using StagedForwardArguments = AnyForward<T, Program>;
+template <class T>
+using StagedBackwardArguments = AnyBackward<T, Program>;
 
-template <class T, class A = opmath_t<T>>
-FN_DEVICE Affine<A> finish_statistics(const StagedForwardArguments<T>& q, int64_t group, int64_t rows, int64_t c,
-                                      Pair<A> moments, Pair<A> matched, bool writes) {
-  const A var = q.training ? ratio(moments.second, static_cast<A>(rows)) : read<A>(q.p.running_var, c, A(0));
-  const A mean = q.training ? moments.first : read<A>(q.p.running_mean, c, A(0));
+// The rows that share statistics, where the block is: those of its group, or all.
+template <class Q>
+FN_DEVICE decltype(auto) rows_of(const Q& q, Place place) {
+  if constexpr (Q::walks) {
+    return Window(q.chunks, q.groups, q.groups.group(place));
+  } else {
+    return (q.chunks);
+  }
+}
+
+template <class A>
+struct Affine {
+  A mean, scale, shift;
+  FN_DEVICE A operator()(A x) const { return math::normalize(x, mean, scale, shift); }
+};
+
+// The partial sums of a chunk: there, and back.
+template <class Q, class A = typename Q::A>
+FN_DEVICE void write_partials(const Q& q, int64_t group, int chunk, int64_t c, const A (&sums)[Q::sums]) {
+#pragma unroll
+  for (int i = 0; i < Q::sums; i += 2) {
+    if (q.gathers(i)) q.pairs(i)[q.place(group, chunk, c)] = {sums[i], sums[i + 1]};
+  }
+}
+template <class Q, class A = typename Q::A>
+FN_DEVICE void add_partials(const Q& q, int64_t group, int chunk, int64_t c, A (&sums)[Q::sums]) {
+#pragma unroll
+  for (int i = 0; i < Q::sums; i += 2) {
+    if (!q.gathers(i)) continue;
+    const Pair<A> pair = q.pairs(i)[q.place(group, chunk, c)];
+    sums[i] += pair.first;
+    sums[i + 1] += pair.second;
+  }
+}
+
+// From the moments of channel c in its group, with noise and without, or from its running statistics when not training.
+// One thread in all `writes`.
+template <class Q, class A = typename Q::A>
+FN_DEVICE Affine<A> finish_statistics(const Q& q, int64_t group, int64_t rows, int64_t c,
+                                      const Pair<A> (&moments)[Q::moments], bool writes) {
+  const A var = q.training ? ratio(moments[0].second, static_cast<A>(rows)) : read<A>(q.p.running_var, c, A(0));
+  const A mean = q.training ? moments[0].first : read<A>(q.p.running_mean, c, A(0));
   const A invstd = math::inverse_std(var, q.eps);
   if (writes) {
     const int64_t at = group * q.shape.C + c;
     static_cast<A*>(q.p.mean)[at] = mean;
     static_cast<A*>(q.p.invstd)[at] = invstd;
-    static_cast<A*>(q.p.stat_var)[at] = q.matches() ? matched.second / static_cast<A>(rows) : var;
-    if (q.matches()) static_cast<A*>(q.p.stat_mean)[at] = matched.first;
+    const bool quiet = Q::moments > 1 && q.gathers(1);
+    const Pair<A>& known = moments[Q::moments - 1];
+    static_cast<A*>(q.p.stat_var)[at] = quiet ? known.second / static_cast<A>(rows) : var;
+    if (quiet) static_cast<A*>(q.p.stat_mean)[at] = known.first;
   }
   return {mean, read<A>(q.p.weight, c, A(1)) * invstd, read<A>(q.p.bias, c, A(0))};
 }
 
-template <class T, class A = opmath_t<T>>
-FN_DEVICE Affine<A> saved_statistics(const StagedBackwardArguments<T>& q, int64_t group, int64_t c) {
+template <class Q, class A = typename Q::A>
+FN_DEVICE Affine<A> saved_statistics(const Q& q, int64_t group, int64_t c) {
   const int64_t at = group * q.shape.C + c;
   const A invstd = static_cast<const A*>(q.p.invstd)[at];
   return {static_cast<const A*>(q.p.mean)[at], read<A>(q.p.weight, c, A(1)) * invstd, read<A>(q.p.bias, c, A(0))};
 }
 
-template <class T, class A = opmath_t<T>>
-FN_DEVICE math::InputGradient<A> coefficients(const StagedBackwardArguments<T>& q, int64_t group, int64_t rows,
-                                              int64_t c, const A (&sums)[kSums]) {
+// dx = a*dz + b*(u - mean) + c, from the channel's sums.
+template <class Q, class A = typename Q::A>
+FN_DEVICE math::InputGradient<A> coefficients(const Q& q, int64_t group, int64_t rows, int64_t c, A scale,
+                                              const A (&sums)[Q::sums]) {
   const A invstd = static_cast<const A*>(q.p.invstd)[group * q.shape.C + c];
-  const A scale = read<A>(q.p.weight, c, A(1)) * invstd;
   if (!q.training) return {scale, A(0), A(0)};
   return math::input_gradient(scale, invstd, sums[0], sums[1], static_cast<A>(rows));
 }
 
 // The gradients of weight, bias and PReLU's weight, in this order, as far as one group contributes to them.
-template <class T, class A = opmath_t<T>>
-FN_DEVICE void add_parameter_gradients(const StagedBackwardArguments<T>& q, int64_t group, int64_t rows, int64_t c,
-                                       const A (&sums)[kSums], A (&to)[kSums]) {
+template <class Q, class A = typename Q::A>
+FN_DEVICE void add_parameter_gradients(const Q& q, int64_t group, int64_t rows, int64_t c, A scale,
+                                       const A (&sums)[Q::sums], A (&to)[Q::sums]) {
   to[0] += sums[1] * static_cast<const A*>(q.p.invstd)[group * q.shape.C + c];
   to[1] += sums[0];
-  if (!q.program.has_weight) return;
-  const math::InputGradient<A> k = coefficients(q, group, rows, c, sums);
-  to[2] += q.program.act_after ? sums[2] : math::fma(k.a, sums[2], math::fma(k.b, sums[3], k.c * sums[4]));
+  if constexpr (Q::walks) {
+    if (!q.chain.has_weight) return;
+    const math::InputGradient<A> k = coefficients(q, group, rows, c, scale, sums);
+    to[2] += q.chain.act_after ? sums[2] : math::fma(k.a, sums[2], math::fma(k.b, sums[3], k.c * sums[4]));
+  }
 }
-template <class T, class A = opmath_t<T>>
-FN_DEVICE void write_parameter_gradients(const StagedBackwardArguments<T>& q, int64_t c, const A (&from)[kSums]) {
+template <class Q, class A = typename Q::A>
+FN_DEVICE void write_parameter_gradients(const Q& q, int64_t c, const A (&from)[Q::sums]) {
   if (q.p.grad_weight.data) write(q.p.grad_weight, c, from[0]);
   if (q.p.grad_bias.data) write(q.p.grad_bias, c, from[1]);
-  if (q.p.grad_act_weight.data) write(q.p.grad_act_weight, c, from[2]);
+  if constexpr (Q::walks) {
+    if (q.p.grad_act_weight.data) write(q.p.grad_act_weight, c, from[2]);
+  }
 }
-
-// From the partial sums of groups `first`, `first + step`, ...: with each thread taking its share, all of them.
-template <class T, class A = opmath_t<T>>
-FN_DEVICE void add_groups(const StagedBackwardArguments<T>& q, int64_t c, int first, int step, A (&to)[kSums]) {
+// The same from all groups: those of `first`, `first + step`, ... , each thread its share, to be added up.
+template <class Q, class A = typename Q::A>
+FN_DEVICE void add_groups(const Q& q, int64_t c, int first, int step, A (&to)[Q::sums]) {
   for (int64_t group = first; group < q.groups.count; group += step) {
-    A sums[kSums] = {};
-    for (int chunk = 0; chunk < q.chunks.count; ++chunk) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) {
-        if (i < 2 || q.program.has_weight) sums[i] += *q.partial(i, group, chunk, c);
-      }
-    }
-    add_parameter_gradients(q, group, Window(q.chunks, q.groups, group).rows, c, sums, to);
+    A sums[Q::sums] = {};
+    for (int chunk = 0; chunk < q.chunks.count; ++chunk) add_partials(q, group, chunk, c, sums);
+    const A scale = saved_statistics(q, group, c).scale;
+    add_parameter_gradients(q, group, Window(q.chunks, q.groups, group).rows, c, scale, sums, to);
   }
 }
 

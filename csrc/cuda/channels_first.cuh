@@ -5,172 +5,144 @@
 //   forward    statistics: x -> partials                 apply:          partials, x -> y            3 units
 //   backward   gradient_sums: x, g -> partials           input_gradient: partials, x, g -> dx        5 units
 //
-// Blocks: x = teams of adjacent channels, so that those who share a sector of memory run together; y = chunk.
+// Each pass is there once, for every chain: what becomes of a tile is in stages_tile.cuh and program_tile.cuh.
+//
+// Blocks: x = teams of adjacent channels, so that those who share a sector of memory run together, of one group after
+// another; y = chunk.
 #pragma once
 
-#include "rows.cuh"
+#include "program_tile.cuh"
 
 namespace fusednorm::cuda {
 
-// The team's channel and the tiles of its chunk; a team beyond the last channel visits none, but meets the others.
-template <class T, int V>
-struct Team {
-  int64_t c;
-  int chunk;
-  bool active;
-  const Samples& samples;
-  Visits visits;
-  SavedBytes saved;
-  template <class Arguments>
-  FN_DEVICE Team(const Arguments& q, const Samples& samples, Place place, bool descending)
-      : c(int64_t{place.x} * blockDim.y + threadIdx.y),
-        chunk(place.chunk),
-        active(c < q.shape.C),
-        samples(samples),
-        visits(q.chunks, chunk, c, q.shape.S, samples, lane() * V, descending),
-        saved(q.p.mask, q.chunks.rows, c) {
-    if (!active) c = visits.count = 0;
-  }
-  FN_DEVICE bool leads() const { return active && threadIdx.x == 0; }
-  FN_DEVICE bool writes() const { return leads() && blockIdx.y == 0; }
-
-  template <class A>
-  FN_DEVICE Drawn draw(const Stages<A>& stages, Seed seed, const Tile& tile) const {
-    return draw_fragment<V>(stages, seed, samples, visits, tile, c);
-  }
-  FN_DEVICE void read(const T* p, const Tile& tile, Fragment<T, V>& to) const { cuda::read<V>(p, tile, samples, to); }
-  FN_DEVICE void write(T* p, const Tile& tile, const Fragment<T, V>& from) const {
-    cuda::write<V>(p, tile, samples, from);
-  }
-  template <int Ahead, class Read, class F>
-  FN_DEVICE void each(Read read, F f) const {
-    visits.template each<Ahead>(samples, read, f);
-  }
-};
-
-// ---- forward, tile by tile ----------------------------------------------------------------------------------------
-// A tile's first `left` rows into the thread's moments.
-template <int V, class A, class Tile>
-FN_DEVICE void merge_values(Moments<A>& m, const A (&v)[kFragment], const Tile& tile) {
-  if (tile.full()) {
-    merge_fragment(m, v);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kFragment; ++i) {
-      if (tile.there(row_in_tile<V>(i / V) + i % V)) merge_value(m, v[i]);
-    }
+template <class Q, int V>
+FN_DEVICE void read_residual(const Q& q, const Team<Q, V>& team, const Tile& tile, Input<typename Q::T, V>& in) {
+  if constexpr (Q::walks) {
+    if (q.p.residual) team.read(q.p.residual, tile, in.residual);
   }
 }
-template <int V, class T, class A>
-FN_DEVICE void merge_tile(Moments<A>& m, const Fragment<T, V>& x, const Tile& tile) {
-  A v[kFragment];
-  widen_fragment<V>(x, v);
-  merge_values<V>(m, v, tile);
-}
-
-// The moments of the rows that the team's threads have gathered, for all of them. Thread `pivots` has one.
-template <class A>
-FN_DEVICE Pair<A> merge_team(const Moments<A>& own, int64_t rows, int pivots = 0) {
-  const A pivot = team_value(own.mean, pivots);
-  const A mean = pivot + ratio(team_sum(from_pivot(own, pivot)), static_cast<A>(rows));
-  return {mean, team_sum(squares(own, mean))};
-}
-
-// The moments of a channel from those of its chunks; part(i) gives mean and m2 of chunk i. Each warp does it for
-// itself.
-template <class A, class Chunks, class Part>
-FN_DEVICE Pair<A> merge_chunks(const Chunks& chunks, Part part) {
-  const A pivot = part(0).first;
-  const auto moments = [&](int i) {
-    const Pair<A> p = part(i);
-    return Moments<A>{static_cast<A>(chunks.size(i)), p.first, p.second};
+template <class Q, int V>
+FN_DEVICE auto gradient_reader(const Q& q, const Team<Q, V>& team) {
+  return [&](const Tile& tile, Input<typename Q::T, V>& in) {
+    team.read(q.p.x, tile, in.x);
+    team.read(q.p.g, tile, in.g);
+    read_residual(q, team, tile, in);
   };
-  A sum = 0;
-  for (int i = lane(); i < chunks.count; i += kWarp) sum += from_pivot(moments(i), pivot);
-  const A mean = pivot + ratio(warp_sum(sum), static_cast<A>(chunks.rows));
-  sum = 0;
-  for (int i = lane(); i < chunks.count; i += kWarp) sum += squares(moments(i), mean);
-  return {mean, warp_sum(sum)};
+}
+template <int V, class T>
+FN_DEVICE auto in_registers(const Fragment<T, V>& from) {
+  return [&](opmath_t<T>(&to)[kFragment]) { widen_fragment<V>(from, to); };
 }
 
-// y in the place of x.
-template <class T, int V, class A = opmath_t<T>>
-FN_DEVICE void apply_tile(const ForwardArguments<T>& q, const Team<T, V>& team, const Affine<A>& affine, Seed seed,
-                          const Tile& tile, Fragment<T, V>& x) {
-  const auto [byte, keep] = team.draw(q.stages, seed, tile);
-  team.saved.put(team.visits, tile, byte);
-  A v[kFragment];
-  widen_fragment<V>(x, v);
+template <class Q, class A, int N>
+FN_DEVICE void team_sums(const Q& q, A (&sums)[N]) {
+  if (q.gathers(2)) return team_sum(sums);
+  A first[2] = {sums[0], sums[1]};
+  team_sum(first);
+  sums[0] = first[0];
+  sums[1] = first[1];
+}
+
+// The gradients of the channel's vectors, from the sums of the team's group, or of all groups.
+template <class Q, int V, class A>
+FN_DEVICE void finish_parameters(const Q& q, const Team<Q, V>& team, A scale, const A (&sums)[Q::sums]) {
+  if (team.group() != 0 || blockIdx.y != 0) return;
+  A gradients[Q::sums] = {};
+  if (!Q::walks || q.groups.count == 1) {
+    add_parameter_gradients(q, 0, team.rows.rows, team.c, scale, sums, gradients);
+  } else {
+    add_groups(q, team.c, lane(), kWarp, gradients);
 #pragma unroll
-  for (int i = 0; i < kFragment; ++i) v[i] = affine(v[i]);
-  activate(q.stages, v);
-#pragma unroll
-  for (int i = 0; i < kFragment; ++i) v[i] = drop(q.stages, v[i], keep >> i & 1u);
-  narrow_fragment<V>(v, x);
-}
-
-// ---- backward, tile by tile ---------------------------------------------------------------------------------------
-template <class T>
-FN_DEVICE Seed seed_unless_saved(const BackwardArguments<T>& q) {
-  return q.p.mask ? Seed{} : seed_of(q.stages);
-}
-
-// The decisions of a tile, drawn again or read.
-template <class T, int V>
-FN_DEVICE uint32_t decisions(const BackwardArguments<T>& q, const Team<T, V>& team, Seed seed, const Tile& tile) {
-  return q.p.mask ? row_bits<V>(team.saved.get(team.visits, tile)) : team.draw(q.stages, seed, tile).keep;
-}
-
-// dz and x - mean of a fragment.
-template <int V, class T, class A = opmath_t<T>>
-FN_DEVICE void local_gradient(const BackwardArguments<T>& q, const Affine<A>& affine, uint32_t keep,
-                              const Fragment<T, V>& x, const Fragment<T, V>& g, A (&dz)[kFragment],
-                              A (&centred)[kFragment]) {
-  A z[kFragment];
-  widen_fragment<V>(x, z);
-  widen_fragment<V>(g, dz);
-#pragma unroll
-  for (int i = 0; i < kFragment; ++i) {
-    centred[i] = kept(z[i] - affine.mean);
-    z[i] = affine(z[i]);
-    dz[i] = drop_gradient(q.stages, dz[i], keep >> i & 1u);
+    for (int i = 0; i < Q::sums; ++i) gradients[i] = warp_sum(gradients[i]);
   }
-  activation_gradient(q.stages, z, dz);
+  if (team.leads()) write_parameter_gradients(q, team.c, gradients);
 }
 
-// Adds a tile's sums of dz and dz*(x - mean). Rows that are not there were read as zeros, so their dz is one too: 0
-// times the derivative at z(0), which is finite unless z(0) is beyond all that a float32 activation takes (1e13).
-template <class A>
-FN_DEVICE void add_tile(Pair<A>& sums, const A (&dz)[kFragment], const A (&centred)[kFragment]) {
-  Pair<A> part{0, 0};  // apart first: a long sum of short ones rounds less than a long one
+// ---- the passes ---------------------------------------------------------------------------------------------------
+template <int V, class Q>
+FN_DEVICE void statistics(const Q& q) {
+  using A = typename Q::A;
+  next_grid_may_start();
+  const Team<Q, V> team(q, q.samples, in_first_pass(), false);
+  const Seed seed = seed_of(q.chain);
+  Moments<A> own[Q::moments] = {};
+  team.template each<team.kForward>(
+      [&](const Tile& tile, auto& in) { team.read(q.p.x, tile, in.x); },
+      [&](const Tile& tile, auto& in) { gather_tile<V>(q, team, seed, tile, in.x, own); });
 #pragma unroll
-  for (int i = 0; i < kFragment; ++i) {
-    part.first += dz[i];
-    part.second = math::fma(dz[i], centred[i], part.second);
+  for (int i = 0; i < Q::moments; ++i) {
+    if (!q.gathers(i)) break;
+    const Pair<A> moments = team.merge(own[i]);
+    if (team.leads()) q.partials[i][q.place(team.group(), team.chunk, team.c)] = moments;
   }
-  sums.first += part.first;
-  sums.second += part.second;
 }
 
-// dx of a fragment, in the place of x; dz is spent.
-template <int V, class T, class A>
-FN_DEVICE void input_gradient(const math::InputGradient<A>& k, A (&dz)[kFragment], const A (&centred)[kFragment],
-                              Fragment<T, V>& x) {
+template <int V, class Q>
+FN_DEVICE void apply(const Q& q) {
+  using A = typename Q::A;
+  previous_grid_ends();
+  const Team<Q, V> team(q, q.samples, in_second_pass(), true);
+  Pair<A> moments[Q::moments] = {};
 #pragma unroll
-  for (int i = 0; i < kFragment; ++i) dz[i] = math::apply_input_gradient(dz[i], centred[i], k.a, k.b, k.c);
-  narrow_fragment<V>(dz, x);
+  for (int i = 0; i < Q::moments; ++i) {
+    if (!q.training || !q.gathers(i)) break;
+    moments[i] =
+        merge_chunks<A>(team.rows, [&](int chunk) { return q.partials[i][q.place(team.group(), chunk, team.c)]; });
+  }
+  const Affine<A> affine = finish_statistics(q, team.group(), team.rows.rows, team.c, moments, team.writes());
+  const Seed seed = seed_of(q.chain);
+  team.template each<team.kForward>(
+      [&](const Tile& tile, auto& in) {
+        team.read(q.p.x, tile, in.x);
+        read_residual(q, team, tile, in);
+      },
+      [&](const Tile& tile, auto& in) {
+        apply_tile<V>(q, team, affine, seed, tile, in.x, in.residual);
+        team.write(q.p.y, tile, in.x);
+      });
 }
 
-// The sums of a channel from those of its chunks, likewise.
-template <class A, class Chunks, class Part>
-FN_DEVICE Pair<A> sum_chunks(const Chunks& chunks, Part part) {
-  Pair<A> sums{0, 0};
-  for (int i = lane(); i < chunks.count; i += kWarp) {
-    const Pair<A> p = part(i);
-    sums.first += p.first;
-    sums.second += p.second;
+template <int V, class Q>
+FN_DEVICE void gradient_sums(const Q& q) {
+  using A = typename Q::A;
+  next_grid_may_start();
+  const Team<Q, V> team(q, q.samples, in_first_pass(), false);
+  const Affine<A> affine = saved_statistics(q, team.group(), team.c);
+  const Seed seed = backward_seed(q);
+  A sums[Q::sums] = {};
+  team.template each<team.kBackward>(gradient_reader(q, team), [&](const Tile& tile, auto& in) {
+    add_tile<V>(q, team, affine, restore_noise<V>(q, team, seed, tile), in_registers<V>(in.x), in_registers<V>(in.g),
+                in.residual, sums);
+  });
+  team_sums(q, sums);
+  if (team.leads()) write_partials(q, team.group(), team.chunk, team.c, sums);
+}
+
+template <int V, class Q>
+FN_DEVICE void input_gradient(const Q& q) {
+  using A = typename Q::A;
+  previous_grid_ends();
+  const Team<Q, V> team(q, q.samples, in_second_pass(), true);
+  const Affine<A> affine = saved_statistics(q, team.group(), team.c);
+  A sums[Q::sums] = {};
+  if (q.partials) {
+    for (int chunk = lane(); chunk < q.chunks.count; chunk += kWarp) {
+      add_partials(q, team.group(), chunk, team.c, sums);
+    }
+#pragma unroll
+    for (int i = 0; i < Q::sums; ++i) {
+      if (q.gathers(i)) sums[i] = warp_sum(sums[i]);
+    }
+    finish_parameters(q, team, affine.scale, sums);
   }
-  return {warp_sum(sums.first), warp_sum(sums.second)};
+  if (!q.p.dx && !(Q::walks && q.p.grad_residual)) return;
+  const math::InputGradient<A> k = coefficients(q, team.group(), team.rows.rows, team.c, affine.scale, sums);
+  const Seed seed = backward_seed(q);
+  team.template each<team.kBackward>(gradient_reader(q, team), [&](const Tile& tile, auto& in) {
+    input_gradient_tile<V>(q, team, affine, k, restore_noise<V>(q, team, seed, tile), tile, in_registers<V>(in.x),
+                           in_registers<V>(in.g), in.residual, in.x);
+    if (!Q::walks || q.p.dx) team.write(q.p.dx, tile, in.x);
+  });
 }
 
 // ---- the kernels --------------------------------------------------------------------------------------------------
@@ -180,86 +152,67 @@ constexpr int kBlocks = sizeof(T) == 8 ? kBackwardBlocks : kForwardBlocks;
 template <class T, int V>
 FN_KERNEL(256, kBlocks<T>)
 channels_first_statistics(ForwardArguments<T> q) {
-  using A = opmath_t<T>;
-  next_grid_may_start();
-  const Team<T, V> team(q, q.samples, in_first_pass(), false);
-  Moments<A> m{0, 0, 0};
-  Fragment<T, V> x[kTilesInFlight<T, V>];
-  team.template each<kTilesInFlight<T, V>>([&](int u, const Tile& tile) { team.read(q.p.x, tile, x[u]); },
-                                           [&](int u, const Tile& tile) { merge_tile<V>(m, x[u], tile); });
-  const Pair<A> moments = merge_team(m, q.chunks.size(team.chunk));
-  if (team.leads()) q.partials[team.chunk * q.shape.C + team.c] = moments;
+  statistics<V>(q);
+}
+template <class T, int V>
+FN_KERNEL(256, kBackwardBlocks)
+channels_first_staged_statistics(StagedForwardArguments<T> q) {
+  statistics<V>(q);
 }
 
 template <class T, int V>
 FN_KERNEL(256, kBlocks<T>)
 channels_first_apply(ForwardArguments<T> q) {
-  using A = opmath_t<T>;
-  previous_grid_ends();
-  const Team<T, V> team(q, q.samples, in_second_pass(), true);
-  Pair<A> moments{0, 0};
-  if (q.training) {
-    moments = merge_chunks<A>(q.chunks, [&](int i) { return q.partials[i * q.shape.C + team.c]; });
-  }
-  const Affine<A> affine = finish_statistics(q, team.c, moments.first, moments.second, team.writes());
-  const Seed seed = seed_of(q.stages);
-  Fragment<T, V> x[kTilesInFlight<T, V>];
-  team.template each<kTilesInFlight<T, V>>([&](int u, const Tile& tile) { team.read(q.p.x, tile, x[u]); },
-                                           [&](int u, const Tile& tile) {
-                                             apply_tile(q, team, affine, seed, tile, x[u]);
-                                             team.write(q.p.y, tile, x[u]);
-                                           });
+  apply<V>(q);
+}
+template <class T, int V>
+FN_KERNEL(256, kBackwardBlocks)
+channels_first_staged_apply(StagedForwardArguments<T> q) {
+  apply<V>(q);
 }
 
 template <class T, int V>
 FN_KERNEL(256, kBackwardBlocks)
 channels_first_gradient_sums(BackwardArguments<T> q) {
-  using A = opmath_t<T>;
-  next_grid_may_start();
-  const Team<T, V> team(q, q.samples, in_first_pass(), false);
-  const Affine<A> affine = saved_statistics(q, team.c);
-  const Seed seed = seed_unless_saved(q);
-  Pair<A> sums{0, 0};
-  Fragment<T, V> x[kTilesInFlight<T, V>], g[kTilesInFlight<T, V>];
-  team.template each<kTilesInFlight<T, V>>(
-      [&](int u, const Tile& tile) {
-        team.read(q.p.x, tile, x[u]);
-        team.read(q.p.g, tile, g[u]);
-      },
-      [&](int u, const Tile& tile) {
-        A dz[kFragment], centred[kFragment];
-        local_gradient<V>(q, affine, decisions(q, team, seed, tile), x[u], g[u], dz, centred);
-        add_tile(sums, dz, centred);
-      });
-  sums = team_sum(sums);
-  if (team.leads()) q.partials[team.chunk * q.shape.C + team.c] = sums;
+  gradient_sums<V>(q);
+}
+template <class T, int V>
+FN_KERNEL(256, kBackwardBlocks)
+channels_first_staged_gradient_sums(StagedBackwardArguments<T> q) {
+  gradient_sums<V>(q);
 }
 
 template <class T, int V>
 FN_KERNEL(256, kBackwardBlocks)
 channels_first_input_gradient(BackwardArguments<T> q) {
+  input_gradient<V>(q);
+}
+template <class T, int V>
+FN_KERNEL(256, kBackwardBlocks)
+channels_first_staged_input_gradient(StagedBackwardArguments<T> q) {
+  input_gradient<V>(q);
+}
+
+// ---- noise alone --------------------------------------------------------------------------------------------------
+// y = x * m, or m where there is no x.
+template <class T, int V>
+FN_KERNEL(256, kBackwardBlocks)
+channels_first_noise(StagedForwardArguments<T> q) {
   using A = opmath_t<T>;
-  previous_grid_ends();
-  const Team<T, V> team(q, q.samples, in_second_pass(), true);
-  Pair<A> sums{0, 0};
-  if (q.partials) {
-    sums = sum_chunks<A>(q.chunks, [&](int i) { return q.partials[i * q.shape.C + team.c]; });
-  }
-  const Affine<A> affine = saved_statistics(q, team.c);
-  const math::InputGradient<A> k = finish_gradient(q, team.c, affine.scale, sums, team.writes());
-  if (!q.p.dx) return;
-  const Seed seed = seed_unless_saved(q);
-  Fragment<T, V> x[kTilesInFlight<T, V>], g[kTilesInFlight<T, V>];
-  team.template each<kTilesInFlight<T, V>>(
-      [&](int u, const Tile& tile) {
-        team.read(q.p.x, tile, x[u]);
-        team.read(q.p.g, tile, g[u]);
+  const Team<StagedForwardArguments<T>, V> team(q, q.samples, in_first_pass(), false);
+  const Seed seed = seed_of(q.chain);
+  team.template each<team.kForward>(
+      [&](const Tile& tile, auto& in) {
+        if (q.p.x) team.read(q.p.x, tile, in.x);
       },
-      [&](int u, const Tile& tile) {
-        A dz[kFragment], centred[kFragment];
-        local_gradient<V>(q, affine, decisions(q, team, seed, tile), x[u], g[u], dz, centred);
-        input_gradient<V>(k, dz, centred, x[u]);
-        team.write(q.p.dx, tile, x[u]);
+      [&](const Tile& tile, auto& in) {
+        A v[kFragment], m[kFragment];
+        draw(q, team, seed, tile, m);
+        widen_fragment<V>(in.x, v);
+#pragma unroll
+        for (int i = 0; i < kFragment; ++i) v[i] = q.p.x ? v[i] * m[i] : m[i];
+        narrow_fragment<V>(v, in.x);
+        team.write(q.p.y, tile, in.x);
       });
 }
 

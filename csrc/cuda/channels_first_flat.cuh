@@ -102,28 +102,26 @@ channels_first_flat_forward(ForwardArguments<T> q) {
   using A = opmath_t<T>;
   constexpr int V = kVector<T>;
   const Samples samples = one_sample();
-  const Team<T, V> team(q, samples, in_cluster(), false);
+  const Team<ForwardArguments<T>, V> team(q, samples, in_cluster(), false);
   const Run<T> run(q, team.chunk);
   run.fetch(q.p.x, 0);
   barrier();
 
   Shelf<T, V, 1> shelf(q.chunks.length);
-  Moments<A> m{0, 0, 0};
-  Fragment<T, V> x;
-  team.template each<1>([&](int, const Tile&) { shelf.get(0, x); },
-                        [&](int, const Tile& tile) {
-                          merge_tile<V>(m, x, tile);
-                          shelf.next();
-                        });
-  const Affine<A> affine = finish_moments(q, team, m);
-  const Seed seed = seed_of(q.stages);
+  const Seed seed = seed_of(q.chain);
+  Moments<A> own[1] = {};
+  const auto read = [&](const Tile&, auto& in) { shelf.get(0, in.x); };
+  team.template each<1>(read, [&](const Tile& tile, auto& in) {
+    gather_tile<V>(q, team, seed, tile, in.x, own);
+    shelf.next();
+  });
+  const Affine<A> affine = finish_moments(q, team, own);
   shelf = Shelf<T, V, 1>(q.chunks.length);
-  team.template each<1>([&](int, const Tile&) { shelf.get(0, x); },
-                        [&](int, const Tile& tile) {
-                          apply_tile(q, team, affine, seed, tile, x);
-                          shelf.put(0, x);
-                          shelf.next();
-                        });
+  team.template each<1>(read, [&](const Tile& tile, auto& in) {
+    apply_tile<V>(q, team, affine, seed, tile, in.x, in.residual);
+    shelf.put(0, in.x);
+    shelf.next();
+  });
   barrier();
   run.deliver(q.p.y);
 }
@@ -134,36 +132,29 @@ channels_first_flat_backward(BackwardArguments<T> q) {
   using A = opmath_t<T>;
   constexpr int V = kVector<T>;
   const Samples samples = one_sample();
-  const Team<T, V> team(q, samples, in_cluster(), false);
+  const Team<BackwardArguments<T>, V> team(q, samples, in_cluster(), false);
   const Run<T> run(q, team.chunk);
   run.fetch(q.p.x, 0);
   run.fetch(q.p.g, 1);
   barrier();
 
   Shelf<T, V, 2> shelf(q.chunks.length);
-  const Affine<A> affine = saved_statistics(q, team.c);
-  const Seed seed = seed_unless_saved(q);
-  Pair<A> sums{0, 0};
-  Fragment<T, V> x, g;
-  const auto read = [&](int, const Tile&) {
-    shelf.get(0, x);
-    shelf.get(1, g);
-  };
-  team.template each<1>(read, [&](int, const Tile& tile) {
-    const uint32_t keep = decisions(q, team, seed, tile);
-    A dz[kFragment], centred[kFragment];
-    local_gradient<V>(q, affine, keep, x, g, dz, centred);
-    add_tile(sums, dz, centred);
-    *shelf.byte = static_cast<uint8_t>(keep);
+  const auto x = on_shelf<V>(shelf, 0), g = on_shelf<V>(shelf, 1);
+  const auto read = [](const Tile&, auto&) {};
+  const Affine<A> affine = saved_statistics(q, 0, team.c);
+  const Seed seed = backward_seed(q);
+  A sums[2] = {};
+  team.template each<1>(read, [&](const Tile& tile, auto& in) {
+    const Decided noise = restore_noise<V>(q, team, seed, tile);
+    add_tile<V>(q, team, affine, noise, x, g, in.residual, sums);
+    *shelf.byte = static_cast<uint8_t>(noise.keep);
     shelf.next();
   });
   const math::InputGradient<A> k = finish_sums(q, team, affine, sums);
   shelf = Shelf<T, V, 2>(q.chunks.length);
-  team.template each<1>(read, [&](int, const Tile&) {
-    A dz[kFragment], centred[kFragment];
-    local_gradient<V>(q, affine, *shelf.byte, x, g, dz, centred);
-    input_gradient<V>(k, dz, centred, x);
-    shelf.put(0, x);
+  team.template each<1>(read, [&](const Tile& tile, auto& in) {
+    input_gradient_tile<V>(q, team, affine, k, {*shelf.byte}, tile, x, g, in.residual, in.x);
+    shelf.put(0, in.x);
     shelf.next();
   });
   barrier();

@@ -1,9 +1,11 @@
 // Channels-first kernels, resident: a channel's rows stay in the shared memory of one block, or of the blocks of one
 // cluster, so that each tensor is read once: x -> y forward (2 units), x, g -> dx backward (3 units). The partial sums
-// of a cluster's blocks travel through distributed shared memory. Everything else is what the streaming kernels do.
+// of a cluster's blocks travel through distributed shared memory. Everything else is what the streaming kernels do. A
+// residual is read where it is needed; backward of several groups is never resident, because the sums of all groups
+// meet in a second kernel.
 //
 // Each thread comes back for what it put away itself, so shared memory serves as more registers and needs no barrier.
-// Blocks: x = teams of adjacent channels, y = chunk = rank in the cluster.
+// Blocks: x = teams of adjacent channels, of one group after another; y = chunk = rank in the cluster.
 #pragma once
 
 #include "channels_first.cuh"
@@ -64,84 +66,122 @@ FN_DEVICE Pair<A> exchange(Pair<A> own, F f) {
   return merged;
 }
 
-// Of the whole channel, from what the team's threads have gathered of the chunk.
-template <class T, int V, class A>
-FN_DEVICE Affine<A> finish_moments(const ForwardArguments<T>& q, const Team<T, V>& team, const Moments<A>& own) {
-  const Pair<A> moments =
-      exchange(merge_team(own, q.chunks.size(team.chunk)), [&](auto part) { return merge_chunks<A>(q.chunks, part); });
-  return finish_statistics(q, team.c, moments.first, moments.second, team.writes());
-}
-template <class T, int V, class A>
-FN_DEVICE math::InputGradient<A> finish_sums(const BackwardArguments<T>& q, const Team<T, V>& team,
-                                             const Affine<A>& affine, Pair<A> own) {
-  const Pair<A> sums = exchange(team_sum(own), [&](auto part) { return sum_chunks<A>(q.chunks, part); });
-  return finish_gradient(q, team.c, affine.scale, sums, team.writes());
+template <int V, class T>
+FN_DEVICE auto on_shelf(const Shelf<T, V, 2>& shelf, int tensor) {
+  return [&shelf, tensor](opmath_t<T>(&to)[kFragment]) {
+    Fragment<T, V> from;
+    shelf.get(tensor, from);
+    widen_fragment<V>(from, to);
+  };
 }
 
-template <class T, int V>
-FN_KERNEL(kResidentThreads<T>, 1)
-channels_first_resident_forward(ForwardArguments<T> q) {
-  using A = opmath_t<T>;
-  const Team<T, V> team(q, q.samples, in_cluster(), false);
+// Of the whole channel, from what the team's threads have gathered of the chunk.
+template <class Q, int V, class A>
+FN_DEVICE Affine<A> finish_moments(const Q& q, const Team<Q, V>& team, const Moments<A> (&own)[Q::moments]) {
+  Pair<A> moments[Q::moments] = {};
+#pragma unroll
+  for (int i = 0; i < Q::moments; ++i) {
+    if (!q.gathers(i)) break;
+    moments[i] = exchange(team.merge(own[i]), [&](auto part) { return merge_chunks<A>(team.rows, part); });
+  }
+  return finish_statistics(q, team.group(), team.rows.rows, team.c, moments, team.writes());
+}
+template <class Q, int V, class A>
+FN_DEVICE math::InputGradient<A> finish_sums(const Q& q, const Team<Q, V>& team, const Affine<A>& affine,
+                                             A (&sums)[Q::sums]) {
+  team_sums(q, sums);
+#pragma unroll
+  for (int i = 0; i < Q::sums; i += 2) {
+    if (!q.gathers(i)) break;
+    const auto all = exchange(Pair<A>{sums[i], sums[i + 1]}, [&](auto part) { return sum_chunks<A>(q.chunks, part); });
+    sums[i] = all.first;
+    sums[i + 1] = all.second;
+  }
+  finish_parameters(q, team, affine.scale, sums);
+  return coefficients(q, team.group(), team.rows.rows, team.c, affine.scale, sums);
+}
+
+template <int V, class Q>
+FN_DEVICE void resident_forward(const Q& q) {
+  using T = typename Q::T;
+  using A = typename Q::A;
+  const Team<Q, V> team(q, q.samples, in_cluster(), false);
   Shelf<T, V, 1> shelf(q.chunks.length);
-  Moments<A> m{0, 0, 0};
-  Fragment<T, V> x[kTilesInFlight<T, V>];
-  team.template each<kTilesInFlight<T, V>>([&](int u, const Tile& tile) { team.read(q.p.x, tile, x[u]); },
-                                           [&](int u, const Tile& tile) {
-                                             merge_tile<V>(m, x[u], tile);
-                                             shelf.put(0, x[u]);
-                                             shelf.next();
-                                           });
-  const Affine<A> affine = finish_moments(q, team, m);
-  const Seed seed = seed_of(q.stages);
+  const Seed seed = seed_of(q.chain);
+  Moments<A> own[Q::moments] = {};
+  team.template each<team.kForward>([&](const Tile& tile, auto& in) { team.read(q.p.x, tile, in.x); },
+                                    [&](const Tile& tile, auto& in) {
+                                      gather_tile<V>(q, team, seed, tile, in.x, own);
+                                      shelf.put(0, in.x);
+                                      shelf.next();
+                                    });
+  const Affine<A> affine = finish_moments(q, team, own);
   shelf = Shelf<T, V, 1>(q.chunks.length);
-  team.template each<1>([&](int, const Tile&) { shelf.get(0, x[0]); },
-                        [&](int, const Tile& tile) {
-                          apply_tile(q, team, affine, seed, tile, x[0]);
-                          team.write(q.p.y, tile, x[0]);
+  team.template each<team.kOnShelf>([&](const Tile& tile, auto& in) { read_residual(q, team, tile, in); },
+                                    [&](const Tile& tile, auto& in) {
+                                      shelf.get(0, in.x);
+                                      shelf.next();
+                                      apply_tile<V>(q, team, affine, seed, tile, in.x, in.residual);
+                                      team.write(q.p.y, tile, in.x);
+                                    });
+}
+
+// Beside x and g, the byte of a tile's noise is put away.
+template <int V, class Q>
+FN_DEVICE void resident_backward(const Q& q) {
+  using T = typename Q::T;
+  using A = typename Q::A;
+  const Team<Q, V> team(q, q.samples, in_cluster(), false);
+  Shelf<T, V, 2> shelf(q.chunks.length);
+  const Affine<A> affine = saved_statistics(q, team.group(), team.c);
+  const Seed seed = backward_seed(q);
+  A sums[Q::sums] = {};
+  team.template each<team.kResidentBackward>(gradient_reader(q, team), [&](const Tile& tile, auto& in) {
+    const auto noise = restore_noise<V>(q, team, seed, tile);
+    if constexpr (Q::walks) {  // which has no registers left for x and g
+      shelf.put(0, in.x);
+      shelf.put(1, in.g);
+      add_tile<V>(q, team, affine, noise, on_shelf<V>(shelf, 0), on_shelf<V>(shelf, 1), in.residual, sums);
+    } else {
+      add_tile<V>(q, team, affine, noise, in_registers<V>(in.x), in_registers<V>(in.g), in.residual, sums);
+      shelf.put(0, in.x);
+      shelf.put(1, in.g);
+    }
+    *shelf.byte = static_cast<uint8_t>(noise.keep);
+    shelf.next();
+  });
+  const math::InputGradient<A> k = finish_sums(q, team, affine, sums);
+  shelf = Shelf<T, V, 2>(q.chunks.length);
+  team.template each<1>([&](const Tile& tile, auto& in) { read_residual(q, team, tile, in); },
+                        [&](const Tile& tile, auto& in) {
+                          const auto noise = kept_noise<V>(q, team, seed, tile, *shelf.byte);
+                          input_gradient_tile<V>(q, team, affine, k, noise, tile, on_shelf<V>(shelf, 0),
+                                                 on_shelf<V>(shelf, 1), in.residual, in.x);
+                          if (!Q::walks || q.p.dx) team.write(q.p.dx, tile, in.x);
                           shelf.next();
                         });
 }
 
 template <class T, int V>
 FN_KERNEL(kResidentThreads<T>, 1)
+channels_first_resident_forward(ForwardArguments<T> q) {
+  resident_forward<V>(q);
+}
+template <class T, int V>
+FN_KERNEL(kResidentThreads<T>, 1)
+channels_first_staged_resident_forward(StagedForwardArguments<T> q) {
+  resident_forward<V>(q);
+}
+
+template <class T, int V>
+FN_KERNEL(kResidentThreads<T>, 1)
 channels_first_resident_backward(BackwardArguments<T> q) {
-  using A = opmath_t<T>;
-  const Team<T, V> team(q, q.samples, in_cluster(), false);
-  Shelf<T, V, 2> shelf(q.chunks.length);
-  const Affine<A> affine = saved_statistics(q, team.c);
-  const Seed seed = seed_unless_saved(q);
-  Pair<A> sums{0, 0};
-  Fragment<T, V> x[kTilesInFlight<T, V>], g[kTilesInFlight<T, V>];
-  team.template each<kTilesInFlight<T, V>>(
-      [&](int u, const Tile& tile) {
-        team.read(q.p.x, tile, x[u]);
-        team.read(q.p.g, tile, g[u]);
-      },
-      [&](int u, const Tile& tile) {
-        const uint32_t keep = decisions(q, team, seed, tile);
-        A dz[kFragment], centred[kFragment];
-        local_gradient<V>(q, affine, keep, x[u], g[u], dz, centred);
-        add_tile(sums, dz, centred);
-        shelf.put(0, x[u]);
-        shelf.put(1, g[u]);
-        *shelf.byte = static_cast<uint8_t>(keep);
-        shelf.next();
-      });
-  const math::InputGradient<A> k = finish_sums(q, team, affine, sums);
-  shelf = Shelf<T, V, 2>(q.chunks.length);
-  team.template each<1>(
-      [&](int, const Tile&) {
-        shelf.get(0, x[0]);
-        shelf.get(1, g[0]);
-      },
-      [&](int, const Tile& tile) {
-        A dz[kFragment], centred[kFragment];
-        local_gradient<V>(q, affine, *shelf.byte, x[0], g[0], dz, centred);
-        input_gradient<V>(k, dz, centred, x[0]);
-        team.write(q.p.dx, tile, x[0]);
-        shelf.next();
-      });
+  resident_backward<V>(q);
+}
+template <class T, int V>
+FN_KERNEL(kResidentThreads<T>, 1)
+channels_first_staged_resident_backward(StagedBackwardArguments<T> q) {
+  resident_backward<V>(q);
 }
 
 }  // namespace fusednorm::cuda

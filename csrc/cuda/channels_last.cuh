@@ -104,7 +104,7 @@ FN_DEVICE void save_decisions(uint8_t* mask, const Columns<T, V>& columns, int64
 }
 template <class T, int V>
 FN_DEVICE Decisions<V> decisions(const BackwardArguments<T>& q, Seed seed, const Columns<T, V>& columns, int64_t row) {
-  if (!q.p.mask) return draw(q.stages, seed, columns, row, q.shape.S);
+  if (!q.p.mask) return draw(q.chain, seed, columns, row, q.shape.S);
   const Pack<uint8_t, V> bytes = load<V>(q.p.mask + row / kRows * columns.C + columns.c);
   Decisions<V> keep(0);
 #pragma unroll
@@ -268,7 +268,7 @@ channels_last_statistics(ForwardArguments<T> q) {
   });
   A mean[V], m2[V];
   merge_column(m, q.chunks.size(columns.chunk), mean, m2);
-  write_partials(q.partials, columns, mean, m2);
+  write_partials(q.partials[0], columns, mean, m2);
 }
 
 template <class T, int V>
@@ -280,19 +280,19 @@ channels_last_apply(ForwardArguments<T> q) {
   const ChannelTable<A, V> table;
   const auto finish = [&](int channel, Pair<A> moments) {
     const int64_t c = columns.block_c + channel;
-    if (c < columns.C) table.put(channel, finish_statistics(q, c, moments.first, moments.second, blockIdx.y == 0));
+    if (c < columns.C) table.put(channel, finish_statistics(q, 0, q.chunks.rows, c, {moments}, blockIdx.y == 0));
   };
   if (q.training) {
-    merge_chunks<V>(q.chunks, Partials<A>{q.partials, columns.C, columns.block_c}, finish);
+    merge_chunks<V>(q.chunks, Partials<A>{q.partials[0], columns.C, columns.block_c}, finish);
   } else {
     each_channel<V>([&](int channel) { finish(channel, {}); });
   }
   barrier();
-  const Seed seed = seed_of(q.stages);
+  const Seed seed = seed_of(q.chain);
   columns.each_group(q.chunks, true, [&](int64_t row, int left) {
     Pack<T, V> x[kRows];
     columns.read(q.p.x, row, left, x);
-    const Decisions<V> keep = draw(q.stages, seed, columns, row, q.shape.S);
+    const Decisions<V> keep = draw(q.chain, seed, columns, row, q.shape.S);
     if (q.p.mask) save_decisions(q.p.mask, columns, row, keep);
     // Some channels after others: registers are few.
     constexpr int kPart = V > 4 ? 4 : V;
@@ -305,9 +305,9 @@ channels_last_apply(ForwardArguments<T> q) {
         A z[kPart];
 #pragma unroll
         for (int v = 0; v < kPart; ++v) z[v] = affine[v](widen(x[i], first + v));
-        activate(q.stages, z);
+        activate(q.chain, z);
 #pragma unroll
-        for (int v = 0; v < kPart; ++v) z[v] = drop(q.stages, z[v], keep.keeps(first + v, i));
+        for (int v = 0; v < kPart; ++v) z[v] = drop(q.chain, z[v], keep.keeps(first + v, i));
         narrow_into(x[i], first, z);
       }
     }
@@ -324,7 +324,7 @@ template <class T, int V, class A, class F>
 FN_DEVICE void each_row(const BackwardArguments<T>& q, const Columns<T, V>& columns, const Affine<A> (&affine)[V],
                         bool descending, F f) {
   constexpr int kHalf = kRows / 2;
-  const Seed seed = q.p.mask ? Seed{} : seed_of(q.stages);
+  const Seed seed = q.p.mask ? Seed{} : seed_of(q.chain);
   columns.each_group(q.chunks, descending, [&](int64_t group, int left) {
     Decisions<V> keep = decisions(q, seed, columns, group);
 #pragma unroll 1
@@ -339,9 +339,9 @@ FN_DEVICE void each_row(const BackwardArguments<T>& q, const Columns<T, V>& colu
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           z[v] = affine[v](widen(x[i], v));
-          dz[v] = drop_gradient(q.stages, A(widen(g[i], v)), keep.keeps(v, i));
+          dz[v] = drop_gradient(q.chain, A(widen(g[i], v)), keep.keeps(v, i));
         }
-        activation_gradient(q.stages, z, dz);
+        activation_gradient(q.chain, z, dz);
         if (i < left) f(row + i, dz, x[i]);
       }
       keep.skip(kHalf);
@@ -358,7 +358,7 @@ channels_last_gradient_sums(BackwardArguments<T> q) {
   const ChannelTable<A, V> table;
   each_channel<V>([&](int channel) {
     const int64_t c = columns.block_c + channel;
-    if (c < columns.C) table.put(channel, saved_statistics(q, c));
+    if (c < columns.C) table.put(channel, saved_statistics(q, 0, c));
   });
   barrier();
   Affine<A> affine[V];
@@ -386,9 +386,12 @@ channels_last_input_gradient(BackwardArguments<T> q) {
   const auto finish = [&](int channel, Pair<A> sums) {
     const int64_t c = columns.block_c + channel;
     if (c >= columns.C) return;
-    const Affine<A> of = saved_statistics(q, c);
+    const Affine<A> of = saved_statistics(q, 0, c);
+    const A both[2] = {sums.first, sums.second};
     table.put(channel, of);
-    table.put(channel, finish_gradient(q, c, of.scale, sums, blockIdx.y == 0));
+    table.put(channel, coefficients(q, 0, q.chunks.rows, c, of.scale, both));
+    if (blockIdx.y == 0)
+      write_parameter_gradients(q, c, {sums.second * static_cast<const A*>(q.p.invstd)[c], sums.first});
   };
   if (q.partials) {
     sum_chunks<V>(q.chunks, Partials<A>{q.partials, columns.C, columns.block_c}, finish);

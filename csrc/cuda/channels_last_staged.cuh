@@ -1,5 +1,5 @@
 // Channels-last kernels for every chain, and for the groups of a batch: the two passes of channels_last.cuh over what
-// channels_first_staged.cuh does to a fragment. A fragment is 8 values here too, so that few programs are walked: 8 / V
+// program_tile.cuh does to a fragment. A fragment is 8 values here too, so that few programs are walked: 8 / V
 // rows of the thread's V <= 2 channels.
 //
 // A Philox call serves 8 rows of one channel, a fragment some rows of all. Decisions wait for their rows as bits in
@@ -10,8 +10,8 @@
 
 #include <algorithm>
 
-#include "channels_first_staged.cuh"
 #include "channels_last.cuh"
+#include "program_tile.cuh"
 
 namespace fusednorm::cuda {
 
@@ -252,7 +252,7 @@ channels_last_staged_statistics(StagedForwardArguments<T> q) {
   using A = opmath_t<T>;
   next_grid_may_start();
   const StagedColumns<T, V> columns(q, in_first_pass());
-  const Seed seed = seed_of(q.program);
+  const Seed seed = seed_of(q.chain);
   A weight[V];
   columns.weights(q.p.act_weight, weight);
   Moments<A> m[V], matched[V];
@@ -263,26 +263,26 @@ channels_last_staged_statistics(StagedForwardArguments<T> q) {
   each_fragment<kForwardBytes>(
       columns, false,
       [&](const Eight& rows) {
-        if (q.program.noisy_before) noise.draw(q.program, seed, columns, rows.row, q.shape.S);
-        if (q.p.mask && q.program.saves_keep && q.program.noisy_before) {
+        if (q.chain.noisy_before) noise.draw(q.chain, seed, columns, rows.row, q.shape.S);
+        if (q.p.mask && q.chain.saves_keep && q.chain.noisy_before) {
           save_decisions(q.p.mask, columns, rows.row, noise.keep);
         }
       },
       [&](const Eight& rows, int at) { columns.read(q.p.x, rows, at, x.row); },
       [&](const Eight& rows, int at) {
         A u[kFragment], multiplier[kFragment];
-        if (q.program.noisy_before) noise.fragment(q.program, at, multiplier);
+        if (q.chain.noisy_before) noise.fragment(q.chain, at, multiplier);
 #pragma unroll 1
-        for (bool noisy = !q.matches();; noisy = true) {
+        for (bool noisy = !q.gathers(1);; noisy = true) {
           x.widen_to(u);
-          run(q.program, q.program.before, weight, multiplier, noisy, false, u, Nothing{}, Nothing{});
+          run(q.chain, q.chain.before, weight, multiplier, noisy, false, u, Nothing{}, Nothing{});
           noisy ? merge_values(m, u, rows, at) : merge_values(matched, u, rows, at);
           if (noisy) break;
         }
       },
       [&] { x.move(); }, [](const Eight&) {});
-  write_moments(q, columns, m, q.partials);
-  if (q.matches()) write_moments(q, columns, matched, q.matched_partials);
+  write_moments(q, columns, m, q.partials[0]);
+  if (q.gathers(1)) write_moments(q, columns, matched, q.partials[1]);
 }
 
 template <class T, int V>
@@ -302,23 +302,23 @@ channels_last_staged_apply(StagedForwardArguments<T> q) {
     barrier();
   };
   A moments[4][V] = {}, weight[V];  // mean and squares, with noise and matched
-  if (q.training) merge(q.partials, 0);
-  if (q.matches()) merge(q.matched_partials, 2);
+  if (q.training) merge(q.partials[0], 0);
+  if (q.gathers(1)) merge(q.partials[1], 2);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (i < 2 ? q.training : q.matches()) table.get(i, moments[i]);
+    if (i < 2 ? q.training : q.gathers(1)) table.get(i, moments[i]);
   }
   Affine<A> affine[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    affine[v] =
-        finish_statistics(q, columns.group, columns.window.rows, columns.c + v, Pair<A>{moments[0][v], moments[1][v]},
-                          Pair<A>{moments[2][v], moments[3][v]}, columns.leads() && blockIdx.y == 0);
+    affine[v] = finish_statistics(q, columns.group, columns.window.rows, columns.c + v,
+                                  {{moments[0][v], moments[1][v]}, {moments[2][v], moments[3][v]}},
+                                  columns.leads() && blockIdx.y == 0);
   }
   columns.weights(q.p.act_weight, weight);
-  const Seed seed = seed_of(q.program);
-  const bool saves_pass = q.p.mask && q.program.saves_pass, saves_keep = q.p.mask && !q.program.saves_pass;
-  const bool saved = saves_keep && q.program.noisy_before && q.training;  // by the statistics
+  const Seed seed = seed_of(q.chain);
+  const bool saves_pass = q.p.mask && q.chain.saves_pass, saves_keep = q.p.mask && !q.chain.saves_pass;
+  const bool saved = saves_keep && q.chain.noisy_before && q.training;  // by the statistics
   RowQueue<T, V, kForwardBytes> x, residual;
   RowNoise<T, V> noise{behind_columns<A, V>()};
   Decisions<V> pass(0u);
@@ -327,8 +327,8 @@ channels_last_staged_apply(StagedForwardArguments<T> q) {
       [&](const Eight& rows) {
         if (saved) {
           noise.keep = load_decisions<V>(q.p.mask, columns, rows.row);
-        } else if (q.program.noisy) {
-          noise.draw(q.program, seed, columns, rows.row, q.shape.S);
+        } else if (q.chain.noisy) {
+          noise.draw(q.chain, seed, columns, rows.row, q.shape.S);
           if (saves_keep) save_decisions(q.p.mask, columns, rows.row, noise.keep);
         }
         pass = Decisions<V>(0u);
@@ -339,17 +339,17 @@ channels_last_staged_apply(StagedForwardArguments<T> q) {
       },
       [&](const Eight& rows, int at) {
         A v[kFragment], multiplier[kFragment];
-        if (q.program.noisy) noise.fragment(q.program, at, multiplier);
+        if (q.chain.noisy) noise.fragment(q.chain, at, multiplier);
         x.widen_to(v);
         uint32_t bits = run(
-            q.program, q.program.all, weight, multiplier, true, saves_pass, v,
+            q.chain, q.chain.all, weight, multiplier, true, saves_pass, v,
             [&](A(&u)[kFragment]) {
 #pragma unroll
               for (int i = 0; i < kFragment; ++i) u[i] = affine[i % V](u[i]);
             },
             [&](A(&sum)[kFragment]) { residual.add_to(sum); });
         if (saves_pass) {
-          if (q.program.saves_keep) bits &= fragment_bits(noise.keep, at);
+          if (q.chain.saves_keep) bits &= fragment_bits(noise.keep, at);
           add_bits(pass, bits, at);
         }
         columns.write(q.p.y, rows, at, v);
@@ -369,8 +369,8 @@ channels_last_staged_apply(StagedForwardArguments<T> q) {
 template <class T, int V, class A, class F>
 FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedColumns<T, V>& columns,
                              const Affine<A> (&affine)[V], const A (&weight)[V], bool descending, F f) {
-  const Seed seed = seed_of(q.program);
-  const bool saved_pass = q.p.mask && q.program.saves_pass, saved_keep = q.p.mask && q.program.saves_keep;
+  const Seed seed = seed_of(q.chain);
+  const bool saved_pass = q.p.mask && q.chain.saves_pass, saved_keep = q.p.mask && q.chain.saves_keep;
   RowQueue<T, V, kBackwardBytes> x, g;
   RowNoise<T, V> noise{behind_columns<A, V>()};
   Decisions<V> pass(0u);
@@ -380,8 +380,8 @@ FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedCo
         if (q.p.mask) pass = load_decisions<V>(q.p.mask, columns, rows.row);
         if (saved_keep) {
           noise.keep = pass;
-        } else if (q.program.noisy) {
-          noise.draw(q.program, seed, columns, rows.row, q.shape.S);
+        } else if (q.chain.noisy) {
+          noise.draw(q.chain, seed, columns, rows.row, q.shape.S);
         }
       },
       [&](const Eight& rows, int at) {
@@ -390,10 +390,10 @@ FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedCo
       },
       [&](const Eight& rows, int at) {
         A v[kFragment], gradient[kFragment], centred[kFragment], multiplier[kFragment];
-        if (q.program.noisy) noise.fragment(q.program, at, multiplier);
+        if (q.chain.noisy) noise.fragment(q.chain, at, multiplier);
         x.widen_to(v);
         run(
-            q.program, saved_pass ? q.program.to_norm : q.program.to_act, weight, multiplier, true, false, v,
+            q.chain, saved_pass ? q.chain.to_norm : q.chain.to_act, weight, multiplier, true, false, v,
             [&](A(&u)[kFragment]) {
 #pragma unroll
               for (int i = 0; i < kFragment; ++i) {
@@ -416,11 +416,17 @@ FN_DEVICE void each_gradient(const StagedBackwardArguments<T>& q, const StagedCo
       [](const Eight&) {});
 }
 
-template <class T, int V, class A = opmath_t<T>>
-FN_DEVICE void column_sums(const StagedBackwardArguments<T>& q, A (&sums)[kSums][V]) {
+template <int V, class T, class A>
+FN_DEVICE void column_sums(const StagedBackwardArguments<T>& q, A (&sums)[V][kSums]) {
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
-    if (i < 2 || q.program.has_weight) column_sum(sums[i]);
+    if (!q.gathers(i)) break;
+    A of_columns[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) of_columns[v] = sums[v][i];
+    column_sum(of_columns);
+#pragma unroll
+    for (int v = 0; v < V; ++v) sums[v][i] = of_columns[v];
   }
 }
 
@@ -431,46 +437,41 @@ channels_last_staged_gradient_sums(StagedBackwardArguments<T> q) {
   next_grid_may_start();
   const StagedColumns<T, V> columns(q, in_first_pass());
   Affine<A> affine[V];
-  A weight[V], sums[kSums][V] = {};
+  A weight[V], sums[V][kSums] = {};
 #pragma unroll
   for (int v = 0; v < V; ++v) affine[v] = saved_statistics(q, columns.group, columns.c + v);
   columns.weights(q.p.act_weight, weight);
-  const bool saved = q.p.mask && q.program.saves_pass;
+  const bool saved = q.p.mask && q.chain.saves_pass;
   each_gradient(q, columns, affine, weight, false,
                 [&](const Eight& rows, int at, const A(&m)[kFragment], uint32_t pass, A(&v)[kFragment],
                     A(&dz)[kFragment], const A(&centred)[kFragment], const auto& x) {
-                  run_back(q.program, q.program.back_to_norm, weight, m, saved, pass, v, dz, Nothing{}, Nothing{},
+                  run_back(q.chain, q.chain.back_to_norm, weight, m, saved, pass, v, dz, Nothing{}, Nothing{},
                            [&](const A(&z)[kFragment], const A(&gradient)[kFragment]) {
 #pragma unroll
                              for (int i = 0; i < kFragment; ++i) {
-                               sums[2][i % V] += math::Prelu::weight_gradient(z[i], gradient[i]);
+                               sums[i % V][2] += math::Prelu::weight_gradient(z[i], gradient[i]);
                              }
                            });
 #pragma unroll
                   for (int i = 0; i < kFragment; ++i) {
-                    sums[0][i % V] += dz[i];
-                    sums[1][i % V] = math::fma(dz[i], centred[i], sums[1][i % V]);
+                    sums[i % V][0] += dz[i];
+                    sums[i % V][1] = math::fma(dz[i], centred[i], sums[i % V][1]);
                   }
-                  if (q.program.has_weight && !q.program.act_after) {
+                  if (q.chain.has_weight && !q.chain.act_after) {
                     x.widen_to(v);
-                    weight_factors(q.program, m, v);
+                    weight_factors(q.chain, m, v);
 #pragma unroll
                     for (int i = 0; i < kFragment; ++i) {
-                      sums[2][i % V] = math::fma(dz[i], v[i], sums[2][i % V]);
-                      sums[3][i % V] = math::fma(centred[i], v[i], sums[3][i % V]);
-                      sums[4][i % V] += v[i];
+                      sums[i % V][2] = math::fma(dz[i], v[i], sums[i % V][2]);
+                      sums[i % V][3] = math::fma(centred[i], v[i], sums[i % V][3]);
+                      sums[i % V][4] += v[i];
                     }
                   }
                 });
   column_sums(q, sums);
   if (!columns.leads()) return;
 #pragma unroll
-  for (int i = 0; i < kSums; ++i) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      if (i < 2 || q.program.has_weight) *q.partial(i, columns.group, columns.chunk, columns.c + v) = sums[i][v];
-    }
-  }
+  for (int v = 0; v < V; ++v) write_partials(q, columns.group, columns.chunk, columns.c + v, sums[v]);
 }
 
 template <class T, int V>
@@ -480,73 +481,51 @@ channels_last_staged_input_gradient(StagedBackwardArguments<T> q) {
   previous_grid_ends();
   const StagedColumns<T, V> columns(q, in_second_pass());
   const int64_t rows = columns.window.rows;
-  A sums[kSums][V] = {};
-  const auto channel_sums = [&](int v, A(&of)[kSums]) {
+  Affine<A> affine[V];
+  A sums[V][kSums] = {}, gradients[V][kSums] = {};
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) of[i] = sums[i][v];
-  };
+  for (int v = 0; v < V; ++v) affine[v] = saved_statistics(q, columns.group, columns.c + v);
   if (q.partials) {
     for (int chunk = threadIdx.y; chunk < q.chunks.count; chunk += blockDim.y) {
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          if (i < 2 || q.program.has_weight) sums[i][v] += *q.partial(i, columns.group, chunk, columns.c + v);
-        }
-      }
+      for (int v = 0; v < V; ++v) add_partials(q, columns.group, chunk, columns.c + v, sums[v]);
     }
     column_sums(q, sums);
     if (columns.group == 0 && blockIdx.y == 0) {
-      A gradients[kSums][V] = {};
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        A of[kSums], to[kSums] = {};
-        channel_sums(v, of);
         if (q.groups.count == 1) {
-          add_parameter_gradients(q, 0, rows, columns.c + v, of, to);
+          add_parameter_gradients(q, 0, rows, columns.c + v, affine[v].scale, sums[v], gradients[v]);
         } else {
-          add_groups(q, columns.c + v, threadIdx.y, blockDim.y, to);
+          add_groups(q, columns.c + v, threadIdx.y, blockDim.y, gradients[v]);
         }
-#pragma unroll
-        for (int i = 0; i < kSums; ++i) gradients[i][v] = to[i];
       }
       if (q.groups.count > 1) column_sums(q, gradients);
-      if (columns.leads()) {
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          A of[kSums];
-#pragma unroll
-          for (int i = 0; i < kSums; ++i) of[i] = gradients[i][v];
-          write_parameter_gradients(q, columns.c + v, of);
-        }
+      for (int v = 0; v < V; ++v) {
+        if (columns.leads()) write_parameter_gradients(q, columns.c + v, gradients[v]);
       }
     }
   }
   if (!q.p.dx && !q.p.grad_residual) return;
-  Affine<A> affine[V];
   math::InputGradient<A> k[V];
   A weight[V];
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    A of[kSums];
-    channel_sums(v, of);
-    affine[v] = saved_statistics(q, columns.group, columns.c + v);
-    k[v] = coefficients(q, columns.group, rows, columns.c + v, of);
-  }
+  for (int v = 0; v < V; ++v) k[v] = coefficients(q, columns.group, rows, columns.c + v, affine[v].scale, sums[v]);
   columns.weights(q.p.act_weight, weight);
-  const bool saved = q.p.mask && q.program.saves_pass;
+  const bool saved = q.p.mask && q.chain.saves_pass;
   each_gradient(q, columns, affine, weight, true,
                 [&](const Eight& rows, int at, const A(&m)[kFragment], uint32_t pass, A(&v)[kFragment],
                     A(&gradient)[kFragment], const A(&centred)[kFragment], const auto& x) {
                   run_back(
-                      q.program, q.p.dx ? q.program.back : q.program.back_to_norm, weight, m, saved, pass, v, gradient,
+                      q.chain, q.p.dx ? q.chain.back : q.chain.back_to_norm, weight, m, saved, pass, v, gradient,
                       [&](A(&entering)[kFragment], A(&dz)[kFragment]) {
 #pragma unroll
                         for (int i = 0; i < kFragment; ++i) {
                           dz[i] = math::apply_input_gradient(dz[i], centred[i], k[i % V].a, k[i % V].b, k[i % V].c);
                         }
                         x.widen_to(entering);
-                        if (is(q.program.before, Stage::drop)) multiply(entering, m);
+                        if (is(q.chain.before, Stage::drop)) multiply(entering, m);
                       },
                       [&](const A(&added)[kFragment]) {
                         if (q.p.grad_residual) columns.write(q.p.grad_residual, rows, at, added);
@@ -562,17 +541,17 @@ FN_KERNEL(256, kColumnBlocks)
 channels_last_noise(StagedForwardArguments<T> q) {
   using A = opmath_t<T>;
   const StagedColumns<T, V> columns(q, in_first_pass());
-  const Seed seed = seed_of(q.program);
+  const Seed seed = seed_of(q.chain);
   RowQueue<T, V, kForwardBytes> x;
   RowNoise<T, V> noise{behind_columns<A, V>()};
   each_fragment<kForwardBytes>(
-      columns, false, [&](const Eight& rows) { noise.draw(q.program, seed, columns, rows.row, q.shape.S); },
+      columns, false, [&](const Eight& rows) { noise.draw(q.chain, seed, columns, rows.row, q.shape.S); },
       [&](const Eight& rows, int at) {
         if (q.p.x) columns.read(q.p.x, rows, at, x.row);
       },
       [&](const Eight& rows, int at) {
         A v[kFragment], m[kFragment];
-        noise.fragment(q.program, at, m);
+        noise.fragment(q.chain, at, m);
         x.widen_to(v);
 #pragma unroll
         for (int i = 0; i < kFragment; ++i) v[i] = q.p.x ? v[i] * m[i] : m[i];

@@ -23,7 +23,7 @@ FN_DEVICE int lane() { return threadIdx.x % kWarp; }  // of a team
 // ---- teams --------------------------------------------------------------------------------------------------------
 // Every function of a team is called by all threads of the block and gives all threads of a team the same result.
 constexpr int kMostWarps = 16;                                 // of a block
-constexpr int kTeamScratch = kMostWarps * 5 * sizeof(double);  // bytes, at the start of shared memory
+constexpr int kTeamScratch = kMostWarps * 6 * sizeof(double);  // bytes, at the start of shared memory
 
 template <class A>
 FN_DEVICE A warp_sum(A v) {

@@ -39,8 +39,8 @@ MUTATIONS = (
     Mutation(
         "table_read_early",
         "channels_last.cuh",
-        BARRIER + "const Seed seed = seed_of(q.stages);",
-        "const Seed seed = seed_of(q.stages);",
+        BARRIER + "const Seed seed = seed_of(q.chain);",
+        "const Seed seed = seed_of(q.chain);",
     ),
     Mutation("statistics_count_early", "state.cu", "barrier();  // all have read\n", "", "tsan", RACE),
     Mutation("bare_barrier", "reduce.cuh", BARRIER, "__syncthreads();", says="refused"),
@@ -76,7 +76,7 @@ MUTATIONS = (
     ),
     Mutation("cluster_reads_itself", "channels_first_resident.cuh", "*cluster_peer(slot, i)", "*slot"),
     # Writers.
-    Mutation("two_blocks_write", "channels_first.cuh", "leads() && blockIdx.y == 0", "leads()", "tsan", RACE),
+    Mutation("two_blocks_write", "team.cuh", "leads() && blockIdx.y == 0", "leads()", "tsan", RACE),
     Mutation("all_threads_write", "channels_first_resident.cuh", "if (threadIdx.x == 0) *slot", "*slot", "tsan", RACE),
     # Sums.
     Mutation("half_a_warp", "reduce.cuh", "int mask = kWarp / 2;", "int mask = kWarp / 4;"),
@@ -84,13 +84,13 @@ MUTATIONS = (
         "merge_without_count", "reduce.cuh", "return part.count * (part.mean - pivot);", "return part.mean - pivot;"
     ),
     Mutation(
-        "not_zeroed", "channels_first.cuh", "static_cast<A>(chunks.rows)); sum = 0;", "static_cast<A>(chunks.rows));"
+        "not_zeroed", "team.cuh", "static_cast<A>(chunks.rows)); sum = 0;", "static_cast<A>(chunks.rows));"
     ),
     Mutation(
         "swapped_index",
         "channels_first.cuh",
-        "q.partials[team.chunk * q.shape.C + team.c] = moments;",
-        "q.partials[team.c * q.chunks.count + team.chunk] = moments;",
+        "[q.place(team.group(), team.chunk, team.c)] = moments;",
+        "[team.c * q.chunks.count + team.chunk] = moments;",
     ),
     # Rows and tails.
     Mutation(
@@ -171,17 +171,17 @@ MUTATIONS = (
     Mutation("all_groups_but_one", "channel.cuh", "int64_t group = first; group", "int64_t group = first + 1; group"),
     Mutation(
         "every_group_writes",
-        "channels_first_staged.cuh",
-        "team.group == 0 && blockIdx.y == 0",
-        "blockIdx.y == 0",
+        "channels_first.cuh",
+        "team.group() != 0 || blockIdx.y != 0",
+        "blockIdx.y != 0",
         "tsan",
         RACE,
     ),
     Mutation(
         "small_sums",
         "backend.cuh",
-        "(q.program.has_weight ? kSums : 2) * part.groups",
-        "2 * part.groups",
+        "q.gathers(2) ? kSums / 2 : 1",
+        "1",
         "asan",
         OVERFLOW,
     ),
@@ -189,18 +189,18 @@ MUTATIONS = (
     # Flat kernels.
     Mutation("next_channel's_rows", "channels_first_flat.cuh", "(row + i < S ? 0 : pitch - S)", "0"),
     Mutation("vectors_of_a_sector", "channels_first_flat.cuh", "% kLanes - before;", "% kLanes + before;"),
-    Mutation("tail_of_rows", "channels_first.cuh", "(i / V) + i % V)", "(i / V))"),
+    Mutation("tail_of_rows", "stages_tile.cuh", "(i / V) + i % V)", "(i / V))"),
     # Programs.
     Mutation("matched_statistics_are_noisy", "chain.cuh", "is(steps, Stage::drop) && noisy", "is(steps, Stage::drop)"),
     Mutation("no_residual_gradient", "chain.cuh", "if (is(steps, Stage::add)) added(g);", ""),
     Mutation("weight_before_the_norm", "channel.cuh", "k.c * sums[4]", "A(0)"),
     Mutation(
         "act_behind_noise",
-        "channels_first_staged.cuh",
-        "if (is(q.program.before, Stage::drop)) multiply(entering, m);",
+        "program_tile.cuh",
+        "if (is(q.chain.before, Stage::drop)) multiply(entering, noise.m);",
         "",
     ),
-    Mutation("pass_without_keep", "channels_first_staged.cuh", "pass &= keep;", ""),
+    Mutation("pass_without_keep", "program_tile.cuh", "pass &= keep;", ""),
     Mutation("pass_in_other_rows", "rows.cuh", "vector / kWarp * V", "vector % 2 * V"),
     Mutation("saved_twice", "channels_last_staged.cuh", "pass = Decisions<V>(0u); },", "},"),
     # Noise that is a number.
@@ -230,6 +230,6 @@ MUTATIONS = (
     # Launches.
     Mutation("early_and_no_wait", "channels_first.cuh", "previous_grid_ends();", "", says="does not wait"),
     Mutation(
-        "no_room_for_clusters", "backend.cuh", "if (!can_hold(name, at, kernel)) return false;", "", says="find room"
+        "no_room_for_clusters", "backend.cuh", "if (!can_hold(kernel.name, at, kernel.code)) return false;", "", says="find room"
     ),
 )

@@ -29,9 +29,9 @@ void release(Warp& w) {
 void bra(Warp& w, I in, Mask active) {
   const Operand& to = in.operands.back();
   Mask taken = active;
-  if (in.has(Mod::DIV)) {  // unless all the lanes of a mask are here
+  if (in.has(Mod::DIV) || in.has(Mod::CONV)) {  // whether all the lanes of a mask are here: unless, or if
     const Mask together = w.read(in.operands[0])[0] & ~w.in(State::exited);
-    if (active == together) taken = 0;
+    if ((active == together) == in.has(Mod::DIV)) taken = 0;
   } else {
     for (size_t i = 0; i + 1 < in.operands.size(); ++i) taken &= w.test(in.operands[i]);
   }
