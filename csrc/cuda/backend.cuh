@@ -240,7 +240,6 @@ size_t column_bytes(const Plan& plan, const Program<A>& program) {
 
 template <class Kernels, class T>
 void run_forward(const Context& context, const Call& call, const Forward<T>& p) {
-  constexpr int V = Kernels::V;
   auto q = arguments_of<typename Kernels::Forward>(call);
   q.p = p;
   q.eps = static_cast<opmath_t<T>>(call.eps);
