@@ -10,7 +10,7 @@ except ImportError:
     if not _library.reporting():  # `python -m fusednorm` reports it itself
         raise
 else:
-    from . import analysis, functional, recalibration, reference
+    from . import analysis, functional, recalibration, reference, uncertainty
     from .checkpoints import keep_act_keys
     from .convert import backend, fold, fuse, unfuse
     from .functional import noise
@@ -25,6 +25,7 @@ else:
     )
     from .noises import Dropout, DropPath, GaussianDropout, UniformDropout, at_alpha
     from .recalibration import recalibrate, restore_running_var
+    from .uncertainty import predict
 
     __all__ = [
         "DropPath",
@@ -46,9 +47,11 @@ else:
         "fuse",
         "keep_act_keys",
         "noise",
+        "predict",
         "recalibrate",
         "recalibration",
         "reference",
         "restore_running_var",
+        "uncertainty",
         "unfuse",
     ]

@@ -34,6 +34,8 @@ class _Options(TypedDict, total=False):
     ghost_batch_size: int | None
     even_ghost_batches: bool
     eval_matched_stats: bool
+    allow_single_value: bool
+    update_when_recomputed: bool
 
 
 class _FusedBatchNorm(_BatchNorm):
@@ -43,6 +45,8 @@ class _FusedBatchNorm(_BatchNorm):
     ghost_batch_size: int | None
     even_ghost_batches: bool = False
     eval_matched_stats: bool
+    allow_single_value: bool = False
+    update_when_recomputed: bool = True
     training: bool
     frozen: bool = False  # see freeze()
     _in_model = False  # whether another module has it as a child
@@ -63,6 +67,8 @@ class _FusedBatchNorm(_BatchNorm):
         ghost_batch_size: int | None = None,
         even_ghost_batches: bool = False,
         eval_matched_stats: bool = False,
+        allow_single_value: bool = False,
+        update_when_recomputed: bool = True,
         **newer: Unpack[_Newer],
     ) -> None:
         if isinstance(eps, (str, nn.Module)):
@@ -82,6 +88,8 @@ class _FusedBatchNorm(_BatchNorm):
         self.ghost_batch_size = ghost_batch_size
         self.even_ghost_batches = even_ghost_batches
         self.eval_matched_stats = eval_matched_stats
+        self.allow_single_value = allow_single_value
+        self.update_when_recomputed = update_when_recomputed
 
     if TYPE_CHECKING:
 
@@ -115,11 +123,9 @@ class _FusedBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         ghost = f", ghost_batch_size={self.ghost_batch_size}" if self.ghost_batch_size else ""
-        ghost += ", even_ghost_batches=True" if self.even_ghost_batches else ""
-        matched = ", eval_matched_stats=True" if self.eval_matched_stats else ""
-        frozen = ", frozen=True" if self.frozen else ""
+        flags = [f", {name}={getattr(self, name)}" for name, usual in _FLAGS.items() if getattr(self, name) != usual]
         norm = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{norm}, order={self.order!r}{ghost}{matched}{frozen}"
+        return f"{norm}, order={self.order!r}{ghost}{''.join(flags)}"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("act", "drop"):
@@ -184,6 +190,8 @@ class _FusedBatchNorm(_BatchNorm):
         ghost_batch_size: int | None = None,
         even_ghost_batches: bool = False,
         eval_matched_stats: bool = False,
+        allow_single_value: bool = False,
+        update_when_recomputed: bool = True,
     ) -> Self:
         """The fused layer of an existing BatchNorm and the modules around it.
 
@@ -194,7 +202,8 @@ class _FusedBatchNorm(_BatchNorm):
         Args:
             bn: an instance of the torch class that this class extends, or, for a lazy class, of the lazy one.
             act, drop, order: as in the constructor; typically the modules that stood around `bn`.
-            ghost_batch_size, even_ghost_batches, eval_matched_stats: as in the constructor.
+            ghost_batch_size, even_ghost_batches, eval_matched_stats, allow_single_value, update_when_recomputed: as in
+                the constructor.
 
         Raises:
             TypeError: `bn` is of another class (or a subclass with behaviour of its own, as SyncBatchNorm).
@@ -205,6 +214,8 @@ class _FusedBatchNorm(_BatchNorm):
             "ghost_batch_size": ghost_batch_size,
             "even_ghost_batches": even_ghost_batches,
             "eval_matched_stats": eval_matched_stats,
+            "allow_single_value": allow_single_value,
+            "update_when_recomputed": update_when_recomputed,
         }
         return cls(0, affine=False, track_running_stats=False, order=order, **options)._adopt(bn, act, drop)
 
@@ -259,6 +270,7 @@ class _FusedBatchNorm(_BatchNorm):
             `nn.Sequential` of BatchNorm, activation and dropout in this layer's order; a small module in plain torch,
             called with the residual if there is one, for what a Sequential cannot say: "add", ghost batches,
             `eval_matched_stats`. Noises that torch has no module for become one that draws by torch's generators.
+            `freeze()`, `allow_single_value` and `update_when_recomputed` have no counterpart and are left behind.
 
         Raises:
             ValueError: the layer is lazy and has seen no input yet, or has hooks that would see something else, or a
@@ -325,8 +337,12 @@ class _FusedBatchNorm(_BatchNorm):
         except KeyError:
             mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
             weight, bias = self.weight, self.bias
-        track = self.training and self.track_running_stats and update
-        training = self.training or (mean is None and var is None)
+        training, track = self.training, self.training and self.track_running_stats and update
+        if training and self.allow_single_value and mean is not None and input.numel() == input.shape[1]:
+            training = track = False
+        if track and not self.update_when_recomputed and _in_backward():
+            track = False
+        training = training or (mean is None and var is None)
         if track and mean is None and count is not None:  # nothing to move, but batches all the same, as torch has it
             count.add_(1)
         use_running = not training or track
@@ -402,8 +418,21 @@ class _FusedBatchNorm(_BatchNorm):
         return ValueError(f"{stage}: expected None, as order {self.order!r} has no {stage!r}")
 
 
+def _in_backward() -> bool:
+    """Whether autograd's engine is at work here: a forward is then one that activation checkpointing repeats."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+# What a layer has beside its torch base class: what its stages compute, and what else it does, with the usual values.
 _OPTIONS = ("order", "ghost_batch_size", "even_ghost_batches", "eval_matched_stats")
-_OWN = {*_OPTIONS, "frozen", "_in_model", "act", "drop"}  # what a layer has beside its torch base class
+_FLAGS = {
+    "even_ghost_batches": False,
+    "eval_matched_stats": False,
+    "allow_single_value": False,
+    "update_when_recomputed": True,
+    "frozen": False,
+}
+_OWN = {*_OPTIONS, *_FLAGS, "_in_model", "act", "drop"}
 # What an nn.Module keeps in dictionaries of its own.
 _CONTAINERS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
 
@@ -426,6 +455,10 @@ class FusedBatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
             full ones and a rest. A rest of a single value is avoided in either case.
         eval_matched_stats: in an order with "drop" before "norm", the running statistics learn the values without the
             noise, which are what evaluation sees: no variance shift (Li et al., arXiv 1801.05134) in this layer.
+        allow_single_value: where a batch in training has one value per channel, of which there is no variance,
+            normalise by the running statistics and leave them alone; torch's layers, and this one, raise otherwise.
+        update_when_recomputed: False: a forward that :func:`torch.utils.checkpoint.checkpoint` repeats in backward,
+            reentrant or not, does not move the running statistics a second time. torch's layers move them twice.
 
     Raises:
         ValueError: an unknown activation, a probability outside [0, 1], an order that is none, an `act` or `drop` that
@@ -466,6 +499,8 @@ class _LazyFusedBatchNorm(_LazyNormBase, _FusedBatchNorm):
         ghost_batch_size: int | None = None,
         even_ghost_batches: bool = False,
         eval_matched_stats: bool = False,
+        allow_single_value: bool = False,
+        update_when_recomputed: bool = True,
         **newer: Unpack[_Newer],
     ) -> None:
         if isinstance(act, str) and act == "prelu":  # torch's lazy constructor hands no keywords on
@@ -476,6 +511,8 @@ class _LazyFusedBatchNorm(_LazyNormBase, _FusedBatchNorm):
             "ghost_batch_size": ghost_batch_size,
             "even_ghost_batches": even_ghost_batches,
             "eval_matched_stats": eval_matched_stats,
+            "allow_single_value": allow_single_value,
+            "update_when_recomputed": update_when_recomputed,
         }
         checked = _FusedBatchNorm(0, affine=False, track_running_stats=False, act=act, drop=drop, **options)
         for name in options:

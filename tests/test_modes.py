@@ -6,9 +6,10 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fusednorm
-from fusednorm import FusedBatchNorm1d
+from fusednorm import FusedBatchNorm1d, FusedBatchNorm2d, LazyFusedBatchNorm2d
 
 
 def stock():
@@ -209,3 +210,90 @@ def test_probability_of_every_noise():
         assert drop.alpha == pytest.approx(0.25)
     with pytest.raises(ValueError, match="1/3"):
         fusednorm.UniformDropout(0.1).p = 0.5
+
+
+# ---- a batch of one --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("order, act", [("norm-act-drop", "relu"), ("drop-norm", None), ("act-norm", "tanh")])
+@pytest.mark.parametrize("shape", [(1, 6), (1, 6, 1, 1)], ids=str)
+def test_allow_single_value(shape, order, act):
+    """A batch with one value per channel goes through the running statistics, which stay; others as ever."""
+    torch.manual_seed(0)
+    kind = FusedBatchNorm1d if len(shape) == 2 else FusedBatchNorm2d
+    drop = 0.5 if "drop" in order else None
+    layer = kind(6, act=act, drop=drop, order=order, allow_single_value=True)
+    many = torch.randn(8, *shape[1:]) * 2 + 1
+    strict = kind(6, act=act, drop=drop, order=order)
+    strict.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        assert torch.equal(layer(many, seed=1), strict(many, seed=1))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+
+    x = torch.randn(shape)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        strict(x)
+    expected = copy.deepcopy(layer).eval()
+    if drop:
+        expected.drop.train()
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [m(t, seed=2) for m, t in zip((layer, expected), inputs, strict=True)]
+    assert torch.equal(*outputs)
+    for y in outputs:
+        y.square().sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad) and torch.equal(layer.weight.grad, expected.weight.grad)
+    assert layer.training and all(torch.equal(v, before[n]) for n, v in layer.state_dict().items())
+
+
+def test_allow_single_value_needs_running_statistics():
+    layer = FusedBatchNorm1d(3, track_running_stats=False, allow_single_value=True)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        layer(torch.randn(1, 3))
+
+
+# ---- activation checkpointing ----------------------------------------------------------------------------------------
+OPTIONS = {
+    "default": {"act": "relu", "drop": 0.3},
+    "groups": {"act": "relu", "ghost_batch_size": 4},
+    "matched": {"drop": 0.3, "order": "drop-norm", "eval_matched_stats": True},
+    "called": {"act": nn.Sequential(nn.ReLU()), "order": "act-norm"},
+    "counted": {"momentum": None},
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_recomputed_forward(options, reentrant):
+    """Under checkpointing the statistics move once, as without it; by default, and in torch, twice."""
+    x = torch.randn(8, 6, requires_grad=True)
+
+    def trained(update, use):
+        torch.manual_seed(3)
+        layer = FusedBatchNorm1d(6, **OPTIONS[options], update_when_recomputed=update)
+        block = nn.Sequential(layer, nn.Tanh())  # what is repeated ends where nothing is needed any more
+        for _ in range(2):  # steps
+            x.grad = None
+            y = checkpoint(block, x, use_reentrant=reentrant) if use else block(x)
+            y.square().sum().backward()
+        return x.grad, [b.clone() for b in layer.buffers()]
+
+    expected, once = trained(True, use=False)
+    found, buffers = trained(False, use=True)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, once, strict=True))
+    _, twice = trained(True, use=True)
+    assert int(twice[2]) == 2 * int(once[2]) and not torch.equal(twice[0], once[0]) or options == "counted"
+    _, plain = trained(False, use=False)
+    assert all(torch.equal(a, b) for a, b in zip(plain, once, strict=True))
+
+
+def test_flags_are_shown_and_kept():
+    flags = {"allow_single_value": True, "update_when_recomputed": False}
+    norm = nn.BatchNorm2d(3)
+    lazy = LazyFusedBatchNorm2d(**flags)
+    lazy(torch.randn(2, 3, 2, 2))
+    for layer in (FusedBatchNorm2d(3, **flags), FusedBatchNorm2d.from_torch(norm, **flags), lazy):
+        for copied in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert (copied.allow_single_value, copied.update_when_recomputed) == (True, False)
+            assert "allow_single_value=True, update_when_recomputed=False" in repr(copied)
+        (stock,) = layer.to_torch()
+        assert type(stock) is nn.BatchNorm2d and not flags.keys() & vars(stock).keys()
+    assert "allow_single_value" not in repr(FusedBatchNorm2d(3))

@@ -83,9 +83,7 @@ MUTATIONS = (
     Mutation(
         "merge_without_count", "reduce.cuh", "return part.count * (part.mean - pivot);", "return part.mean - pivot;"
     ),
-    Mutation(
-        "not_zeroed", "team.cuh", "static_cast<A>(chunks.rows)); sum = 0;", "static_cast<A>(chunks.rows));"
-    ),
+    Mutation("not_zeroed", "team.cuh", "static_cast<A>(chunks.rows)); sum = 0;", "static_cast<A>(chunks.rows));"),
     Mutation(
         "swapped_index",
         "channels_first.cuh",
@@ -230,6 +228,10 @@ MUTATIONS = (
     # Launches.
     Mutation("early_and_no_wait", "channels_first.cuh", "previous_grid_ends();", "", says="does not wait"),
     Mutation(
-        "no_room_for_clusters", "backend.cuh", "if (!can_hold(kernel.name, at, kernel.code)) return false;", "", says="find room"
+        "no_room_for_clusters",
+        "backend.cuh",
+        "if (!can_hold(kernel.name, at, kernel.code)) return false;",
+        "",
+        says="find room",
     ),
 )
