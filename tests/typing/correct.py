@@ -26,10 +26,12 @@ from fusednorm import (
     fuse,
     keep_act_keys,
     noise,
+    predict,
     recalibrate,
     recalibration,
     reference,
     restore_running_var,
+    uncertainty,
     unfuse,
 )
 from fusednorm.analysis import VarianceShift, alpha_of, measure_variance_shift, variance_shift
@@ -144,6 +146,15 @@ assert_type(restore_running_var(norm, dropout), Tensor)
 assert_type(restore_running_var(layers[0]), Tensor)
 assert_type(restore_running_var(norm, ("uniform", 0.1), nn.Linear(8, 8), mean=mean, var=1.0), Tensor)
 assert_type(recalibration.restore_running_var(norm, shift=0.9), Tensor)
+
+noisy = nn.Sequential(FusedBatchNorm1d(8, drop=0.5, allow_single_value=True, update_when_recomputed=False))
+bank = uncertainty.batch_statistics(noisy, [x2, x2 + 1], progress=False)
+assert_type(bank, dict[str, tuple[Tensor, Tensor]])
+assert_type(uncertainty.effective_batch_size(bank), float)
+prediction = predict(noisy, x2, 4, seed=0, statistics=bank)
+assert_type(prediction, uncertainty.Prediction)
+assert_type((prediction.mean, prediction.entropy), tuple[Tensor, Tensor | None])
+assert_type(predict(noisy, x2, 4, output=None, statistics=8, noises=[noisy[0]]).variance, Tensor)
 
 fused = fuse(model, x2, include="*", exclude=["7", "8"])
 assert_type(fused, nn.Module)
