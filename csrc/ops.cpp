@@ -329,7 +329,7 @@ std::pair<int64_t, int64_t> ghosts(const Settings& s, int64_t N) {
 Forward check_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       const OptionalTensor& residual, const OptionalTensor& act_weight, const OptionalTensor& seed,
-                      const Settings& settings, bool eval_matched_stats, bool save_mask) {
+                      const Settings& settings, bool eval_matched_stats, bool save_mask, bool emits) {
   check_input("input", input);
   Forward q{};
   q.chain = make_chain(settings, act_weight);
@@ -348,7 +348,7 @@ Forward check_forward(const Tensor& input, const OptionalTensor& weight, const O
   const bool masked = save_mask && q.groups == 1 && (q.chain.saves_pass() || q.chain.saves_keep());
   const Memory memory = memory_of(input, q.groups == 1 && !masked && q.chain.granularity == Granularity::element);
   q.x = to_memory(input, memory);
-  q.y = fresh_like(q.x);
+  if (emits) q.y = fresh_like(q.x);
   q.shape = shape_of(q.x, memory);
   if (q.groups == 1) q.ghost = std::max<int64_t>(q.shape.N, 1);
   check_shape(q.shape, q.chain, q.x);
@@ -364,6 +364,7 @@ Forward check_forward(const Tensor& input, const OptionalTensor& weight, const O
   q.invstd = vectors(true);
   q.stat_var = vectors(true);
   q.stat_mean = vectors(eval_matched_stats && q.training && q.chain.before_has(Stage::drop));
+  if (!emits) q.var = vectors(true);
   q.mask = fresh(masked && worth_saving(q.shape, q.x) ? mask_size(q.shape, q.chain, q.x) : std::vector<int64_t>{0},
                  mask_dtype(q.x), q.x);
   return q;
@@ -432,6 +433,29 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
     q.grad_act_weight = gradient(act_weight->numel() == 1 ? opmath(q.x) : q.act_weight.scalar_type());
     if (!q.chain.has_weight) q.grad_act_weight.zero_();
   }
+  return q;
+}
+
+namespace {
+// Rows of the sums of a first pass.
+int64_t rows_of_sums(const Backward& q) { return q.chain.has_weight ? 5 : 2; }
+}  // namespace
+
+Backward check_sums(Backward q) {
+  q.sums = at::zeros({rows_of_sums(q), q.shape.C}, q.x.options().dtype(at::kDouble));
+  return q;
+}
+
+Backward check_given(Backward q, const Tensor& sums, const Tensor& count) {
+  const auto check = [&](const char* name, const Tensor& t, at::IntArrayRef sizes) {
+    TORCH_CHECK(t.scalar_type() == at::kDouble && t.sizes() == sizes && t.device() == q.x.device(), name,
+                ": expected shape ", sizes, " of float64 on ", q.x.device(), ", but got ", t.sizes(), " of ",
+                t.scalar_type(), " on ", t.device());
+    return t.contiguous();
+  };
+  q.given = check("sums", sums, {rows_of_sums(q), q.shape.C});
+  q.count = check("count", count, {});
+  q.grad_weight = q.grad_bias = Tensor();  // of one process's values: from its own sums
   return q;
 }
 
@@ -558,6 +582,15 @@ struct BackwardName {
 struct DropoutName {
   static constexpr const char* value = "fusednorm::dropout";
 };
+struct StatisticsName {
+  static constexpr const char* value = "fusednorm::statistics";
+};
+struct SumsName {
+  static constexpr const char* value = "fusednorm::gradient_sums";
+};
+struct GivenName {
+  static constexpr const char* value = "fusednorm::backward_given";
+};
 
 }  // namespace
 
@@ -574,6 +607,19 @@ TORCH_LIBRARY(fusednorm, m) {
       "float[] act_params, str noise, float p, str granularity, int ghost_batch_size, bool[5] output_mask) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual, Tensor grad_act_weight)");
   m.def(
+      "statistics(Tensor input, Tensor? act_weight, Tensor? seed, str order, str act, float[] act_params, str noise, "
+      "float p, str granularity, bool eval_matched_stats) -> (Tensor mean, Tensor var, Tensor stat_mean, Tensor "
+      "stat_var)");
+  m.def(
+      "gradient_sums(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? "
+      "act_weight, Tensor save_mean, Tensor save_invstd, Tensor mask, Tensor? seed, float eps, str order, str act, "
+      "float[] act_params, str noise, float p, str granularity) -> Tensor");
+  m.def(
+      "backward_given(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? "
+      "act_weight, Tensor save_mean, Tensor save_invstd, Tensor mask, Tensor? seed, Tensor sums, Tensor count, float "
+      "eps, str order, str act, float[] act_params, str noise, float p, str granularity, bool[3] output_mask) "
+      "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_act_weight)");
+  m.def(
       "update_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor mean, "
       "Tensor var, SymInt count, SymInt last_count, float? momentum) -> ()");
   m.def("noise(Tensor seed, SymInt[] size, float p, str kind, str granularity, ScalarType dtype) -> Tensor");
@@ -584,6 +630,9 @@ TORCH_LIBRARY_IMPL(fusednorm, Autograd, m) {
   m.impl("forward", &NoDerivative<ForwardName, ForwardSignature>::call);
   m.impl("backward", &NoDerivative<BackwardName, BackwardSignature>::call);
   m.impl("dropout", &NoDerivative<DropoutName, DropoutSignature>::call);
+  m.impl("statistics", &NoDerivative<StatisticsName, StatisticsSignature>::call);
+  m.impl("gradient_sums", &NoDerivative<SumsName, SumsSignature>::call);
+  m.impl("backward_given", &NoDerivative<GivenName, GivenSignature>::call);
   m.impl("update_stats_", torch::CppFunction::makeFallthrough());  // of what requires no gradient
 }
 

@@ -74,15 +74,16 @@ struct Forward {
   Chain chain;
   bool training;
   double eps;
-  int64_t ghost, groups;             // samples of a group; ghost = N: one group
-  Tensor x;                          // dense, in shape's layout
-  Tensor y;                          // the result: of the input's shape, and x's memory layout
-  Tensor weight, bias;               // (C,) or undefined; in opmath type on the CPU, of any type on CUDA
+  int64_t ghost, groups;  // samples of a group; ghost = N: one group
+  Tensor x;               // dense, in shape's layout
+  Tensor y;               // the result: of the input's shape, and x's memory layout; undefined: statistics alone
+  Tensor weight, bias;    // (C,) or undefined; in opmath type on the CPU, of any type on CUDA
   Tensor running_mean, running_var;  // likewise; used when not training
   Tensor residual;                   // in x's layout, or undefined
   Tensor act_weight;                 // as weight; that of PReLU
   Tensor mean, invstd;               // (G, C) results, in opmath type
   Tensor stat_var, stat_mean;        // likewise, what the running statistics learn; stat_mean empty: it is mean
+  Tensor var;                        // likewise, of u; undefined: not asked for
   Tensor mask;                       // result: bits in the backend's layout, or empty
   Tensor seed;                       // int64 scalar, or undefined
 };
@@ -101,12 +102,16 @@ struct Backward {
   Tensor seed;
   Tensor grad_weight, grad_bias;  // (C,) results of the parameters' types, always computed when training
   Tensor grad_act_weight;         // (C,) of the same type, or undefined: not needed
+  Tensor sums;          // (2, C) float64 result: of dz and of dz * (u - mean); or undefined. (5, C) with PReLU:
+                        // what else a backend needs of the first pass in the second
+  Tensor given, count;  // (2, C) or (5, C), and one value, float64: sums over the values of all processes, and
+                        // how many these are, in the place of a first pass; or undefined
 };
 
 Forward check_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       const OptionalTensor& residual, const OptionalTensor& act_weight, const OptionalTensor& seed,
-                      const Settings& settings, bool eval_matched_stats, bool save_mask);
+                      const Settings& settings, bool eval_matched_stats, bool save_mask, bool emits = true);
 
 Backward check_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                         const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& act_weight,
@@ -125,6 +130,13 @@ BackwardResult backward_result(const Backward& q, const Tensor& input, const Opt
                                const OptionalTensor& bias, const OptionalTensor& act_weight,
                                std::array<bool, 5> output_mask);
 
+// The passes apart, for statistics that are those of several processes: (mean, var, stat_mean, stat_var); the sums; and
+// the gradients of (input, residual, act_weight).
+using StatisticsResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using GivenResult = std::tuple<Tensor, Tensor, Tensor>;
+Backward check_sums(Backward q);
+Backward check_given(Backward q, const Tensor& sums, const Tensor& count);
+
 // The C++ signatures of the operators that have no derivative of their own.
 using ForwardSignature = ForwardResult(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                        const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -141,6 +153,24 @@ using BackwardSignature = BackwardResult(const Tensor& grad_output, const Tensor
                                          at::ArrayRef<double> act_params, std::string_view noise, double p,
                                          std::string_view granularity, int64_t ghost_batch_size,
                                          std::array<bool, 5> output_mask);
+
+using StatisticsSignature = StatisticsResult(const Tensor& input, const OptionalTensor& act_weight,
+                                             const OptionalTensor& seed, std::string_view order, std::string_view act,
+                                             at::ArrayRef<double> act_params, std::string_view noise, double p,
+                                             std::string_view granularity, bool eval_matched_stats);
+using SumsSignature = Tensor(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                             const OptionalTensor& bias, const OptionalTensor& residual,
+                             const OptionalTensor& act_weight, const Tensor& save_mean, const Tensor& save_invstd,
+                             const Tensor& mask, const OptionalTensor& seed, double eps, std::string_view order,
+                             std::string_view act, at::ArrayRef<double> act_params, std::string_view noise, double p,
+                             std::string_view granularity);
+using GivenSignature = GivenResult(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                   const OptionalTensor& bias, const OptionalTensor& residual,
+                                   const OptionalTensor& act_weight, const Tensor& save_mean, const Tensor& save_invstd,
+                                   const Tensor& mask, const OptionalTensor& seed, const Tensor& sums,
+                                   const Tensor& count, double eps, std::string_view order, std::string_view act,
+                                   at::ArrayRef<double> act_params, std::string_view noise, double p,
+                                   std::string_view granularity, std::array<bool, 3> output_mask);
 
 using DropoutSignature = Tensor(const Tensor& input, const Tensor& seed, double p, std::string_view kind,
                                 std::string_view granularity);

@@ -12,7 +12,7 @@ except ImportError:
 else:
     from . import analysis, functional, recalibration, reference, uncertainty
     from .checkpoints import keep_act_keys
-    from .convert import backend, fold, fuse, unfuse
+    from .convert import backend, convert_sync_batchnorm, fold, fuse, unfuse
     from .functional import noise
     from .modules import (
         FusedBatchNorm1d,
@@ -42,6 +42,7 @@ else:
         "analysis",
         "at_alpha",
         "backend",
+        "convert_sync_batchnorm",
         "fold",
         "functional",
         "fuse",

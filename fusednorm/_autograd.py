@@ -119,6 +119,7 @@ def run(
     chain,
     seed,
     eval_matched_stats,
+    process_group,
 ) -> Tensor:
     """The output of a checked call; updates the running statistics, where given, if `training`.
 
@@ -126,6 +127,13 @@ def run(
         tensors: input, weight, bias, running_mean, running_var, residual, act_weight.
         seed: None, or a tensor.
     """
+    if process_group is not None and training:
+        from . import _synchronised  # torch.distributed is slow to import
+
+        return _synchronised.run(
+            *(tensors, num_batches_tracked, momentum, chain, seed, eval_matched_stats, process_group),
+            _saves_mask(tensors[0]),
+        )
     reason = _plain.why_plain(training, chain.draws())
     if _plain.leaves_process(reason):
         return _plain.stock((*tensors, None), num_batches_tracked, training, momentum, chain, eval_matched_stats)

@@ -16,6 +16,9 @@ from . import reference
 batch_norm_act_drop: Callable[..., Tensor] = torch.ops.fusednorm.batch_norm_act_drop.default
 forward: Callable[..., tuple[Tensor, ...]] = torch.ops.fusednorm.forward.default
 backward: Callable[..., tuple[Tensor, ...]] = torch.ops.fusednorm.backward.default
+statistics: Callable[..., tuple[Tensor, ...]] = torch.ops.fusednorm.statistics.default
+gradient_sums: Callable[..., Tensor] = torch.ops.fusednorm.gradient_sums.default
+backward_given: Callable[..., tuple[Tensor, ...]] = torch.ops.fusednorm.backward_given.default
 update_stats_: Callable[..., None] = torch.ops.fusednorm.update_stats_.default
 noise: Callable[..., Tensor] = torch.ops.fusednorm.noise.default
 dropout: Callable[..., Tensor] = torch.ops.fusednorm.dropout.default
@@ -199,16 +202,93 @@ def _(
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
     _check_devices(input, grad_output, weight, bias, residual, act_weight, save_mean, save_invstd, mask, seed)
-
-    def gradient(of: Tensor | None, wanted: bool) -> Tensor:
-        return torch.empty_like(of) if wanted and of is not None else input.new_empty(0)
-
     return (
-        gradient(input, output_mask[0]),
-        gradient(weight, output_mask[1]),
-        gradient(bias, output_mask[2]),
-        gradient(input, output_mask[3] and "add" in order),
-        gradient(act_weight, output_mask[4]),
+        _gradient(input, input, output_mask[0]),
+        _gradient(input, weight, output_mask[1]),
+        _gradient(input, bias, output_mask[2]),
+        _gradient(input, input, output_mask[3] and "add" in order),
+        _gradient(input, act_weight, output_mask[4]),
+    )
+
+
+def _gradient(input: Tensor, of: Tensor | None, wanted: bool) -> Tensor:
+    return torch.empty_like(of) if wanted and of is not None else input.new_empty(0)
+
+
+@torch.library.register_fake("fusednorm::statistics")
+def _(
+    input: Tensor,
+    act_weight: Tensor | None,
+    seed: Tensor | None,
+    order: str,
+    act: str,
+    act_params: list[float],
+    noise: str,
+    p: float,
+    granularity: str,
+    eval_matched_stats: bool,
+) -> tuple[Tensor, ...]:
+    _check_devices(input, act_weight, seed)
+    vector = input.new_empty((input.size(1),), dtype=opmath(input))
+    clean = eval_matched_stats and p > 0 and "drop" in reference.parse_order(order)[0]
+    stat_mean = torch.empty_like(vector) if clean else vector.new_empty(0)
+    return vector, torch.empty_like(vector), stat_mean, torch.empty_like(vector)
+
+
+@torch.library.register_fake("fusednorm::gradient_sums")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act_weight: Tensor | None,
+    save_mean: Tensor,
+    save_invstd: Tensor,
+    mask: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    order: str,
+    act: str,
+    act_params: list[float],
+    noise: str,
+    p: float,
+    granularity: str,
+) -> Tensor:
+    _check_devices(input, grad_output, weight, bias, residual, act_weight, save_mean, save_invstd, mask, seed)
+    return input.new_empty((5 if act == "prelu" and "act" in order else 2, input.size(1)), dtype=torch.float64)
+
+
+@torch.library.register_fake("fusednorm::backward_given")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act_weight: Tensor | None,
+    save_mean: Tensor,
+    save_invstd: Tensor,
+    mask: Tensor,
+    seed: Tensor | None,
+    sums: Tensor,
+    count: Tensor,
+    eps: float,
+    order: str,
+    act: str,
+    act_params: list[float],
+    noise: str,
+    p: float,
+    granularity: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    _check_devices(
+        input, grad_output, weight, bias, residual, act_weight, save_mean, save_invstd, mask, seed, sums, count
+    )
+    return (
+        _gradient(input, input, output_mask[0]),
+        _gradient(input, input, output_mask[1] and "add" in order),
+        _gradient(input, act_weight, output_mask[2]),
     )
 
 

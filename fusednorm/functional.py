@@ -62,6 +62,22 @@ def check_ghost_batch_size(size: Any) -> int | None:
     return int(size)
 
 
+def check_process_group(group: Any, ghost_batch_size: int | None = None) -> Any:
+    """Returns `group`, or None where it is of this process alone.
+
+    Raises:
+        ValueError: ghost batches, whose statistics are those of a part of one process's batch, or another string than
+            "world".
+    """
+    if ghost_batch_size:
+        raise ValueError("ghost_batch_size: expected None with a process_group, whose processes share statistics")
+    if isinstance(group, str) and group != "world":
+        raise ValueError(f"process_group: expected a group of torch.distributed, 'world' or None, but got {group!r}")
+    from . import _synchronised  # torch.distributed is slow to import
+
+    return group if _synchronised.world_size(group) > 1 else None
+
+
 def ghost_batches(batch: int, size: int | None, even: bool = False, values: int = 1) -> int:
     """How many samples a group holds of a batch cut into groups of at most `size`; 0 for the whole batch.
 
@@ -232,11 +248,13 @@ def apply(
     residual: Tensor | None = None,
     act_weight: Tensor | None = None,
     eval_matched_stats: bool = False,
+    process_group: Any = None,
 ) -> Tensor:
     """The operator with everything resolved into a :class:`Chain`; what modules call.
 
     Running statistics, where given, are updated if `training`; with `num_batches_tracked` that is incremented (once for
-    each ghost batch) and `momentum` may be None.
+    each ghost batch) and `momentum` may be None. `process_group`: of processes whose values share statistics, when
+    training; None: there is this one only.
     """
     if running_mean is None or running_var is None or running_mean.requires_grad or running_var.requires_grad:
         _check_statistics(running_mean, running_var, training)
@@ -247,7 +265,7 @@ def apply(
         seed = _seed_of(chain, seed, input)
         output = apply(
             *(input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, head, seed),
-            *(None, act_weight, eval_matched_stats),
+            *(None, act_weight, eval_matched_stats, process_group),
         )
         return _behind_addition(output + residual, chain, tail, act_weight, seed)
     if num_batches_tracked is not None and (
@@ -258,7 +276,7 @@ def apply(
             counter = before.clone()
             output = apply(
                 *(input, running_mean, running_var, counter, weight, bias, training, momentum, chain, seed),
-                *(residual, act_weight, eval_matched_stats),
+                *(residual, act_weight, eval_matched_stats, process_group),
             )
             num_batches_tracked.add_((counter - before).to(num_batches_tracked.device))
             return output
@@ -271,7 +289,7 @@ def apply(
             f"ghost_batch_size: expected more than 1 value per channel in every group when training, but "
             f"{chain.ghost_batch_size} of input size {list(input.shape)} leave a group with 1"
         )
-    if counts[0] == 1 or chain.eps <= 0:
+    if (counts[0] == 1 and process_group is None) or chain.eps <= 0:
         # torch's own checks, with its words: F.batch_norm raises, or has no objection.
         F.batch_norm(input, running_mean, running_var, weight, bias, training, 0.0, chain.eps)
     if seed is not None:
@@ -284,6 +302,7 @@ def apply(
         chain,
         seed,
         eval_matched_stats,
+        process_group,
     )
 
 

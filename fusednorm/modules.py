@@ -36,6 +36,7 @@ class _Options(TypedDict, total=False):
     eval_matched_stats: bool
     allow_single_value: bool
     update_when_recomputed: bool
+    process_group: Any
 
 
 class _FusedBatchNorm(_BatchNorm):
@@ -47,6 +48,7 @@ class _FusedBatchNorm(_BatchNorm):
     eval_matched_stats: bool
     allow_single_value: bool = False
     update_when_recomputed: bool = True
+    process_group: Any = None
     training: bool
     frozen: bool = False  # see freeze()
     _in_model = False  # whether another module has it as a child
@@ -69,6 +71,7 @@ class _FusedBatchNorm(_BatchNorm):
         eval_matched_stats: bool = False,
         allow_single_value: bool = False,
         update_when_recomputed: bool = True,
+        process_group: Any = None,
         **newer: Unpack[_Newer],
     ) -> None:
         if isinstance(eps, (str, nn.Module)):
@@ -90,6 +93,7 @@ class _FusedBatchNorm(_BatchNorm):
         self.eval_matched_stats = eval_matched_stats
         self.allow_single_value = allow_single_value
         self.update_when_recomputed = update_when_recomputed
+        self.process_group = process_group
 
     if TYPE_CHECKING:
 
@@ -192,6 +196,7 @@ class _FusedBatchNorm(_BatchNorm):
         eval_matched_stats: bool = False,
         allow_single_value: bool = False,
         update_when_recomputed: bool = True,
+        process_group: Any = None,
     ) -> Self:
         """The fused layer of an existing BatchNorm and the modules around it.
 
@@ -202,8 +207,8 @@ class _FusedBatchNorm(_BatchNorm):
         Args:
             bn: an instance of the torch class that this class extends, or, for a lazy class, of the lazy one.
             act, drop, order: as in the constructor; typically the modules that stood around `bn`.
-            ghost_batch_size, even_ghost_batches, eval_matched_stats, allow_single_value, update_when_recomputed: as in
-                the constructor.
+            ghost_batch_size, even_ghost_batches, eval_matched_stats, allow_single_value, update_when_recomputed,
+                process_group: as in the constructor.
 
         Raises:
             TypeError: `bn` is of another class (or a subclass with behaviour of its own, as SyncBatchNorm).
@@ -216,6 +221,7 @@ class _FusedBatchNorm(_BatchNorm):
             "eval_matched_stats": eval_matched_stats,
             "allow_single_value": allow_single_value,
             "update_when_recomputed": update_when_recomputed,
+            "process_group": process_group,
         }
         return cls(0, affine=False, track_running_stats=False, order=order, **options)._adopt(bn, act, drop)
 
@@ -270,7 +276,7 @@ class _FusedBatchNorm(_BatchNorm):
             `nn.Sequential` of BatchNorm, activation and dropout in this layer's order; a small module in plain torch,
             called with the residual if there is one, for what a Sequential cannot say: "add", ghost batches,
             `eval_matched_stats`. Noises that torch has no module for become one that draws by torch's generators.
-            `freeze()`, `allow_single_value` and `update_when_recomputed` have no counterpart and are left behind.
+            `freeze()`, `allow_single_value`, `update_when_recomputed` and `process_group` are left behind.
 
         Raises:
             ValueError: the layer is lazy and has seen no input yet, or has hooks that would see something else, or a
@@ -338,7 +344,16 @@ class _FusedBatchNorm(_BatchNorm):
             mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
             weight, bias = self.weight, self.bias
         training, track = self.training, self.training and self.track_running_stats and update
-        if training and self.allow_single_value and mean is not None and input.numel() == input.shape[1]:
+        group = self.process_group
+        if group is not None:
+            group = functional.check_process_group(group, self.ghost_batch_size) if training else None
+        if (
+            training
+            and self.allow_single_value
+            and group is None
+            and mean is not None
+            and input.numel() == input.shape[1]
+        ):
             training = track = False
         if track and not self.update_when_recomputed and _in_backward():
             track = False
@@ -363,6 +378,7 @@ class _FusedBatchNorm(_BatchNorm):
             residual,
             act_weight,
             matched,
+            group,
         )
 
     def _call_children(
@@ -430,6 +446,7 @@ _FLAGS = {
     "eval_matched_stats": False,
     "allow_single_value": False,
     "update_when_recomputed": True,
+    "process_group": None,
     "frozen": False,
 }
 _OWN = {*_OPTIONS, *_FLAGS, "_in_model", "act", "drop"}
@@ -459,6 +476,10 @@ class FusedBatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
             normalise by the running statistics and leave them alone; torch's layers, and this one, raise otherwise.
         update_when_recomputed: False: a forward that :func:`torch.utils.checkpoint.checkpoint` repeats in backward,
             reentrant or not, does not move the running statistics a second time. torch's layers move them twice.
+        process_group: a group of :mod:`torch.distributed` whose processes share the statistics of a batch in training,
+            or "world" for all processes; None: those of this process. On CPUs (gloo) as on GPUs (NCCL), with batches of
+            any sizes, an empty one too; what stands ahead of the norm is in them. Each process draws noise of its own.
+            Every process of the group has to call the layer. See :func:`convert_sync_batchnorm`.
 
     Raises:
         ValueError: an unknown activation, a probability outside [0, 1], an order that is none, an `act` or `drop` that
@@ -501,6 +522,7 @@ class _LazyFusedBatchNorm(_LazyNormBase, _FusedBatchNorm):
         eval_matched_stats: bool = False,
         allow_single_value: bool = False,
         update_when_recomputed: bool = True,
+        process_group: Any = None,
         **newer: Unpack[_Newer],
     ) -> None:
         if isinstance(act, str) and act == "prelu":  # torch's lazy constructor hands no keywords on
@@ -513,6 +535,7 @@ class _LazyFusedBatchNorm(_LazyNormBase, _FusedBatchNorm):
             "eval_matched_stats": eval_matched_stats,
             "allow_single_value": allow_single_value,
             "update_when_recomputed": update_when_recomputed,
+            "process_group": process_group,
         }
         checked = _FusedBatchNorm(0, affine=False, track_running_stats=False, act=act, drop=drop, **options)
         for name in options:

@@ -62,6 +62,15 @@ def check_fake():
         assert save_mean.shape == invstd.shape == var_seen.shape == (2, 3)
         grads = call(ops.backward, y, x, a, b, None, weight, save_mean, invstd, mask, *chain, [True] * 5)
         assert [g.shape for g in (y, *grads)] == [x.shape, x.shape, a.shape, b.shape, x.shape, weight.shape]
+        own = call(ops.statistics, x, weight, seed, "act-norm", *chain[4:-1], False)
+        saved, settings = (
+            (y, x, a, b, None, weight, own[0][:3], own[1][:3], y.new_empty(0, dtype=torch.uint8)),
+            chain[2:-1],
+        )
+        sums = call(ops.gradient_sums, *saved, seed, *settings)
+        assert sums.shape == (5, 3)
+        apart = call(ops.backward_given, *saved, seed, sums, sums[0, 0], *settings, [True] * 3)
+        assert [g.shape for g in apart] == [x.shape, x.shape, weight.shape]
         call(ops.update_stats_, mean, var, batches, save_mean, var_seen, 50, 50, 0.1)
         call(ops.noise, seed, [4, 3, 5, 5], 0.3, "bernoulli", "element", torch.float32)
         assert call(ops.dropout, x, seed, 0.3, "gaussian", "sample").shape == x.shape

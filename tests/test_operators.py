@@ -114,6 +114,20 @@ def test_family(case, layout, shape):
     grads = [True, True, True, "residual" in options, "act_weight" in options]
     backward = backward_arguments(x, x, weight, bias, mean, invstd, mask, seed, **options, output_mask=grads)
     opcheck(ops.backward.default, (), backward)
+    if options.get("training", True) and not options.get("ghost_batch_size"):
+        check_apart(forward, backward, [grads[0], *grads[3:]])
+
+
+def check_apart(forward, backward, wanted):
+    """The operators that are one pass each, with the arguments of those that are two."""
+    order = forward["order"]
+    names = ("input", "act_weight", "seed", "act", "act_params", "noise", "p", "granularity", "eval_matched_stats")
+    ahead = {"order": order[: order.index("norm") + 4]}
+    opcheck(ops.statistics.default, (), {name: forward[name] for name in names} | ahead)
+    saved = {name: v for name, v in backward.items() if name not in ("training", "ghost_batch_size", "output_mask")}
+    opcheck(ops.gradient_sums.default, (), saved)
+    given = {"sums": ops.gradient_sums(**saved), "count": torch.tensor(9.0, dtype=torch.float64)}
+    opcheck(ops.backward_given.default, (), saved | given | {"output_mask": wanted})
 
 
 @pytest.mark.parametrize("shape", [(8, 5, 3, 3), (9, 5), (0, 3)], ids=str)
@@ -175,7 +189,8 @@ def test_every_operator_is_tested():
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "fusednorm::" in name
     }
     # The last two are made of the others: the eager call, and a backward that is differentiated again.
-    assert names == {"forward", "backward", "update_stats_", "noise", "dropout", "draw_seed"} | {
+    apart = {"statistics", "gradient_sums", "backward_given"}
+    assert names == {"forward", "backward", "update_stats_", "noise", "dropout", "draw_seed"} | apart | {
         "batch_norm_act_drop",
         "differentiable_backward",
     }

@@ -257,7 +257,8 @@ class Folded {
 template <class T>
 void forward_columns(const Call& call, const ForwardPointers<T>& p) {
   using A = opmath_t<T>;
-  const Plan plan(call.chain, false, p.mask != nullptr, call.training && std::is_same_v<T, A>), second = plan.second();
+  const Plan plan(call.chain, false, p.mask != nullptr, call.training && p.y && std::is_same_v<T, A>),
+      second = plan.second();
   const Matrix matrix(call, plan.staged, sizeof(T));
   const int64_t C = call.shape.C, ld = matrix.ld();
   Partials partials(call.training, matrix), clean(p.clean_mean, matrix);
@@ -335,6 +336,7 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
     }
   };
   const auto emit = [&](Panel panel) {
+    if (!p.y) return;
     const int64_t block = panel.block;
     Columns<A> repeat(matrix, block);
     DrawBuffer drawn;
@@ -360,7 +362,7 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
 template <class T>
 void backward_columns(const Call& call, const BackwardPointers<T>& p) {
   using A = opmath_t<T>;
-  const bool gathers = p.grad_weight != nullptr;
+  const bool gathers = cpu::gathers(p);
   const Plan plan(call.chain, true, p.mask != nullptr, gathers && p.dx && std::is_same_v<T, A>), second = plan.second();
   const Matrix matrix(call, plan.staged, sizeof(T));
   const int64_t C = call.shape.C, ld = matrix.ld();

@@ -91,6 +91,7 @@ void run_forward(const fusednorm::Forward& q) {
                                  advance(data<A>(q.invstd), channel),
                                  advance(data<A>(q.stat_var), channel),
                                  advance(data<A>(q.stat_mean), channel),
+                                 advance(data<A>(q.var), channel),
                                  data<uint32_t>(q.mask)};
       if (in_order(call, p.mask != nullptr)) return forward_in_order<T>(call, p);
       in_columns(call.shape, call.chain) ? forward_columns<T>(call, p) : forward_runs<T>(call, p);
@@ -123,6 +124,9 @@ void run_backward(const fusednorm::Backward& q) {
                                   of_group(weight, group),
                                   of_group(bias, group),
                                   of_group(act_weight, group),
+                                  data<double>(q.sums),
+                                  data<double>(q.given),
+                                  q.count.defined() ? *data<double>(q.count) : 0,
                                   data<uint32_t>(q.mask)};
       in_columns(call.shape, call.chain) ? backward_columns<T>(call, p) : backward_runs<T>(call, p);
     });
@@ -192,6 +196,9 @@ TORCH_LIBRARY_IMPL(fusednorm, CPU, m) {
   m.impl("backward", &fusednorm::backward<run_backward>);
   m.impl("noise", &fusednorm::noise<run_noise>);
   m.impl("dropout", &fusednorm::dropout<run_noise>);
+  m.impl("statistics", &statistics<run_forward>);
+  m.impl("gradient_sums", &gradient_sums<run_backward>);
+  m.impl("backward_given", &backward_given<run_backward>);
   m.impl("update_stats_", &update_stats_);
 }
 

@@ -22,11 +22,12 @@ template <class T>
 struct ForwardPointers {
   using A = opmath_t<T>;
   const T *x, *residual;                // (N, C, S) in the shape's layout; residual: or null
-  T* y;                                 // same
+  T* y;                                 // same, or null: statistics alone
   const A *weight, *bias, *act_weight;  // (C,) or null
   const A *running_mean, *running_var;  // (C,) or null when training
   A *mean, *invstd, *var;               // (C,) out
   A* clean_mean;                        // (C,) out: with var, of u without its noise; or null
+  A* own_var;                           // (C,) out: of u, noise and all; or null
   uint32_t* mask;                       // out, or null
 };
 
@@ -38,6 +39,9 @@ struct BackwardPointers {
   const A *weight, *bias, *act_weight;                // (C,) or null
   const A *mean, *invstd;                             // (C,)
   double *grad_weight, *grad_bias, *grad_act_weight;  // (C,) out, or null: not needed
+  double* sums;                                       // (2, C) out, or null: not needed
+  const double* given;                                // (2, C), or null: to be gathered
+  double count;                                       // of the values that `given` is of
   const uint32_t* mask;                               // or null: redraw
 };
 
@@ -149,6 +153,7 @@ void finish_statistics(const Call& call, const ForwardPointers<T>& p, int64_t c,
   const double var = call.training ? s.u.m2 / rows : p.running_var[c];
   p.mean[c] = call.training ? static_cast<A>(s.u.mean) : p.running_mean[c];
   p.var[c] = static_cast<A>(p.clean_mean ? s.clean.m2 / rows : var);
+  if (p.own_var) p.own_var[c] = static_cast<A>(var);
   if (p.clean_mean) p.clean_mean[c] = static_cast<A>(s.clean.mean);
   p.invstd[c] = static_cast<A>(math::inverse_std(var, call.eps));
   channel.mean[c] = p.mean[c];
@@ -168,12 +173,23 @@ void load_statistics(const BackwardPointers<T>& p, int64_t c, ChannelVectors<opm
 template <class T>
 math::InputGradient<double> finish_gradient(const Call& call, const BackwardPointers<T>& p, int64_t c, double sum_dz,
                                             double sum_dz_xmu, double scale) {
+  const int64_t C = call.shape.C;
   if (p.grad_bias) p.grad_bias[c] = sum_dz;
   if (p.grad_weight) p.grad_weight[c] = sum_dz_xmu * p.invstd[c];
+  if (p.sums) {
+    p.sums[c] = sum_dz;
+    p.sums[C + c] = sum_dz_xmu;
+  }
   if (!call.training) return {scale, 0, 0};
+  if (p.given) return math::input_gradient<double>(scale, p.invstd[c], p.given[c], p.given[C + c], p.count);
   return math::input_gradient<double>(scale, p.invstd[c], sum_dz, sum_dz_xmu, static_cast<double>(call.shape.rows()));
 }
 
+// Whether a backward has a first pass.
+template <class T>
+bool gathers(const BackwardPointers<T>& p) {
+  return p.grad_weight || p.sums;
+}
 // What the second pass of a backward makes.
 template <class T>
 bool emits(const BackwardPointers<T>& p) {

@@ -177,7 +177,8 @@ struct Coefficients {
 template <class T>
 void forward_runs(const Call& call, const ForwardPointers<T>& p) {
   using A = opmath_t<T>;
-  const Plan plan(call.chain, false, p.mask != nullptr, call.training && std::is_same_v<T, A>), second = plan.second();
+  const Plan plan(call.chain, false, p.mask != nullptr, call.training && p.y && std::is_same_v<T, A>),
+      second = plan.second();
   const Channels<T> channels(call, plan.tile_elements(kTile));
   const bool past = channels.outgrows() && !plan.once;
   const int64_t tiles = channels.tiles();
@@ -232,6 +233,7 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
     finish_statistics(call, p, c, s, vectors);
   };
   const auto emit = [&](Step at, Step soon) {
+    if (!p.y) return;
     alignas(64) T in[kTile], more[kTile], out[kTile];
     DrawBuffer drawn;
     Workspace<A> workspace;
@@ -255,7 +257,7 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
 template <class T>
 void backward_runs(const Call& call, const BackwardPointers<T>& p) {
   using A = opmath_t<T>;
-  const bool gathers = p.grad_weight != nullptr;
+  const bool gathers = cpu::gathers(p);
   const Plan plan(call.chain, true, p.mask != nullptr, gathers && p.dx && std::is_same_v<T, A>), second = plan.second();
   const Channels<T> channels(call, plan.tile_elements(kTile));
   const bool past = channels.outgrows() && !plan.once;

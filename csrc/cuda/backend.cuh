@@ -252,7 +252,8 @@ void run_forward(const Context& context, const Call& call, const Forward<T>& p) 
       if (p.stat_mean) q.partials[1] = partials(context, q, 1);
       run(context, first, plan, shared, q);
     }
-    run_second(context, q.training, second, plan, plan.chunks, shared, q, part.groups);
+    // Without a result, the second kernel only finishes the statistics.
+    run_second(context, q.training, second, plan, p.y ? plan.chunks : 1, shared, q, part.groups);
   };
 
   if (q.shape.channels_last) {
@@ -262,7 +263,7 @@ void run_forward(const Context& context, const Call& call, const Forward<T>& p) 
   }
   if constexpr (Kernels::flat) {
     constexpr Kernel<typename Kernels::Forward> flat{"channels_first_flat_forward", channels_first_flat_forward<T>};
-    if (q.training && is_flat<T>(context, q.chain.draw, q.shape, {p.x, p.y}) &&
+    if (q.training && p.y && is_flat<T>(context, q.chain.draw, q.shape, {p.x, p.y}) &&
         run_on_shelf<T>(context, flat, plan_flat(q.shape, kVector<T>, context.machine), part, 8 * q.shape.S, 1, q,
                         set)) {
       return;
@@ -270,7 +271,8 @@ void run_forward(const Context& context, const Call& call, const Forward<T>& p) 
   }
   if constexpr (Kernels::resident) {
     const Plan teams = plan_teams(q.shape, part, sizeof(T), context.machine);
-    if (q.training && run_on_shelf<T>(context, Kernels::resident_forward, teams, part, kTileRows, 1, q, set)) return;
+    if (q.training && p.y && run_on_shelf<T>(context, Kernels::resident_forward, teams, part, kTileRows, 1, q, set))
+      return;
   }
   const Plan plan = plan_channels_first(q.shape, part, sizeof(T), Kernels::kFirstBlocks, context.machine);
   run_both(plan, kTeamScratch, Kernels::statistics, Kernels::apply);
@@ -282,7 +284,8 @@ void run_backward(const Context& context, const Call& call, const Backward<T>& p
   q.p = p;
   const Cut part = group_of(call, q.shape);
   const bool elements = p.dx || p.grad_residual;
-  const bool gathers = call.training || p.grad_weight.data || p.grad_bias.data || p.grad_act_weight.data;
+  const bool parameters = p.grad_weight.data || p.grad_bias.data || p.grad_act_weight.data;
+  const bool gathers = !p.given && (call.training || parameters);
   const bool resident = gathers && elements && part.groups == 1;
   const auto set = [&](const Plan& plan) { apply_plan(q, part, plan); };
   const auto run_both = [&](const Plan& plan, size_t shared, auto first, auto second) {

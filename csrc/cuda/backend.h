@@ -54,7 +54,7 @@ struct MutableVector {
 template <class T>
 struct Forward {
   const T* x;                        // (N, C, S) in the shape's layout
-  T* y;                              // same
+  T* y;                              // same, or null: statistics alone
   Vector weight, bias;               // (C,) or null
   Vector running_mean, running_var;  // (C,), used when not training
   void *mean, *invstd, *stat_var;    // (G, C) of A, out
@@ -62,6 +62,7 @@ struct Forward {
   const T* residual;                 // as x, or null
   Vector act_weight;                 // (C,) or null
   void* stat_mean;                   // (G, C) of A, out: with stat_var, of u without its noise; or null
+  void* var;                         // (G, C) of A, out: of u, noise and all; or null
 };
 
 template <class T>
@@ -76,6 +77,8 @@ struct Backward {
   T* grad_residual;               // same, out, or null
   Vector act_weight;              // (C,) or null
   MutableVector grad_act_weight;  // (C,) out, or null
+  double* sums;                 // (2, C), with PReLU (5, C), out: what the first pass gathers; or null. One group only
+  const double *given, *count;  // the same from elsewhere, and one value: of how many values; or null
 };
 
 // Whether the kernels that run on the current device, which has clusters, were compiled for them.

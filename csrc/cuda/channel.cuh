@@ -171,6 +171,7 @@ FN_DEVICE Affine<A> finish_statistics(const Q& q, int64_t group, int64_t rows, i
     const Pair<A>& known = moments[Q::moments - 1];
     static_cast<A*>(q.p.stat_var)[at] = quiet ? known.second / static_cast<A>(rows) : var;
     if (quiet) static_cast<A*>(q.p.stat_mean)[at] = known.first;
+    if (q.p.var) static_cast<A*>(q.p.var)[at] = var;
   }
   return {mean, read<A>(q.p.weight, c, A(1)) * invstd, read<A>(q.p.bias, c, A(0))};
 }
@@ -188,7 +189,24 @@ FN_DEVICE math::InputGradient<A> coefficients(const Q& q, int64_t group, int64_t
                                               const A (&sums)[Q::sums]) {
   const A invstd = static_cast<const A*>(q.p.invstd)[group * q.shape.C + c];
   if (!q.training) return {scale, A(0), A(0)};
-  return math::input_gradient(scale, invstd, sums[0], sums[1], static_cast<A>(rows));
+  const A count = q.p.given ? static_cast<A>(*q.p.count) : static_cast<A>(rows);
+  return math::input_gradient(scale, invstd, sums[0], sums[1], count);
+}
+
+// Sums that come from elsewhere, or go there.
+template <class Q, class A = typename Q::A>
+FN_DEVICE void read_given(const Q& q, int64_t c, A (&sums)[Q::sums]) {
+#pragma unroll
+  for (int i = 0; i < Q::sums; ++i) {
+    if (q.gathers(i)) sums[i] = static_cast<A>(q.p.given[i * q.shape.C + c]);
+  }
+}
+template <class Q, class A = typename Q::A>
+FN_DEVICE void write_sums(const Q& q, int64_t c, const A (&sums)[Q::sums]) {
+#pragma unroll
+  for (int i = 0; i < Q::sums; ++i) {
+    if (q.p.sums && q.gathers(i)) q.p.sums[i * q.shape.C + c] = static_cast<double>(sums[i]);
+  }
 }
 
 // The gradients of weight, bias and PReLU's weight, in this order, as far as one group contributes to them.

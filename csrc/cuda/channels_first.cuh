@@ -55,7 +55,9 @@ FN_DEVICE void finish_parameters(const Q& q, const Team<Q, V>& team, A scale, co
 #pragma unroll
     for (int i = 0; i < Q::sums; ++i) gradients[i] = warp_sum(gradients[i]);
   }
-  if (team.leads()) write_parameter_gradients(q, team.c, gradients);
+  if (!team.leads()) return;
+  write_parameter_gradients(q, team.c, gradients);
+  write_sums(q, team.c, sums);
 }
 
 // ---- the passes ---------------------------------------------------------------------------------------------------
@@ -90,6 +92,7 @@ FN_DEVICE void apply(const Q& q) {
         merge_chunks<A>(team.rows, [&](int chunk) { return q.partials[i][q.place(team.group(), chunk, team.c)]; });
   }
   const Affine<A> affine = finish_statistics(q, team.group(), team.rows.rows, team.c, moments, team.writes());
+  if (!q.p.y) return;
   const Seed seed = seed_of(q.chain);
   team.template each<team.kForward>(
       [&](const Tile& tile, auto& in) {
@@ -125,7 +128,9 @@ FN_DEVICE void input_gradient(const Q& q) {
   const Team<Q, V> team(q, q.samples, in_second_pass(), true);
   const Affine<A> affine = saved_statistics(q, team.group(), team.c);
   A sums[Q::sums] = {};
-  if (q.partials) {
+  if (q.p.given) {
+    read_given(q, team.c, sums);
+  } else if (q.partials) {
     for (int chunk = lane(); chunk < q.chunks.count; chunk += kWarp) {
       add_partials(q, team.group(), chunk, team.c, sums);
     }
@@ -133,8 +138,8 @@ FN_DEVICE void input_gradient(const Q& q) {
     for (int i = 0; i < Q::sums; ++i) {
       if (q.gathers(i)) sums[i] = warp_sum(sums[i]);
     }
-    finish_parameters(q, team, affine.scale, sums);
   }
+  if (q.p.given || q.partials) finish_parameters(q, team, affine.scale, sums);
   if (!q.p.dx && !(Q::walks && q.p.grad_residual)) return;
   const math::InputGradient<A> k = coefficients(q, team.group(), team.rows.rows, team.c, affine.scale, sums);
   const Seed seed = backward_seed(q);

@@ -287,6 +287,7 @@ channels_last_apply(ForwardArguments<T> q) {
   } else {
     each_channel<V>([&](int channel) { finish(channel, {}); });
   }
+  if (!q.p.y) return;
   barrier();
   const Seed seed = seed_of(q.chain);
   columns.each_group(q.chunks, true, [&](int64_t row, int left) {
@@ -387,11 +388,13 @@ channels_last_input_gradient(BackwardArguments<T> q) {
     const int64_t c = columns.block_c + channel;
     if (c >= columns.C) return;
     const Affine<A> of = saved_statistics(q, 0, c);
-    const A both[2] = {sums.first, sums.second};
+    A both[2] = {sums.first, sums.second};
+    if (q.p.given) read_given(q, c, both);
     table.put(channel, of);
     table.put(channel, coefficients(q, 0, q.chunks.rows, c, of.scale, both));
-    if (blockIdx.y == 0)
-      write_parameter_gradients(q, c, {sums.second * static_cast<const A*>(q.p.invstd)[c], sums.first});
+    if (blockIdx.y != 0) return;
+    write_parameter_gradients(q, c, {both[1] * static_cast<const A*>(q.p.invstd)[c], both[0]});
+    write_sums(q, c, both);
   };
   if (q.partials) {
     sum_chunks<V>(q.chunks, Partials<A>{q.partials, columns.C, columns.block_c}, finish);

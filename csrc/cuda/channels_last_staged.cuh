@@ -315,6 +315,7 @@ channels_last_staged_apply(StagedForwardArguments<T> q) {
                                   {{moments[0][v], moments[1][v]}, {moments[2][v], moments[3][v]}},
                                   columns.leads() && blockIdx.y == 0);
   }
+  if (!q.p.y) return;
   columns.weights(q.p.act_weight, weight);
   const Seed seed = seed_of(q.chain);
   const bool saves_pass = q.p.mask && q.chain.saves_pass, saves_keep = q.p.mask && !q.chain.saves_pass;
@@ -485,12 +486,17 @@ channels_last_staged_input_gradient(StagedBackwardArguments<T> q) {
   A sums[V][kSums] = {}, gradients[V][kSums] = {};
 #pragma unroll
   for (int v = 0; v < V; ++v) affine[v] = saved_statistics(q, columns.group, columns.c + v);
-  if (q.partials) {
+  if (q.p.given) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) read_given(q, columns.c + v, sums[v]);
+  } else if (q.partials) {
     for (int chunk = threadIdx.y; chunk < q.chunks.count; chunk += blockDim.y) {
 #pragma unroll
       for (int v = 0; v < V; ++v) add_partials(q, columns.group, chunk, columns.c + v, sums[v]);
     }
     column_sums(q, sums);
+  }
+  if (q.p.given || q.partials) {
     if (columns.group == 0 && blockIdx.y == 0) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
@@ -503,7 +509,9 @@ channels_last_staged_input_gradient(StagedBackwardArguments<T> q) {
       if (q.groups.count > 1) column_sums(q, gradients);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        if (columns.leads()) write_parameter_gradients(q, columns.c + v, gradients[v]);
+        if (!columns.leads()) continue;
+        write_parameter_gradients(q, columns.c + v, gradients[v]);
+        write_sums(q, columns.c + v, sums[v]);
       }
     }
   }

@@ -93,10 +93,11 @@ void run_forward(const fusednorm::Forward& q) {
   const Call call{q.shape, q.chain, q.training, q.eps, q.ghost, q.groups, data<int64_t>(q.seed)};
   for_dtype(q.x, [&](auto zero) {
     using T = decltype(zero);
-    forward<T>(on.context(), call,
-               {data<T>(q.x), data<T>(q.y), vector(q.weight), vector(q.bias), vector(q.running_mean),
-                vector(q.running_var), data<void>(q.mean), data<void>(q.invstd), data<void>(q.stat_var),
-                data<uint8_t>(q.mask), data<T>(q.residual), vector(q.act_weight), data<void>(q.stat_mean)});
+    forward<T>(
+        on.context(), call,
+        {data<T>(q.x), data<T>(q.y), vector(q.weight), vector(q.bias), vector(q.running_mean), vector(q.running_var),
+         data<void>(q.mean), data<void>(q.invstd), data<void>(q.stat_var), data<uint8_t>(q.mask), data<T>(q.residual),
+         vector(q.act_weight), data<void>(q.stat_mean), data<void>(q.var)});
   });
 }
 
@@ -113,7 +114,7 @@ void run_backward(const fusednorm::Backward& q) {
                 {data<T>(q.x), data<T>(q.grad_output), data<T>(q.grad_input), vector(q.weight), vector(q.bias),
                  data<void>(q.mean), data<void>(q.invstd), mutable_vector(q.grad_weight), mutable_vector(q.grad_bias),
                  data<uint8_t>(q.mask), data<T>(q.residual), data<T>(q.grad_residual), vector(q.act_weight),
-                 mutable_vector(grad_act_weight)});
+                 mutable_vector(grad_act_weight), data<double>(q.sums), data<double>(q.given), data<double>(q.count)});
   });
 }
 
@@ -189,6 +190,9 @@ TORCH_LIBRARY_IMPL(fusednorm, CUDA, m) {
   m.impl("backward", &fusednorm::backward<run_backward>);
   m.impl("noise", &fusednorm::noise<run_noise>);
   m.impl("dropout", &fusednorm::dropout<run_noise>);
+  m.impl("statistics", &fusednorm::statistics<run_forward>);
+  m.impl("gradient_sums", &fusednorm::gradient_sums<run_backward>);
+  m.impl("backward_given", &fusednorm::backward_given<run_backward>);
   m.impl("update_stats_", &run_update_stats);
 }
 

@@ -5,5 +5,6 @@ from .fold import fold
 from .fuse import fuse
 from .report import Report
 from .rewire import unfuse
+from .sync import convert_sync_batchnorm
 
-__all__ = ["Report", "backend", "fold", "fuse", "unfuse"]
+__all__ = ["Report", "backend", "convert_sync_batchnorm", "fold", "fuse", "unfuse"]

@@ -137,12 +137,12 @@ class Known(Problem):
 
 
 class Layer(Case):
-    """Forward and, from what that saved, backward. act: as Problem has it, and "prelu"."""
+    """Forward and, from what that saved, backward. act: as Problem has it, and "prelu". split: in four passes."""
 
     def __init__(
         self, shape, last, dtype, act=None, p=0.0, granularity="element", training=True, *, machine=STREAMING,
         mask=False, shift=0, param_dtype=None, stat_dtype=None, weight=True, bias=True, dx=True, dw=True, dr=True,
-        da=True, seed=5, offset=0.0, order="norm-act-drop", kind="bernoulli", ghost=0, matched=False,
+        da=True, seed=5, offset=0.0, order="norm-act-drop", kind="bernoulli", ghost=0, matched=False, split=False,
     ):  # fmt: skip
         self.shape, self.last, self.dtype = shape, last, dtype
         self.problem = q = Known(
@@ -167,7 +167,8 @@ class Layer(Case):
         n, c, s = shape
         words = {
             "N": n, "C": c, "S": s, "last": int(last), "act": name, "p": p, "kind": kind, "granularity": granularity,
-            "order": order, "ghost": ghost, "training": int(training), "eps": q.eps, "shift": shift, **vars(machine),
+            "order": order, "ghost": ghost, "training": int(training), "eps": q.eps, "shift": shift,
+            "split": int(split), **vars(machine),
         } | dict(zip("ab", parameters, strict=False))  # fmt: skip
         self.groups = [range(n)]
         if training and 0 < ghost < n:
@@ -180,6 +181,8 @@ class Layer(Case):
         self.saves = mask and len(self.groups) == 1 and (self.holds_keep or self.holds_pass)
         inputs = {"x": memory(q.x.detach(), last), "g": memory(q.grad, last)}
         inputs["seed"] = torch.tensor([seed])
+        if split:
+            inputs["count"] = torch.tensor([float(n * s)], dtype=torch.float64)
         vectors = {"weight": q.weight, "bias": q.bias, "act_weight": q.act_weight}
         inputs |= {k: v for k, v in vectors.items() if v is not None}
         if q.residual is not None:

@@ -194,22 +194,86 @@ class Case {
     return c;
   }
 
+  // What a layer's first pass and its second one give each other goes this way where they are called apart.
+  template <class A>
+  Vector room(int64_t n) {
+    return {context_.workspace(sizeof(A) * static_cast<size_t>(n)),
+            sizeof(A) == sizeof(double) ? DType::float64 : DType::float32};
+  }
+
   template <class T>
   void layer() {
-    const Call c = call();
-    forward<T>(context_, c,
-               {data<T>("x"), data<T>("y"), vector("weight"), vector("bias"), vector("running_mean"),
-                vector("running_var"), data<void>("mean"), data<void>("invstd"), data<void>("stat_var"),
-                data<uint8_t>("mask"), data<T>("residual"), vector("act_weight"), data<void>("stat_mean")});
+    Call c = call();
+    const bool split = number("split") != 0;
+    Forward<T> p{data<T>("x"),
+                 data<T>("y"),
+                 vector("weight"),
+                 vector("bias"),
+                 vector("running_mean"),
+                 vector("running_var"),
+                 data<void>("mean"),
+                 data<void>("invstd"),
+                 data<void>("stat_var"),
+                 data<uint8_t>("mask"),
+                 data<T>("residual"),
+                 vector("act_weight"),
+                 data<void>("stat_mean"),
+                 nullptr};
+    if (split) {
+      using A = opmath_t<T>;
+      const int64_t C = c.shape.C;
+      Call first = c;
+      std::fill(std::begin(first.chain.after), std::end(first.chain.after), Stage::none);
+      if (!first.chain.before_has(Stage::drop)) {
+        first.chain.noise = Noise::constant;
+        first.chain.multiplier = 1;
+      }
+      Forward<T> statistics = p;
+      statistics.y = nullptr;
+      statistics.mask = nullptr;
+      statistics.mean = const_cast<void*>((p.running_mean = room<A>(C)).data);
+      statistics.var = const_cast<void*>((p.running_var = room<A>(C)).data);
+      forward<T>(context_, first, statistics);
+      p.stat_mean = nullptr;
+      p.stat_var = const_cast<void*>(room<A>(C).data);  // of which the statistics know more
+      c.training = false;
+    }
+    forward<T>(context_, c, p);
+    c.training = number("training") != 0;
     if (!data<T>("g")) return;
     // As ops.cpp hands it over: where a saved mask says what the activation does, without the residual.
     const bool adds_first = c.chain.after_at(Stage::act) > c.chain.after_at(Stage::add);
     const bool said = data<uint8_t>("mask") && c.chain.saves_pass();
     const T* residual = adds_first && !said ? data<T>("residual") : nullptr;
-    backward<T>(context_, c,
-                {data<T>("x"), data<T>("g"), data<T>("dx"), vector("weight"), vector("bias"), data<void>("mean"),
-                 data<void>("invstd"), mutable_vector("dw"), mutable_vector("db"), data<uint8_t>("mask"), residual,
-                 data<T>("dr"), vector("act_weight"), mutable_vector("da")});
+    Backward<T> b{data<T>("x"),
+                  data<T>("g"),
+                  data<T>("dx"),
+                  vector("weight"),
+                  vector("bias"),
+                  data<void>("mean"),
+                  data<void>("invstd"),
+                  mutable_vector("dw"),
+                  mutable_vector("db"),
+                  data<uint8_t>("mask"),
+                  residual,
+                  data<T>("dr"),
+                  vector("act_weight"),
+                  mutable_vector("da"),
+                  nullptr,
+                  nullptr,
+                  nullptr};
+    if (split) {
+      Backward<T> first = b;
+      first.dx = first.grad_residual = nullptr;
+      first.grad_act_weight = {};
+      first.sums = static_cast<double*>(const_cast<void*>(room<double>(5 * c.shape.C).data));
+      backward<T>(context_, c, first);
+      b.given = first.sums;
+      b.count = data<double>("count");
+      b.grad_weight = b.grad_bias = {};
+      if (!b.dx && !b.grad_residual && !b.grad_act_weight.data) return;
+    }
+    backward<T>(context_, c, b);
   }
   template <class T>
   void run_typed() {

@@ -58,14 +58,26 @@ GROUPED = (
 )  # fmt: skip
 
 
-def staged_cases(draw):
+def split_cases(draw):
+    """The passes apart, as statistics of several processes have them: in one process, the same results."""
+    cases = []
+    for shape in ((4, 3, 24), (37, 2, 49), (2, 8, 600), (3, 1, 500), (30, 16, 1)):
+        for last in (False, True) if shape[2] > 1 else (True,):
+            for dtype in FLOATS:
+                act, machine = draw.choice((None, "relu", "silu")), draw.choice(MACHINES if not last else MACHINES[4:])
+                options = {"mask": draw.random() < 0.5, "dx": draw.random() < 0.9, "dw": draw.random() < 0.8}
+                cases.append(Layer(shape, last, dtype, act, 0.3, machine=machine, split=True, **options))
+    return cases + staged_cases(draw, split=True)
+
+
+def staged_cases(draw, split=False):
     """Every order in both layouts, with everything else drawn."""
     cases = []
     acts = ("relu", "relu", "prelu", "prelu", "gelu", ("hardtanh", -0.5, 1.0), "elu")
-    for order in ORDERS_OF_STAGES * 2:
+    for order in ORDERS_OF_STAGES * (1 if split else 2):
         for last in (False, True):
             shape, ghost = draw.choice(SHAPES + COLUMNS), 0
-            if draw.random() < 0.4:
+            if not split and draw.random() < 0.4:
                 shape, ghost = draw.choice(GROUPED)
             last = shape[1] > 1 if shape[2] == 1 else last
             kind = draw.choice(KINDS)
@@ -76,11 +88,11 @@ def staged_cases(draw):
             cases.append(
                 Layer(
                     shape, last, draw.choice(FLOATS), draw.choice(acts), p, draw.choice(GRANULARITIES),
-                    draw.random() < 0.85, machine=draw.choice(MACHINES if not last else MACHINES[4:]),
+                    split or draw.random() < 0.85, machine=draw.choice(MACHINES if not last else MACHINES[4:]),
                     mask=draw.random() < 0.7, shift=int(draw.random() < 0.25), param_dtype=narrow,
                     stat_dtype=narrow, weight=draw.random() < 0.8, bias=draw.random() < 0.8, dx=draw.random() < 0.9,
                     dw=draw.random() < 0.8, dr=draw.random() < 0.8, da=draw.random() < 0.8, order=order, kind=kind,
-                    ghost=ghost, matched=draw.random() < 0.5, seed=draw.randrange(100),
+                    ghost=ghost, matched=draw.random() < 0.5, seed=draw.randrange(100), split=split,
                 )
             )  # fmt: skip
     return cases
@@ -134,7 +146,7 @@ def all_cases():
     for i, dtype in enumerate(FLOATS):
         for shape in ((1, 1, 1), (3, 5, 7), (2, 3, 600), (300, 4, 1)):
             cases.append(NoiseItself(shape, dtype, (0.3, 0.0, 1.0, 0.9)[i]))
-    cases += staged_cases(random.Random(2))
+    cases += staged_cases(random.Random(2)) + split_cases(random.Random(3))
     for dtype in FLOATS:
         for kind in KINDS:
             for granularity in GRANULARITIES:

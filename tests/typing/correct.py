@@ -21,6 +21,7 @@ from fusednorm import (
     analysis,
     at_alpha,
     backend,
+    convert_sync_batchnorm,
     fold,
     functional,
     fuse,
@@ -147,6 +148,8 @@ assert_type(restore_running_var(layers[0]), Tensor)
 assert_type(restore_running_var(norm, ("uniform", 0.1), nn.Linear(8, 8), mean=mean, var=1.0), Tensor)
 assert_type(recalibration.restore_running_var(norm, shift=0.9), Tensor)
 
+assert_type(convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(8))), nn.Module)
+assert_type(FusedBatchNorm1d(8, process_group="world")(x2), Tensor)
 noisy = nn.Sequential(FusedBatchNorm1d(8, drop=0.5, allow_single_value=True, update_when_recomputed=False))
 bank = uncertainty.batch_statistics(noisy, [x2, x2 + 1], progress=False)
 assert_type(bank, dict[str, tuple[Tensor, Tensor]])

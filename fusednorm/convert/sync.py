@@ -1,0 +1,51 @@
+"""A model whose BatchNorm layers share the statistics of several processes."""
+
+from typing import Any
+
+from torch import nn
+
+from ..modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedBatchNorm3d, _FusedBatchNorm
+
+_FUSED: dict[type[nn.Module], Any] = {
+    nn.BatchNorm1d: FusedBatchNorm1d,
+    nn.BatchNorm2d: FusedBatchNorm2d,
+    nn.BatchNorm3d: FusedBatchNorm3d,
+}
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """As :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`, for CPUs too, and in place: all its BatchNorms.
+
+    Fused layers get the `process_group`; torch's become fused ones, which share their parameters, buffers and hooks, so
+    optimizers and state dicts stay valid. SyncBatchNorm, lazy layers and subclasses with behaviour of their own stay as
+    they are, and layers with ghost batches, whose statistics are those of a part of a batch by intent.
+
+    Args:
+        module: a model, or a layer.
+        process_group: of :mod:`torch.distributed`; None: all processes.
+
+    Returns:
+        `module`, or the layer in its place if it is a BatchNorm itself.
+
+    Raises:
+        TypeError: `module` is no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, but got {type(module).__name__}")
+    group = "world" if process_group is None else process_group
+    done: dict[nn.Module, nn.Module] = {}
+
+    def converted(child: nn.Module) -> nn.Module:
+        if child not in done:
+            done[child] = child
+            if isinstance(child, _FusedBatchNorm):
+                if not child.ghost_batch_size:
+                    child.process_group = group
+            elif type(child) in _FUSED:
+                done[child] = _FUSED[type(child)].from_torch(child, process_group=group)
+            for name, inner in child._modules.items():
+                if inner is not None:
+                    child._modules[name] = converted(inner)
+        return done[child]
+
+    return converted(module)
