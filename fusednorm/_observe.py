@@ -22,7 +22,7 @@ def batch_norms(model: nn.Module) -> dict[str, Any]:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: a lazy layer that does not know its size yet, or a SyncBatchNorm in a group of several processes.
+        ValueError: a lazy layer that does not know its size yet, or one whose statistics are those of several processes.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
@@ -34,10 +34,10 @@ def batch_norms(model: nn.Module) -> dict[str, Any]:
     for name, layer in layers.items():
         if nn.parameter.is_lazy(layer.running_mean):
             raise ValueError(f"model: {name or 'the layer'} is lazy; run the model once before")
-        if isinstance(layer, nn.SyncBatchNorm) and torch.distributed.is_available():
-            group = torch.distributed
-            if group.is_initialized() and group.get_world_size(layer.process_group) > 1:
-                raise ValueError(f"model: {name or 'the layer'} is a SyncBatchNorm of several processes; use one")
+        shared, group = isinstance(layer, nn.SyncBatchNorm), getattr(layer, "process_group", None)
+        if (shared or group is not None) and torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_world_size(None if group == "world" else group) > 1:
+                raise ValueError(f"model: {name or 'the layer'} shares statistics with other processes; use one")
     return layers
 
 

@@ -61,7 +61,7 @@ def recalibrate(
 
     Raises:
         ValueError: no batches, a generator to be gone through twice, fewer than two values per channel, values that
-            are not finite, `layers` that are not in the model, a SyncBatchNorm of several processes.
+            are not finite, `layers` that are not in the model, layers that share statistics with other processes.
         TypeError: `batches` is a tensor or not iterable, or `model` not a module.
 
     Warns:

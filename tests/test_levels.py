@@ -105,11 +105,15 @@ def test_levels_agree(level, folder):
     assert close.float().mean() > 0.99
 
 
+KERNEL_TESTS = sorted(path.name for path in TESTS.glob("test_*.py") if "mark.kernel" in path.read_text())
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("file", [name for name in KERNEL_TESTS if name != Path(__file__).name])
 @pytest.mark.parametrize("level", lower_levels())
-def test_kernels_at_lower_levels(level):
+def test_kernels_at_lower_levels(level, file):
     """The tests marked `kernel`, once more."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "kernel", "-p", "no:cacheprovider", str(TESTS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "kernel", "-p", "no:cacheprovider", str(TESTS / file)]
     child = subprocess.run(command, env=environment(level), capture_output=True, text=True, timeout=900)
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
 

@@ -182,7 +182,7 @@ class Layer(Case):
         inputs = {"x": memory(q.x.detach(), last), "g": memory(q.grad, last)}
         inputs["seed"] = torch.tensor([seed])
         if split:
-            inputs["count"] = torch.tensor([float(n * s)], dtype=torch.float64)
+            inputs["count"] = torch.tensor([2.0 * n * s], dtype=torch.float64)  # of two processes, as main.cpp has it
         vectors = {"weight": q.weight, "bias": q.bias, "act_weight": q.act_weight}
         inputs |= {k: v for k, v in vectors.items() if v is not None}
         if q.residual is not None:

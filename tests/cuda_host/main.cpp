@@ -268,6 +268,7 @@ class Case {
       first.grad_act_weight = {};
       first.sums = static_cast<double*>(const_cast<void*>(room<double>(5 * c.shape.C).data));
       backward<T>(context_, c, first);
+      for (int64_t i = 0; i < 2 * c.shape.C; ++i) first.sums[i] *= 2;  // two processes with the same values
       b.given = first.sums;
       b.count = data<double>("count");
       b.grad_weight = b.grad_bias = {};

@@ -188,6 +188,16 @@ MUTATIONS = (
     Mutation("next_channel's_rows", "channels_first_flat.cuh", "(row + i < S ? 0 : pitch - S)", "0"),
     Mutation("vectors_of_a_sector", "channels_first_flat.cuh", "% kLanes - before;", "% kLanes + before;"),
     Mutation("tail_of_rows", "stages_tile.cuh", "(i / V) + i % V)", "(i / V))"),
+    # The passes apart.
+    Mutation(
+        "own_count",
+        "channel.cuh",
+        "q.p.given ? static_cast<A>(*q.p.count) : static_cast<A>(rows)",
+        "static_cast<A>(rows)",
+    ),
+    Mutation("own_sums", "channels_first.cuh", "read_given(q, team.c, sums);", ""),
+    Mutation("own_sums_of_columns", "channels_last.cuh", "if (q.p.given) read_given(q, c, both);", ""),
+    Mutation("statistics_of_the_noise", "channel.cuh", "if (q.p.var) static_cast<A*>(q.p.var)[at] = var;", ""),
     # Programs.
     Mutation("matched_statistics_are_noisy", "chain.cuh", "is(steps, Stage::drop) && noisy", "is(steps, Stage::drop)"),
     Mutation("no_residual_gradient", "chain.cuh", "if (is(steps, Stage::add)) added(g);", ""),

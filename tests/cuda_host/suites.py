@@ -225,6 +225,7 @@ def few_staged(dtype, other):
         layer((5, 3, 49), True, "prelu", "norm-drop-add-act", other, kind="uniform"),
         layer((2, 16, 64), True, ("hardtanh", -0.5, 1.0), "drop-norm-add-act", mask=True),
         layer((9, 3, 1), True, "elu", "drop-norm-act", "sample", training=False),
+        *(layer((5, 8, 24), last, "prelu", "drop-act-norm-add", split=True, matched=True) for last in (False, True)),
         NoiseItself((2, 3, 300), dtype, 0.3, "gaussian", times_x=True),
         NoiseItself((9, 4, 13), dtype, 0.3, "uniform", "sample", last=True, times_x=True),
     ]
@@ -247,6 +248,7 @@ def few_cases(dtypes):
         cases.append(Layer((5, 3, 49), False, dtype, "relu", 0.3, training=False, dx=bool(i)))
         cases.append(Layer((30, 8, 13), False, dtype, "relu", 0.3, machine=WIDE_PAIRS, mask=True))
         cases.append(Layer((9, 3, 1), True, dtype, "relu", 0.3, training=False, dw=False))
+        cases += [Layer((5, 8, 13), last, dtype, "relu", 0.3, split=True, mask=True) for last in (False, True)]
         cases.append(NoiseItself((2, 3, 300), dtype, 0.3))
     for i, dtype in enumerate(dtypes):
         cases += few_staged(dtype, other=CHANNEL[i == 0])
