@@ -138,6 +138,7 @@ def stochastic() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="F", help="write the medians and the machine's facts")
+    parser.add_argument("--force", action="store_true", help="run although the machine is busy")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -145,7 +146,7 @@ def main() -> None:
         return synchronised(args.rank, args.folder)
     if not machine.tuned():
         machine.restart_tuned(sys.argv)
-    reason = machine.busy()
+    reason = None if args.force else machine.busy()
     if reason:
         sys.exit(f"Not measured: {reason}")
     rows = {}

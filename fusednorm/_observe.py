@@ -22,7 +22,7 @@ def batch_norms(model: nn.Module) -> dict[str, Any]:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: a lazy layer that does not know its size yet, or one whose statistics are those of several processes.
+        ValueError: a lazy layer that does not know its size yet, or one that shares statistics with other processes.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
@@ -34,11 +34,17 @@ def batch_norms(model: nn.Module) -> dict[str, Any]:
     for name, layer in layers.items():
         if nn.parameter.is_lazy(layer.running_mean):
             raise ValueError(f"model: {name or 'the layer'} is lazy; run the model once before")
-        shared, group = isinstance(layer, nn.SyncBatchNorm), getattr(layer, "process_group", None)
-        if (shared or group is not None) and torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size(None if group == "world" else group) > 1:
-                raise ValueError(f"model: {name or 'the layer'} shares statistics with other processes; use one")
+        group = getattr(layer, "process_group", None)
+        group = "world" if group is None and isinstance(layer, nn.SyncBatchNorm) else group
+        if _synchronises(group):
+            raise ValueError(f"model: {name or 'the layer'} shares statistics with other processes; use one")
     return layers
+
+
+def _synchronises(group: Any) -> bool:
+    if group is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return torch.distributed.get_world_size(None if isinstance(group, str) else group) > 1
 
 
 class Moments:

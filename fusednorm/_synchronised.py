@@ -16,6 +16,9 @@ from torch.distributed import _functional_collectives as collectives
 from . import _operators, _plain
 from ._operators import Chain
 
+# The newer name of the two.
+_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+
 Group = Any  # of torch.distributed; "world": of all processes
 
 
@@ -76,7 +79,7 @@ def run(
         if running_mean is not None and running_var is not None:
             _update(running_mean, running_var, num_batches_tracked, *merged[-1], count, momentum)
     arguments = (input, weight, bias, residual, act_weight, mean, var, seed, count, chain, group, saves_mask)
-    output: Tensor = _Step.apply(*arguments)
+    output: Tensor = _Step.apply(*arguments)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -86,7 +89,7 @@ def _merge(moments: list[tuple[Tensor, Tensor]], n: int, group: Any) -> tuple[li
     for mean, var in moments:
         parts += [mean.double(), var.double() * n]
     own = torch.cat(parts)
-    gathered = collectives.wait_tensor(collectives.all_gather_tensor(own[None], 0, group))
+    gathered = collectives.wait_tensor(_all_gather(own[None], 0, group))
     counts, *rows = gathered.split([1] + [len(p) for p in parts[1:]], 1)
     count = counts.sum()
     merged = []

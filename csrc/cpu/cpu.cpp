@@ -57,14 +57,14 @@ Tensor draw_seed(const Tensor& like) {
 // f(group, call, elements before it) for the groups of a batch: shared among threads where there are many, or else
 // one after the other, each shared.
 template <class Q, class F>
-void for_groups(const Q& q, double eps, const F& f) {
+void for_groups(const Q& q, double eps, bool trains, const F& f) {
   const int64_t seed = read_seed(q.seed), sample = q.shape.C * q.shape.S, threads = at::get_num_threads();
   const bool many = q.groups % threads == 0 || q.groups >= 8 * threads;
   for_tasks(q.groups, !many || q.shape.N * sample < kSerial, false, [&](int64_t group) {
     const int64_t first = group * q.ghost;
     Shape shape = q.shape;
     shape.N = std::min(q.ghost, shape.N - first);
-    f(group, Call{shape, q.chain, seed, first * shape.S, q.training, eps, q.shape.N * sample}, first * sample);
+    f(group, Call{shape, q.chain, seed, first * shape.S, q.training, eps, q.shape.N * sample, trains}, first * sample);
   });
 }
 
@@ -77,7 +77,9 @@ void run_forward(const fusednorm::Forward& q) {
   for_dtype(q.x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = opmath_t<T>;
-    for_groups(q, q.eps, [&](int64_t group, const Call& call, int64_t at) {
+    // With statistics that are given, and noise to be saved, too.
+    const bool trains = q.training || q.mask.numel() > 0;
+    for_groups(q, q.eps, trains, [&](int64_t group, const Call& call, int64_t at) {
       const int64_t channel = group * q.shape.C;
       const ForwardPointers<T> p{advance(data<T>(q.x), at),
                                  advance(data<T>(q.residual), at),
@@ -110,7 +112,7 @@ void run_backward(const fusednorm::Backward& q) {
   for_dtype(q.x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = opmath_t<T>;
-    for_groups(q, 0, [&](int64_t group, const Call& call, int64_t at) {
+    for_groups(q, 0, q.training, [&](int64_t group, const Call& call, int64_t at) {
       const BackwardPointers<T> p{advance(data<T>(q.x), at),
                                   advance(data<T>(q.grad_output), at),
                                   advance(data<T>(q.residual), at),
@@ -143,7 +145,7 @@ void run_backward(const fusednorm::Backward& q) {
 }
 
 void run_noise(const NoiseRequest& q, const Tensor& seed) {
-  const Call call{q.shape, q.chain, read_seed(seed), 0, true, 0, q.shape.C * q.shape.rows()};
+  const Call call{q.shape, q.chain, read_seed(seed), 0, true, 0, q.shape.C * q.shape.rows(), true};
   for_dtype(q.y.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     in_columns(q.shape, q.chain) ? noise_columns<T>(call, data<T>(q.x), data<T>(q.y))

@@ -53,6 +53,7 @@ struct Call {  // what both directions need beside the pointers: of one group of
   bool training;
   double eps;
   int64_t elements;  // of all groups
+  bool trains;       // it is part of a step of training: backward reads x next, or it is backward
 };
 
 template <class T>
@@ -82,7 +83,7 @@ inline bool in_order(const Call& call, bool masked) {
 }
 
 inline bool outgrows_caches(const Call& call, int64_t element_bytes) {
-  return outgrows_caches(call.elements * element_bytes, call.training);
+  return outgrows_caches(call.elements * element_bytes, call.trains);
 }
 
 constexpr int64_t kTile = 4096;  // values of a run, at most: they stay in the first-level cache
