@@ -171,12 +171,12 @@ cuda-library: $(TOOLS) $(if $(VENV),$(VENV)/.cuda-tools-installed)
 	$(call say,Checking that library)
 	@PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH $(PY) tests/check_cuda_build.py \
 		--architectures '$(TORCH_CUDA_ARCH_LIST)' $(if $(filter-out 0,$(REPORT)),--every)
-	$(call say,Executing its machine code)
-	@FUSEDNORM_CUDA_LIBRARY=$(CUDA_BUILD)/fusednorm/_ops.so PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH \
-		$(PY) -P -m pytest -q tests/test_cuda_machine.py
-	$(call say,Counting its instructions and sectors)
-	@PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH $(PY) benchmarks/cuda_counts.py \
-		--library $(CUDA_BUILD)/fusednorm/_ops.so $(if $(filter-out 0,$(REPORT)),--report)
+	$(call say,Executing its machine code and counting its instructions and sectors)
+	@export PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH FUSEDNORM_CUDA_LIBRARY=$(CUDA_BUILD)/fusednorm/_ops.so; \
+	$(PY) benchmarks/cuda_counts.py --library $$FUSEDNORM_CUDA_LIBRARY $(if $(filter-out 0,$(REPORT)),--report) \
+		> $(CUDA_BUILD)/counts.txt 2>&1 & counting=$$!; \
+	$(PY) -P -m pytest -q tests/test_cuda_machine.py; tested=$$?; \
+	wait $$counting; counted=$$?; cat $(CUDA_BUILD)/counts.txt; exit $$((tested || counted))
 
 $(VENV)/.cuda-tools-installed: requirements-cuda.txt $(TORCH_INSTALLED)
 	@$(PY) -m pip install --quiet -r requirements-cuda.txt
