@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
-from . import _operators, _plain
+from . import _operators, _plain, reference
 from ._operators import Chain
 
 # The newer name of the two.
@@ -52,7 +52,7 @@ def run(
     assert input is not None
     reason = _plain.why_plain(True, chain.draws())
     if reason:
-        raise RuntimeError(f"process_group: expected none here, because {_plain.REASONS[reason]}")
+        raise RuntimeError(f"process_group: expected none here ({reason}: {_plain.REASONS[reason]})")
     # Before anything is exchanged: who raises here leaves the others waiting for no longer than the group's timeout.
     for name, vector in (
         ("running_mean", running_mean),
@@ -163,9 +163,13 @@ class _Step(torch.autograd.Function):
         settings = chain[:7]
         own = _operators.gradient_sums(grad_output, *saved, *settings)
         wanted = [needs[0], needs[3] and not chain.order.endswith("-add"), needs[4]]
-        if any(wanted):
+        # What decides here is the same in all processes: a residual, and an activation behind the norm, may be fused
+        # in one and not in another, by their shapes, and need no sums.
+        sums = own
+        if needs[0] or (needs[4] and "act" in reference.parse_order(chain.order)[0]):
             reduced = collectives.wait_tensor(collectives.all_reduce(own[:2], "sum", ctx.group))
             sums = torch.cat([reduced, own[2:]])
+        if any(wanted):
             given = _operators.backward_given(grad_output, *saved, sums, count, *settings, wanted)
             for at, wants, gradient in zip((0, 3, 4), wanted, given, strict=True):
                 results[at] = gradient if wants else None

@@ -68,11 +68,14 @@ def check_process_group(group: Any, ghost_batch_size: int | None = None) -> Any:
     Raises:
         ValueError: ghost batches, whose statistics are those of a part of one process's batch, or another string than
             "world".
+        TypeError: what is no group.
     """
     if ghost_batch_size:
         raise ValueError("ghost_batch_size: expected None with a process_group, whose processes share statistics")
     if isinstance(group, str) and group != "world":
         raise ValueError(f"process_group: expected a group of torch.distributed, 'world' or None, but got {group!r}")
+    if not isinstance(group, (str, torch.distributed.ProcessGroup)):
+        raise TypeError(f"process_group: expected a group of torch.distributed, 'world' or None, but got {group!r}")
     from . import _synchronised  # torch.distributed is slow to import
 
     return group if _synchronised.world_size(group) > 1 else None

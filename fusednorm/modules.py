@@ -473,9 +473,11 @@ class FusedBatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
         eval_matched_stats: in an order with "drop" before "norm", the running statistics learn the values without the
             noise, which are what evaluation sees: no variance shift (Li et al., arXiv 1801.05134) in this layer.
         allow_single_value: where a batch in training has one value per channel, of which there is no variance,
-            normalise by the running statistics and leave them alone; torch's layers, and this one, raise otherwise.
-        update_when_recomputed: False: a forward that :func:`torch.utils.checkpoint.checkpoint` repeats in backward,
-            reentrant or not, does not move the running statistics a second time. torch's layers move them twice.
+            normalise by the running statistics and leave them alone; torch's layers, and this one, raise otherwise. Not
+            with a `process_group`, where the number of all values is not looked at.
+        update_when_recomputed: False: a forward while autograd computes gradients, as
+            :func:`torch.utils.checkpoint.checkpoint` repeats it, reentrant or not, does not move the running statistics
+            again. torch's layers move them twice, and so does a compiled layer that stands in such a checkpoint.
         process_group: a group of :mod:`torch.distributed` whose processes share the statistics of a batch in training,
             or "world" for all processes; None: those of this process. On CPUs (gloo) as on GPUs (NCCL), with batches of
             any sizes, an empty one too; what stands ahead of the norm is in them. Each process draws noise of its own.

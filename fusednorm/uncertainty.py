@@ -50,7 +50,8 @@ def predict(
 
     The passes are one batch, each row with noise of its own, and what an `nn.Sequential` computes before the first
     noise is computed once. Everything but the noise is in eval mode meanwhile; modes and statistics are as before when
-    it returns, and when the model raises, and with a `seed` so are torch's generators.
+    it returns, and when the model raises, and with a `seed` so are torch's generators. Noise that a module draws once
+    for a batch, as stochastic depth may, differs between passes only where these run one by one: `batch_size=1`.
 
     Args:
         model: takes a batch and gives a tensor whose first dimension is the batch.
@@ -67,20 +68,24 @@ def predict(
             of m values per channel would put on them, independently in each channel: mean N(mu, var / m), variance
             var chi2(m - 1) / m, which is exact for values that are normal and independent. Passes then run one by one.
         batch_size: rows of a batch at most, where a pass has no more by itself.
-        noises: the modules that stay on; None: all of torch's and this package's dropouts in the model.
+        noises: the modules that stay on, with all that is in them but BatchNorms; None: torch's and this package's
+            dropouts, and the attention and recurrent layers of torch that have a dropout of their own.
 
     Returns:
-        mean and variance (of the passes, divided by T): (N, ...) as the model's output; entropy and mutual_information:
-        the same without `dim`, or in full for "binary".
+        mean and variance (of the passes, divided by T): (N, ...) as the model's output, in float32 for a narrower one;
+        entropy and mutual_information: the same without `dim`, or in full for "binary".
 
     Raises:
         ValueError: nothing in the model is random, a bank that lacks a layer or has batches of other numbers or sizes,
-            an argument outside its domain.
+            `statistics` where layers share them with other processes, an argument outside its domain.
         TypeError: an input or an output that is no tensor, or a model that is no module.
     """
     _check(model, input, samples, batch_size, output)
-    layers = _observe.batch_norms(model)
-    live = list(noises) if noises is not None else [m for m in model.modules() if isinstance(m, _DropoutNd)]
+    layers = _moving(model) if statistics is not None else {}
+    if noises is None:
+        live = [m for m in model.modules() if _is_noise(m)]
+    else:
+        live = [m for noise in noises for m in noise.modules() if not isinstance(m, _BatchNorm)]
     if not live and statistics is None:
         raise ValueError("model: expected noise in it, or `statistics`, as nothing in it is random")
     draw = _drawer(layers, statistics)
@@ -88,8 +93,10 @@ def predict(
     alone = draw is not None or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
     passes = 1 if alone else max(1, batch_size // max(len(input), 1))
     head, tail = _split(model, {*live, *(layers.values() if draw is not None else ())})
-    with _modes([*model.modules(), *live], live), _generators(seed, input):
-        x = _rows(_through(head, input), len(input))
+    with _modes([*model.modules(), *live], live), _generators(seed), _without_fast_paths():
+        x = _through(head, input)
+        if not isinstance(x, Tensor) or x.dim() == 0 or len(x) != len(input):  # rows are rows at its end only
+            x, tail = input, [model]
         results = []
         for first in range(0, samples, passes):
             count = min(passes, samples - first)
@@ -103,7 +110,8 @@ def _split(model: nn.Module, random: set[nn.Module]) -> tuple[list[nn.Module], l
     """The model as modules that are called one after another, before and from the first one with something random."""
 
     def flat(module: nn.Module) -> Iterator[nn.Module]:
-        if type(module) is nn.Sequential and not any(getattr(module, name) for name in _HOOKS):
+        own = "forward" in module.__dict__ or any(getattr(module, name) for name in _HOOKS)
+        if type(module) is nn.Sequential and not own:
             for child in module:
                 yield from flat(child)
         else:
@@ -124,20 +132,39 @@ def _through(modules: Iterable[nn.Module], x: Any) -> Any:
 
 
 def _rows(given: Any, count: int) -> Tensor:
-    if not isinstance(given, Tensor) or given.dim() == 0 or len(given) != count:
+    if not isinstance(given, Tensor) or given.dim() == 0 or len(given) != count or not given.is_floating_point():
         what = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
-        raise TypeError(f"model: expected it to give a tensor with a row for each of the input's, but got {what}")
+        what = f"{what} of {given.dtype}" if isinstance(given, Tensor) else what
+        raise TypeError(f"model: expected it to give floats with a row for each of the input's, but got {what}")
     return given
 
 
 @contextlib.contextmanager
-def _generators(seed: int | None, input: Tensor) -> Iterator[None]:
+def _generators(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with torch.random.fork_rng([input.device] if input.is_cuda else []):
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         torch.manual_seed(seed)
         yield
+
+
+def _is_noise(module: nn.Module) -> bool:
+    """Whether nothing but noise depends on the module's `training`, and there is some."""
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return module.dropout > 0
+    return isinstance(module, _DropoutNd)
+
+
+@contextlib.contextmanager
+def _without_fast_paths() -> Iterator[None]:
+    """Transformer layers in eval mode would not call the dropouts in them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _check(model: Any, input: Any, samples: Any, batch_size: Any, output: Any) -> None:
@@ -154,6 +181,7 @@ def _check(model: Any, input: Any, samples: Any, batch_size: Any, output: Any) -
 
 def _summary(outputs: Tensor, output: str | None, dim: int) -> Prediction:
     """Of (T, N, ...)."""
+    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     if output is None:
         return Prediction(outputs.mean(0), outputs.var(0, correction=0), None, None)
     sizes = outputs.dim() - 1
@@ -194,7 +222,8 @@ def batch_statistics(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The mean and variance that every BatchNorm normalises with in each of some batches of training (Teye et al.).
 
-    The model runs as it trains, noise and all, without gradients; its statistics and modes do not change.
+    The model runs as it trains, noise and all, without gradients; its statistics and modes do not change. Frozen layers
+    are left out, as they normalise with what they have.
 
     Args:
         model, batches, device, forward, progress: as in :func:`recalibrate`. Batches as large as in training.
@@ -204,18 +233,25 @@ def batch_statistics(
         divides by them: what :func:`predict` takes as `statistics`.
 
     Raises:
-        ValueError: no batches, a layer that a batch reaches more than once or not at all, no BatchNorm with running
-            statistics.
+        ValueError: no batches, one with a single value per channel, a layer that a batch reaches more than once or not
+            at all, ghost batches, no BatchNorm with running statistics.
         TypeError: `batches` is a tensor or not iterable, or `model` not a module.
     """
-    layers = _observe.batch_norms(model)
+    layers = _moving(model)
     if not layers:
         raise ValueError("model: expected a BatchNorm with running statistics in it")
+    groups = [name for name, layer in layers.items() if getattr(layer, "ghost_batch_size", None)]
+    if groups:
+        raise ValueError(
+            f"model: expected no ghost batches, but {', '.join(map(repr, groups))} take statistics of parts"
+        )
     _observe.check_batches(batches)
     names = {layer: name for name, layer in layers.items()}
     found: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in layers}
 
     def watch(layer: nn.Module, values: Tensor) -> None:
+        if values.numel() <= values.shape[1]:
+            raise ValueError("batches: expected more than one value per channel in each")
         var, mean = torch.var_mean(values.double(), [0, *range(2, values.dim())], correction=0)
         for to, value in zip(found[names[layer]], (mean, var), strict=True):
             to.append(value.to(layers[names[layer]].running_var.dtype))
@@ -233,6 +269,11 @@ def batch_statistics(
         if len(means) != count:
             raise ValueError(f"model: {name or 'the layer'} was called {len(means)} times in {count} batches")
     return {name: (torch.stack(means), torch.stack(variances)) for name, (means, variances) in found.items()}
+
+
+def _moving(model: nn.Module) -> dict[str, Any]:
+    """The layers whose statistics are a batch's in training."""
+    return {name: layer for name, layer in _observe.batch_norms(model).items() if not getattr(layer, "frozen", False)}
 
 
 def _drawer(layers: Mapping[str, Any], statistics: Any) -> Callable[[], Any] | None:
@@ -303,9 +344,11 @@ def effective_batch_size(bank: Bank) -> float:
     Raises:
         ValueError: fewer than two batches.
     """
-    if any(len(means) < 2 for means, _ in bank.values()):
+    if not bank or any(len(means) < 2 for means, _ in bank.values()):
         raise ValueError("bank: expected two batches at least")
+    half = torch.tensor((min(len(means) for means, _ in bank.values()) - 1) / 2, dtype=torch.float64)
+    bias = float(half.digamma() - half.log())  # of the logarithm of a variance from so many means
     ratios = [(v.double().mean(0) / m.double().var(0)).flatten() for m, v in bank.values()]
     log = torch.cat(ratios).log()
     log = log[log.isfinite()]
-    return 1 + math.exp(float(log.mean())) if len(log) else math.inf
+    return 1 + math.exp(float(log.mean()) + bias) if len(log) else math.inf

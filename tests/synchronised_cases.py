@@ -98,6 +98,22 @@ def empty_and_single_batches():
         compare(lambda: FusedBatchNorm1d(4, act="relu").double(), x, g, sizes)
 
 
+def residuals_that_are_fused_in_some():
+    """One that is learned, of one sample: fused where the batch has one too, and added by torch elsewhere."""
+    for act in ("gelu", "relu", nn.PReLU(4)):
+        torch.manual_seed(0)
+        layer = FusedBatchNorm2d(4, act=act, order="norm-add-act", process_group="world").double()
+        learned = torch.randn(1, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+        alone = FusedBatchNorm2d(4, act=act, order="norm-add-act").double()
+        sizes = (1, 3, 1, 2)
+        x, g = tensors(12, 4, 3, 3)
+        layer(cut(x, sizes), learned).backward(cut(g, sizes))
+        (found,) = summed([learned.grad])
+        learned.grad = None
+        alone(whole(x, sizes), learned).backward(whole(g, sizes))
+        agree([found], [learned.grad])
+
+
 def called_children():
     class Own(nn.Tanh):
         pass
@@ -286,7 +302,8 @@ def a_rank_that_raises():
 
 
 CASES = (
-    orders, momentum, empty_and_single_batches, called_children, noise, noise_differs_by_process, matched_statistics,
+    orders, momentum, empty_and_single_batches, called_children,
+    residuals_that_are_fused_in_some, noise, noise_differs_by_process, matched_statistics,
     data_parallel, under_checkpointing, fully_sharded, compiled, group_of_some, no_exchange_in_evaluation,
     what_cannot_be, a_rank_that_raises,
 )  # fmt: skip

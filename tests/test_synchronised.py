@@ -105,5 +105,15 @@ def test_conversion():
     group = object()
     layer = convert_sync_batchnorm(nn.BatchNorm2d(3), group)
     assert type(layer) is FusedBatchNorm2d and layer.process_group is group
+    with pytest.raises(TypeError, match="process_group: expected a group of torch.distributed"):
+        layer(torch.randn(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="'world' or None, but got 'all'"):
+        convert_sync_batchnorm(net, "all")
+    taken = nn.BatchNorm1d(4)
+    taken.frozen = "by its owner"
+    pair = nn.Sequential(nn.BatchNorm1d(4), taken)
+    with pytest.raises(ValueError, match="no attribute of its own that is named frozen"):
+        convert_sync_batchnorm(pair)
+    assert type(pair[0]) is nn.BatchNorm1d
     with pytest.raises(TypeError, match="module: expected a torch.nn.Module"):
         convert_sync_batchnorm("model")

@@ -94,6 +94,80 @@ def test_what_is_not_random_is_computed_once():
     assert [m.rows for m in net.modules() if isinstance(m, Counted)] == [14, 49, 84]
 
 
+class Last(nn.Module):
+    """The last state of a recurrent layer, with noise of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, given):
+        return self.drop(given[0][:, -1])
+
+
+MODELS = {
+    "transformer": nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True), 2),
+    "attention": nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True),
+    "recurrent": nn.Sequential(nn.LSTM(4, 4, 2, batch_first=True, dropout=0.5), Last()),
+    "rows between": nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 3), nn.Dropout(0.5), nn.Unflatten(0, (-1, 6))),
+    "a head that gives a tuple": nn.Sequential(nn.LSTM(4, 4, batch_first=True), Last()),
+    "frozen": nn.Sequential(FusedBatchNorm1d(6).freeze(), nn.Dropout(0.5)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_with_noise_of_many_kinds(name):
+    """As passes by hand, with everything but the noise in eval mode: the same mean and variance, and there is some."""
+    model, x = MODELS[name], torch.randn(3, 6, 4)
+    if name in ("transformer", "attention"):
+        torch.backends.mha.set_fastpath_enabled(True)
+    found = predict(model, x, 3000, seed=0, output=None)
+    assert torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    for m in model.modules():
+        if isinstance(m, (nn.Dropout, nn.MultiheadAttention, nn.RNNBase)):
+            m.training = True
+    with torch.enable_grad():  # or transformers leave their dropouts out
+        passes = torch.stack([model(x).detach() for _ in range(3000)])
+    model.train()
+    assert (found.variance.amax() > 1e-3).all()
+    torch.testing.assert_close(found.mean, passes.mean(0), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(found.variance, passes.var(0, correction=0), rtol=0.25, atol=0.1)
+
+
+def test_noises_hold_more_than_noise():
+    """What is given stays on with all that is in it, but norms; a Sequential's own forward is called."""
+    layer = FusedBatchNorm1d(3, drop=0.5)
+    block = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential(nn.Dropout(0.5)))
+    net = nn.Sequential(layer, block)
+    for noises in ([layer], [block], [net]):
+        assert (predict(net, torch.randn(8, 3), 50, seed=0, noises=noises, output=None).variance > 0).any()
+    assert all(int(m.num_batches_tracked) == 0 for m in (layer, block[0]))
+    own = nn.Sequential(nn.Dropout(0.5))
+    own.forward = lambda x: nn.Sequential.forward(own, x).clamp(0, 1)
+    assert predict(own, torch.ones(4, 3), 50, seed=0, output=None).mean.max() <= 1
+
+
+def test_narrow_outputs_are_summed_up_in_float32():
+    net, x = nn.Sequential(nn.Dropout(0.1), nn.Linear(8, 500)), torch.randn(4, 8)
+    wide, narrow = predict(net, x, 64, seed=0), predict(nn.Sequential(net, Narrow()), x, 64, seed=0)
+    assert narrow.mean.dtype == torch.float32
+    torch.testing.assert_close(wide.mutual_information, narrow.mutual_information, rtol=0.05, atol=1e-3)
+
+
+class Narrow(nn.Module):
+    def forward(self, x):
+        return x.bfloat16()
+
+
+def test_effective_batch_size_of_few_batches():
+    torch.manual_seed(0)
+    for count in (2, 3, 10):
+        values = torch.randn(count, 32, 4000, dtype=torch.float64)
+        bank = {"norm": (values.mean(1), values.var(1, correction=0))}
+        assert effective_batch_size(bank) == pytest.approx(32, rel=0.1), count
+
+
 def test_seed():
     net, x = nn.Sequential(nn.Linear(3, 8), GaussianDropout(0.5), nn.Dropout(0.5), nn.Linear(8, 2)), torch.randn(7, 3)
     state = torch.get_rng_state()
@@ -207,6 +281,11 @@ def test_a_norm_without_running_statistics_sees_one_pass_at_a_time():
     torch.testing.assert_close(outputs.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
 
 
+class Integers(nn.Module):
+    def forward(self, x):
+        return x.long()
+
+
 NET, X = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3)), torch.randn(4, 3)
 ONE = torch.zeros(1, 3)
 
@@ -218,6 +297,7 @@ ONE = torch.zeros(1, 3)
         ({"model": nn.Linear(3, 3)}, ValueError, "nothing in it is random"),
         ({"model": nn.Linear(3, 3), "statistics": 4}, ValueError, "no BatchNorm"),
         ({"model": nn.Sequential(nn.Dropout(), nn.Flatten(0))}, TypeError, "a row for each of the input's"),
+        ({"model": nn.Sequential(nn.Dropout(), Integers())}, TypeError, "expected it to give floats"),
         ({"model": nn.Sequential(nn.Dropout(), nn.LSTM(3, 3))}, TypeError, "but got tuple"),
         ({"input": [1.0]}, TypeError, "input: expected a tensor"),
         ({"input": torch.tensor(1.0)}, TypeError, "input: expected a tensor"),
@@ -251,4 +331,13 @@ def test_bad_batches():
             batch_statistics(model, batches, progress=False)
     with pytest.raises(ValueError, match="two batches at least"):
         effective_batch_size({"norm": (ONE, ONE)})
+    with pytest.raises(ValueError, match="two batches at least"):
+        effective_batch_size({})
+    for model, batches, says in (
+        (FusedBatchNorm1d(3, ghost_batch_size=2), [X], "expected no ghost batches"),
+        (FusedBatchNorm1d(3, allow_single_value=True), [X[:1]], "more than one value per channel"),
+        (FusedBatchNorm1d(3).freeze(), [X], "expected a BatchNorm"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            batch_statistics(model, batches, progress=False)
     assert uncertainty.Prediction._fields == ("mean", "variance", "entropy", "mutual_information")

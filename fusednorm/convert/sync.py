@@ -29,23 +29,21 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
 
     Raises:
         TypeError: `module` is no module.
+        ValueError: a BatchNorm that `from_torch` does not take, with attributes or a forward of its own; another string
+            than "world". Nothing is converted then.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, but got {type(module).__name__}")
     group = "world" if process_group is None else process_group
-    done: dict[nn.Module, nn.Module] = {}
-
-    def converted(child: nn.Module) -> nn.Module:
-        if child not in done:
-            done[child] = child
-            if isinstance(child, _FusedBatchNorm):
-                if not child.ghost_batch_size:
-                    child.process_group = group
-            elif type(child) in _FUSED:
-                done[child] = _FUSED[type(child)].from_torch(child, process_group=group)
-            for name, inner in child._modules.items():
-                if inner is not None:
-                    child._modules[name] = converted(inner)
-        return done[child]
-
-    return converted(module)
+    if isinstance(group, str) and group != "world":
+        raise ValueError(f"process_group: expected a group of torch.distributed, 'world' or None, but got {group!r}")
+    parents = list(module.modules())
+    fused = {m: _FUSED[type(m)].from_torch(m, process_group=group) for m in parents if type(m) in _FUSED}
+    for parent in parents:
+        for name, child in list(parent._modules.items()):
+            if child in fused:
+                setattr(parent, name, fused[child])
+        if isinstance(parent, _FusedBatchNorm) and not parent.ghost_batch_size:
+            parent.process_group = group
+    converted: nn.Module = fused.get(module, module)
+    return converted
