@@ -41,11 +41,8 @@ class _BatchNormActDrop(torch.autograd.Function):
         _, mean, invstd, *others, mask = results
         ctx.mark_non_differentiable(mean, invstd, *others, mask)
         ctx.set_materialize_grads(False)
-        if residual is not None:
-            # Backward asks for what entered an activation, unless a bit says all about it.
-            chain = Chain(*settings[1:])
-            if not _operators.add_precedes_act(chain) or (chain.act in _operators.ONE_BIT and _has_bits(mask)):
-                residual = None
+        if residual is not None and not _operators.reads_residual(Chain(*settings[1:]), mask):
+            residual = None
         # Never the running statistics themselves: the next forward overwrites them.
         ctx.save_for_backward(input, weight, bias, residual, act_weight, mean, invstd, mask, seed)
         ctx.settings = settings
@@ -74,12 +71,6 @@ def _(*arguments):
     tensors, settings = tensors[:10], tensors[10:]
     grads = _plain.differentiable_backward(*tensors, settings, wanted)
     return tuple(tensors[1].new_empty(0) if g is None else g for g in grads)
-
-
-def _has_bits(mask):
-    if torch.compiler.is_compiling():  # without pinning a compiled graph to batches on one side of a limit
-        return torch.fx.experimental.symbolic_shapes.statically_known_true(mask.numel() > 0)
-    return mask.numel() > 0
 
 
 def _ends_with_add(settings):
@@ -155,11 +146,7 @@ def run(
             eval_matched_stats,
             _saves_mask(input),
         )
-    seed = _operators.beside(input, seed)
-    if not chain.draws():
-        seed = None  # the generator stays as it is, as with stock dropout
-    elif seed is None:
-        seed = _operators.draw_seed(input)
+    seed = _operators.seed_for(chain, input, _operators.beside(input, seed))
     tensors = (*tensors, seed)
     if reason:
         output, mean, var = _plain.exact(tensors, training, chain, eval_matched_stats)

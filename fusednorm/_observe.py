@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .functional import Device
+from .functional import Device, world_size
 
 
 def batch_norms(model: nn.Module) -> dict[str, Any]:
@@ -36,15 +36,9 @@ def batch_norms(model: nn.Module) -> dict[str, Any]:
             raise ValueError(f"model: {name or 'the layer'} is lazy; run the model once before")
         group = getattr(layer, "process_group", None)
         group = "world" if group is None and isinstance(layer, nn.SyncBatchNorm) else group
-        if _synchronises(group):
+        if world_size(group) > 1:
             raise ValueError(f"model: {name or 'the layer'} shares statistics with other processes; use one")
     return layers
-
-
-def _synchronises(group: Any) -> bool:
-    if group is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    return torch.distributed.get_world_size(None if isinstance(group, str) else group) > 1
 
 
 class Moments:

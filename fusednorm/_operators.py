@@ -67,6 +67,18 @@ def add_precedes_act(chain: Chain) -> bool:
     return chain.act != "identity" and "add" in after and "act" in after[after.index("add") :]
 
 
+def reads_residual(chain: Chain, mask: Tensor) -> bool:
+    """Whether backward asks for what entered an activation behind an addition: unless a bit says all about it."""
+    # Twin of reads_residual in csrc/ops.cpp.
+    return add_precedes_act(chain) and not (chain.act in ONE_BIT and _has_bits(mask))
+
+
+def _has_bits(mask: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # without pinning a compiled graph to batches on one side of a limit
+        return torch.fx.experimental.symbolic_shapes.statically_known_true(mask.numel() > 0)
+    return mask.numel() > 0
+
+
 def noise_shape(shape: Sequence[int], granularity: str) -> list[int]:
     """(N, C, ...) of the multiplier itself, before it is broadcast to `shape`."""
     own = list(shape)
@@ -96,6 +108,13 @@ def draw_seed(like: Tensor) -> Tensor:
         # operators only by their names. It leaves what is made by `empty` apart.
         like = torch.empty((), device=like.device)
     return _draw_seed(like)
+
+
+def seed_for(chain: Chain, input: Tensor, seed: Tensor | None) -> Tensor | None:
+    """`seed`, or one that is drawn; None without noise, where the generator stays as it is, as with stock dropout."""
+    if not chain.draws():
+        return None
+    return draw_seed(input) if seed is None else seed
 
 
 # ---- fake kernels ----------------------------------------------------------------------------------------------------

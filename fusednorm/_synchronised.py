@@ -19,19 +19,6 @@ from ._operators import Chain
 # The newer name of the two.
 _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 
-Group = Any  # of torch.distributed; "world": of all processes
-
-
-def world_size(group: Group) -> int:
-    """Processes whose statistics are one; 1 without any, or where none were started."""
-    if group is None or not (dist.is_available() and dist.is_initialized()):
-        return 1
-    return dist.get_world_size(_resolved(group))
-
-
-def _resolved(group: Group) -> Any:
-    return dist.group.WORLD if isinstance(group, str) else group
-
 
 def run(
     tensors: tuple[Tensor | None, ...],
@@ -40,10 +27,13 @@ def run(
     chain: Chain,
     seed: Tensor | None,
     eval_matched_stats: bool,
-    group: Group,
+    group: Any,
     saves_mask: bool,
 ) -> Tensor:
     """As `_autograd.run` while training. Every process of the group comes here, one without samples too.
+
+    Args:
+        group: of torch.distributed, or "world".
 
     Raises:
         RuntimeError: where the operator would run in plain torch, as under torch.func's transforms.
@@ -62,11 +52,8 @@ def run(
     ):
         if vector is not None and vector.numel() != input.shape[1]:
             raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {vector.numel()}")
-    group = _resolved(group)
-    if not chain.draws():
-        seed = None
-    elif seed is None:
-        seed = _operators.draw_seed(input)
+    group = dist.group.WORLD if isinstance(group, str) else group
+    seed = _operators.seed_for(chain, input, seed)
     with torch.no_grad():
         ahead = chain.order[: chain.order.index("norm") + 4]
         own = _operators.statistics(input, act_weight, seed, ahead, *chain[2:7], eval_matched_stats)
@@ -143,10 +130,8 @@ class _Step(torch.autograd.Function):
         tensors = (input, weight, bias, mean, var, residual, act_weight, seed)
         output, mean, invstd, _, _, mask = _operators.forward(*tensors, False, *chain, False, saves_mask)
         ctx.set_materialize_grads(False)
-        if residual is not None and (
-            not _operators.add_precedes_act(chain) or (chain.act in _operators.ONE_BIT and mask.numel() > 0)
-        ):
-            residual = None  # what entered the activation is not asked for, or a bit says all about it
+        if residual is not None and not _operators.reads_residual(chain, mask):
+            residual = None
         ctx.save_for_backward(input, weight, bias, residual, act_weight, mean, invstd, mask, seed, count)
         ctx.chain, ctx.group = chain, group
         return output

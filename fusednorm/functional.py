@@ -62,6 +62,13 @@ def check_ghost_batch_size(size: Any) -> int | None:
     return int(size)
 
 
+def world_size(group: Any) -> int:
+    """Processes of a `process_group` as layers have it; 1 without one, or where none were started."""
+    if group is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return torch.distributed.get_world_size(None if isinstance(group, str) else group)
+
+
 def check_process_group(group: Any, ghost_batch_size: int | None = None) -> Any:
     """Returns `group`, or None where it is of this process alone.
 
@@ -76,9 +83,7 @@ def check_process_group(group: Any, ghost_batch_size: int | None = None) -> Any:
         raise ValueError(f"process_group: expected a group of torch.distributed, 'world' or None, but got {group!r}")
     if not isinstance(group, (str, torch.distributed.ProcessGroup)):
         raise TypeError(f"process_group: expected a group of torch.distributed, 'world' or None, but got {group!r}")
-    from . import _synchronised  # torch.distributed is slow to import
-
-    return group if _synchronised.world_size(group) > 1 else None
+    return group if world_size(group) > 1 else None
 
 
 def ghost_batches(batch: int, size: int | None, even: bool = False, values: int = 1) -> int:

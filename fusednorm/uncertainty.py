@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from . import _observe, functional
+from . import _observe, functional, reference
 
 # {layer's name: (means, variances)} of as many batches for every layer.
 Bank: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
@@ -252,8 +252,7 @@ def batch_statistics(
     def watch(layer: nn.Module, values: Tensor) -> None:
         if values.numel() <= values.shape[1]:
             raise ValueError("batches: expected more than one value per channel in each")
-        var, mean = torch.var_mean(values.double(), [0, *range(2, values.dim())], correction=0)
-        for to, value in zip(found[names[layer]], (mean, var), strict=True):
+        for to, value in zip(found[names[layer]], reference.moments(values.double()), strict=True):
             to.append(value.to(layers[names[layer]].running_var.dtype))
 
     count = 0

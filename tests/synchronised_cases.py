@@ -5,7 +5,6 @@
 
 import datetime
 import json
-import sys
 import traceback
 import warnings
 from pathlib import Path
@@ -324,7 +323,3 @@ def main(world, rank, folder):
             errors[case.__name__] = traceback.format_exc()
         (Path(folder) / f"{rank}.json").write_text(json.dumps(errors))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -4,18 +4,12 @@ One pair of processes runs all cases of a group (distributed_cases.py), and each
 """
 
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import distributed_cases
 import pytest
 import torch
 import torch.distributed as dist
-
-import fusednorm
+from processes import reports, start
 
 pytestmark = [
     pytest.mark.slow,  # whichever of a group's tests comes first runs the group
@@ -24,18 +18,6 @@ pytestmark = [
 ]
 
 LIMIT = 300  # seconds; each case has a limit of its own for what waits
-
-
-def start(code, *arguments):
-    """A process that imports what this one does."""
-    places = [str(Path(__file__).parent), str(Path(fusednorm.__file__).parents[1]), *filter(None, sys.path)]
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +29,8 @@ def ran(tmp_path_factory):
         folder = tmp_path_factory.mktemp(group)
         code = "import sys, distributed_cases as cases; cases.main(sys.argv[1], int(sys.argv[2]), sys.argv[3])"
         ranks = [start(code, group, str(rank), str(folder)) for rank in range(distributed_cases.WORLD_SIZE)]
-        try:
-            said = [process.communicate(timeout=LIMIT)[0] for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-        reports = []
-        for rank, text in enumerate(said):
-            report = folder / f"{group}-{rank}.json"
-            assert report.exists(), f"rank {rank} ran no case:\n{text}"
-            reports.append(json.loads(report.read_text()))
-        return folder, reports
+        files = [folder / f"{group}-{rank}.json" for rank in range(distributed_cases.WORLD_SIZE)]
+        return folder, reports(ranks, files, LIMIT)
 
     return run
 

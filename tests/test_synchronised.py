@@ -4,19 +4,14 @@ The processes of a number run all cases (synchronised_cases.py); each case is a 
 """
 
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import synchronised_cases
 import torch
 import torch.distributed as dist
+from processes import reports, start
 from torch import nn
 
-import fusednorm
 from fusednorm import FusedBatchNorm1d, FusedBatchNorm2d, convert_sync_batchnorm
 
 LIMIT = 400  # seconds
@@ -32,30 +27,9 @@ def ran(tmp_path_factory):
     @functools.cache
     def run(world):
         folder = tmp_path_factory.mktemp(f"world{world}")
-        places = [str(Path(__file__).parent), str(Path(fusednorm.__file__).parents[1]), *filter(None, sys.path)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
-        command = [sys.executable, synchronised_cases.__file__, str(world)]
-        ranks = [
-            subprocess.Popen(
-                [*command, str(rank), str(folder)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        try:
-            said = [process.communicate(timeout=LIMIT)[0] for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-        reports = []
-        for rank, text in enumerate(said):
-            report = folder / f"{rank}.json"
-            assert report.exists(), f"rank {rank} ran no case:\n{text}"
-            reports.append(json.loads(report.read_text()))
-        return reports
+        code = "import sys, synchronised_cases as cases; cases.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])"
+        ranks = [start(code, str(world), str(rank), str(folder)) for rank in range(world)]
+        return reports(ranks, [folder / f"{rank}.json" for rank in range(world)], LIMIT)
 
     return run
 

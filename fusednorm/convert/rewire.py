@@ -30,6 +30,11 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     return new if model is old else model
 
 
+def fused_class(norm: nn.Module) -> Any:
+    """Of the layers, the one that extends the class of `norm`, which is one of NORMS."""
+    return getattr(modules, f"FusedBatchNorm{NORMS[type(norm)]}")
+
+
 def layer_of(norm: nn.Module, stages: dict[str, Any], order: str) -> nn.Module:
     """A fused layer, which shares the parameters of `norm` and has the stages as children.
 
@@ -38,7 +43,7 @@ def layer_of(norm: nn.Module, stages: dict[str, Any], order: str) -> nn.Module:
     """
     if foreign.is_whole(norm):
         return foreign.fused(norm)
-    layer: nn.Module = getattr(modules, f"FusedBatchNorm{NORMS[type(norm)]}").from_torch(norm, **stages, order=order)
+    layer: nn.Module = fused_class(norm).from_torch(norm, **stages, order=order)
     return layer
 
 

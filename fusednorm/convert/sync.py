@@ -4,13 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from ..modules import FusedBatchNorm1d, FusedBatchNorm2d, FusedBatchNorm3d, _FusedBatchNorm
-
-_FUSED: dict[type[nn.Module], Any] = {
-    nn.BatchNorm1d: FusedBatchNorm1d,
-    nn.BatchNorm2d: FusedBatchNorm2d,
-    nn.BatchNorm3d: FusedBatchNorm3d,
-}
+from ..modules import _FusedBatchNorm
+from .chains import NORMS
+from .rewire import fused_class
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
@@ -38,7 +34,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
     if isinstance(group, str) and group != "world":
         raise ValueError(f"process_group: expected a group of torch.distributed, 'world' or None, but got {group!r}")
     parents = list(module.modules())
-    fused = {m: _FUSED[type(m)].from_torch(m, process_group=group) for m in parents if type(m) in _FUSED}
+    fused = {m: fused_class(m).from_torch(m, process_group=group) for m in parents if type(m) in NORMS}
     for parent in parents:
         for name, child in list(parent._modules.items()):
             if child in fused:
