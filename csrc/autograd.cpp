@@ -32,7 +32,7 @@ void run(Call& call, const Tensor& input, const OptionalTensor& weight, const Op
   const Settings& s = call.settings;
   call.result = op.call(input, weight, bias, call.running_mean, call.running_var, residual, act_weight, call.seed,
                         s.training, s.eps, s.order, s.act, s.act_params, s.noise, s.p, s.granularity,
-                        s.ghost_batch_size, call.eval_matched_stats, save_mask);
+                        s.ghost_batch_size, call.eval_matched_stats, save_mask, {}, {});
 }
 
 // Where the saved tensors alone do not say what a gradient depends on: it is to be differentiated again, or transforms
@@ -101,7 +101,7 @@ struct BatchNormActDrop : torch::autograd::Function<BatchNormActDrop> {
             .call(grad_output, saved[0], optional(saved[1]), optional(saved[2]), optional(saved[3]), optional(saved[4]),
                   saved[5], saved[6], saved[7], optional(saved[8]), s[1].toBool(), s[2].toDouble(), order,
                   s[4].toStringView(), act_params, s[5].toStringView(), s[6].toDouble(), s[7].toStringView(),
-                  s[8].toInt(), computed);
+                  s[8].toInt(), computed, {}, {});
     if (wanted[0]) results[0] = input;
     if (wanted[1]) results[1] = weight;
     if (wanted[2]) results[2] = bias;
@@ -142,14 +142,14 @@ Tensor batch_norm_act_drop(const Tensor& input, const OptionalTensor& weight, co
   const auto& [output, mean, invstd, var, clean_mean, mask] = call.result;
   if (training && running_mean) {
     using Update = void(Tensor&, Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, int64_t, int64_t,
-                        std::optional<double>);
+                        std::optional<double>, const std::optional<Tensor>&);
     static const auto update = find<Update>("fusednorm::update_stats_");
     Tensor running[] = {*running_mean, *running_var};
     const int64_t samples = input.size(0), values = samples > 0 ? input.numel() / input.size(1) / samples : 0;
     const auto [ghost, groups] = ghosts(call.settings, samples);
     update.call(running[0], running[1], num_batches_tracked,
                 eval_matched_stats && clean_mean.size(0) ? clean_mean : mean, var, ghost * values,
-                (samples - (groups - 1) * ghost) * values, momentum);
+                (samples - (groups - 1) * ghost) * values, momentum, std::nullopt);
   }
   return output;
 }
@@ -168,7 +168,7 @@ TORCH_LIBRARY_FRAGMENT(fusednorm, m) {
       "differentiable_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
       "Tensor? act_weight, Tensor save_mean, Tensor save_invstd, Tensor mask, Tensor? seed, bool training, float eps, "
       "str order, str act, float[] act_params, str noise, float p, str granularity, int ghost_batch_size, bool[5] "
-      "output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "output_mask, Tensor? valid=None, Tensor? strength=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 }  // namespace fusednorm

@@ -18,6 +18,8 @@ struct Shape {
 enum class Noise { constant, bernoulli, uniform, gaussian };
 enum class Granularity { element, channel, sample };  // r = n*S + s; r = n; r = n in channel 0
 
+constexpr uint32_t kAllKept = 65536;  // as a threshold
+
 enum class Stage : uint8_t { none, add, act, drop };
 
 // The elementwise stages around the norm. Those that would do nothing have been left out, so the default order with
@@ -28,9 +30,10 @@ struct Chain {
   double parameters[2];
   bool one_bit;     // the activation's derivative is 0 or 1
   bool has_weight;  // its parameter is a per-channel vector (PReLU)
+  bool gaps;        // there may be rows that do not count
   Noise noise;
   Granularity granularity;
-  uint32_t threshold;  // Bernoulli: keep iff draw16 < threshold
+  uint32_t threshold;  // Bernoulli: keep iff draw16 < threshold; kAllKept, 0: where p is a tensor's value
   double multiplier;   // Bernoulli: of what is kept; constant: of everything
   float strength;      // uniform: beta; Gaussian: standard deviation
 

@@ -43,8 +43,16 @@ std::string activation_names() {
   return names;
 }
 
-// p is the strength in the noise's own unit: probability of dropping, half width, variance.
-void set_noise(Chain& chain, std::string_view kind, double p, std::string_view granularity) {
+// p is the strength in the noise's own unit: probability of dropping, half width, variance; of a tensor, `strength`.
+// What a call saves and draws must not hang on the value of a tensor, as a compiled graph cannot know it. On the CPU it
+// is read here, where that waits for nothing; on CUDA by the kernels.
+void set_noise(Chain& chain, std::string_view kind, double p, std::string_view granularity,
+               const OptionalTensor& strength) {
+  const bool varies = strength.has_value() && strength->defined();
+  if (varies && strength->is_cpu()) {
+    TORCH_CHECK_VALUE(strength->numel() == 1, "strength: expected one value, but got shape ", strength->sizes());
+    p = strength->item<double>();
+  }
   if (granularity == "element") {
     chain.granularity = Granularity::element;
   } else if (granularity == "channel") {
@@ -62,17 +70,20 @@ void set_noise(Chain& chain, std::string_view kind, double p, std::string_view g
     if (p > 0 && p < 1) {
       chain.noise = Noise::bernoulli;
       chain.multiplier = math::keep_scale(chain.threshold);
+    } else if (varies) {
+      chain.noise = Noise::bernoulli;
+      chain.threshold = p == 0 ? kAllKept : 0;
     } else if (p == 1) {
       chain.multiplier = 0;
     }
   } else if (kind == "uniform") {
     TORCH_CHECK_VALUE(p >= 0 && p <= 1, "beta: expected a number between 0 and 1, but got ", p);
-    if (p > 0) chain.noise = Noise::uniform;
+    if (p > 0 || varies) chain.noise = Noise::uniform;
     chain.strength = static_cast<float>(p);
   } else {
     TORCH_CHECK_VALUE(kind == "gaussian", "noise: expected 'bernoulli', 'uniform' or 'gaussian', but got '", kind, "'");
     TORCH_CHECK_VALUE(p >= 0 && std::isfinite(p), "alpha: expected a number of 0 or more, but got ", p);
-    if (p > 0) chain.noise = Noise::gaussian;
+    if (p > 0 || varies) chain.noise = Noise::gaussian;
     chain.strength = static_cast<float>(std::sqrt(p));
   }
 }
@@ -126,7 +137,7 @@ void set_stages(Chain& chain, std::string_view order) {
 
 Chain make_chain(const Settings& s, const OptionalTensor& act_weight) {
   Chain chain{};
-  set_noise(chain, s.noise, s.p, s.granularity);
+  set_noise(chain, s.noise, s.p, s.granularity, s.strength);
   set_activation(chain, s, act_weight);
   set_stages(chain, s.order);
   // What the order has no place for is as good as not given.
@@ -266,8 +277,11 @@ Tensor parameter(const char* name, const OptionalTensor& v, const Tensor& x) {
   return x.is_cuda() ? vector : in_opmath(vector, x);
 }
 
+// A batch that is part of a larger one has its seed, and behind it the number of its first sample there.
+bool is_numbered(const OptionalTensor& seed) { return seed.has_value() && seed->defined() && seed->numel() == 2; }
+
 void check_seed(const Tensor& seed, c10::Device device) {
-  TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && seed.numel() == 1,
+  TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && (seed.numel() == 1 || (is_numbered(seed) && seed.is_cpu())),
                     "seed: expected an int64 scalar tensor, but got shape ", seed.sizes(), " of ", seed.scalar_type());
   TORCH_CHECK_VALUE(seed.device() == device, "seed: expected a tensor on ", device, ", but got one on ", seed.device());
 }
@@ -314,6 +328,24 @@ Tensor check_residual(const OptionalTensor& residual, const Tensor& x, Memory me
                     " on ", residual->device());
   return to_memory(*residual, memory);
 }
+Tensor check_strength(const OptionalTensor& strength, const Tensor& x) {
+  if (!strength.has_value() || !strength->defined()) return Tensor();
+  TORCH_CHECK_VALUE(strength->numel() == 1 && is_supported(strength->scalar_type()) && strength->device() == x.device(),
+                    "strength: expected a floating-point scalar tensor on ", x.device(), ", but got shape ",
+                    strength->sizes(), " of ", strength->scalar_type(), " on ", strength->device());
+  return *strength;
+}
+// The rows that count, as one dense vector (N*S,); undefined where all do.
+Tensor check_valid(const OptionalTensor& valid, const Tensor& x) {
+  if (!valid.has_value() || !valid->defined()) return Tensor();
+  std::vector<int64_t> size = x.sizes().vec();
+  size.erase(size.begin() + 1);
+  TORCH_CHECK_VALUE(
+      valid->scalar_type() == at::kBool && valid->sizes() == at::IntArrayRef(size) && valid->device() == x.device(),
+      "valid: expected shape ", at::IntArrayRef(size), " of bool on ", x.device(), ", but got ", valid->sizes(), " of ",
+      valid->scalar_type(), " on ", valid->device());
+  return valid->contiguous();
+}
 Tensor check_act_weight(const OptionalTensor& weight, const Tensor& x) {
   if (!weight.has_value()) return Tensor();
   return parameter("prelu weight", weight->numel() == 1 ? weight->reshape({1}).expand({x.size(1)}) : *weight, x);
@@ -329,10 +361,14 @@ std::pair<int64_t, int64_t> ghosts(const Settings& s, int64_t N) {
 Forward check_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       const OptionalTensor& residual, const OptionalTensor& act_weight, const OptionalTensor& seed,
-                      const Settings& settings, bool eval_matched_stats, bool save_mask, bool emits) {
+                      const OptionalTensor& valid, const Settings& settings, bool eval_matched_stats, bool save_mask,
+                      bool emits) {
   check_input("input", input);
   Forward q{};
   q.chain = make_chain(settings, act_weight);
+  q.valid = check_valid(valid, input);
+  q.chain.gaps = q.valid.defined();
+  q.strength = check_strength(settings.strength, input);
   q.training = settings.training;
   q.eps = settings.eps;
   q.running_mean = parameter("running_mean", running_mean, input);  // torch's order of complaints
@@ -346,7 +382,8 @@ Forward check_forward(const Tensor& input, const OptionalTensor& weight, const O
 
   std::tie(q.ghost, q.groups) = ghosts(settings, input.size(0));
   const bool masked = save_mask && q.groups == 1 && (q.chain.saves_pass() || q.chain.saves_keep());
-  const Memory memory = memory_of(input, q.groups == 1 && !masked && q.chain.granularity == Granularity::element);
+  const bool joins = q.groups == 1 && q.chain.granularity == Granularity::element && !is_numbered(seed);
+  const Memory memory = memory_of(input, joins && !masked);
   q.x = to_memory(input, memory);
   if (emits) q.y = fresh_like(q.x);
   q.shape = shape_of(q.x, memory);
@@ -367,13 +404,15 @@ Forward check_forward(const Tensor& input, const OptionalTensor& weight, const O
   if (!emits) q.var = vectors(true);
   q.mask = fresh(masked && worth_saving(q.shape, q.x) ? mask_size(q.shape, q.chain, q.x) : std::vector<int64_t>{0},
                  mask_dtype(q.x), q.x);
+  if (q.chain.gaps && q.mask.numel() > 0) q.mask.zero_();  // of rows that do not count nobody writes bits
   return q;
 }
 
 Backward check_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                         const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& act_weight,
                         const Tensor& save_mean, const Tensor& save_invstd, const Tensor& mask,
-                        const OptionalTensor& seed, const Settings& settings, std::array<bool, 5> output_mask) {
+                        const OptionalTensor& seed, const OptionalTensor& valid, const Settings& settings,
+                        std::array<bool, 5> output_mask) {
   check_input("input", input);
   TORCH_CHECK(grad_output.sizes() == input.sizes(), "grad_output: expected shape ", input.sizes(), ", but got ",
               grad_output.sizes());
@@ -383,6 +422,9 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
               ", but got one on ", grad_output.device());
   Backward q{};
   q.chain = make_chain(settings, act_weight);
+  q.valid = check_valid(valid, input);
+  q.chain.gaps = q.valid.defined();
+  q.strength = check_strength(settings.strength, input);
   q.training = settings.training;
   q.weight = parameter("weight", weight, input);
   q.bias = parameter("bias", bias, input);
@@ -402,7 +444,7 @@ Backward check_backward(const Tensor& grad_output, const Tensor& input, const Op
   // A saved mask carries its own layout; x may come back in another one (save_on_cpu makes it contiguous).
   const bool masked = mask.numel() > 0;
   const Memory of_mask = mask.dim() == 3 ? Memory::channels_last : Memory::channels_first;
-  const bool joins = q.groups == 1 && q.chain.granularity == Granularity::element;
+  const bool joins = q.groups == 1 && q.chain.granularity == Granularity::element && !is_numbered(seed);
   const Memory memory = masked ? of_mask : memory_of(input, joins);
   q.x = to_memory(input, memory);
   q.shape = shape_of(q.x, memory);
@@ -480,7 +522,7 @@ Tensor forward_result(const Forward& q, const Tensor& input) { return restore_st
 NoiseRequest check_noise(const Tensor& seed, at::IntArrayRef size, double p, std::string_view kind,
                          std::string_view granularity, at::ScalarType dtype) {
   NoiseRequest q{};
-  set_noise(q.chain, kind, p, granularity);
+  set_noise(q.chain, kind, p, granularity, {});
   TORCH_CHECK_VALUE(size.size() >= 2, "size: expected (N, C, ...), but got ", size);
   for (int64_t n : size) TORCH_CHECK_VALUE(n >= 0, "size: expected no negative entry, but got ", size);
   TORCH_CHECK_VALUE(is_supported(dtype), "dtype: expected float32, float64, bfloat16 or float16, but got ", dtype);
@@ -498,12 +540,13 @@ NoiseRequest check_noise(const Tensor& seed, at::IntArrayRef size, double p, std
 }
 
 NoiseRequest check_dropout(const Tensor& input, const Tensor& seed, double p, std::string_view kind,
-                           std::string_view granularity) {
+                           std::string_view granularity, const OptionalTensor& strength) {
   check_input("input", input);
   check_seed(seed, input.device());
   NoiseRequest q{};
-  set_noise(q.chain, kind, p, granularity);
-  const Memory memory = memory_of(input, q.chain.granularity == Granularity::element);
+  set_noise(q.chain, kind, p, granularity, strength);
+  q.strength = check_strength(strength, input);
+  const Memory memory = memory_of(input, q.chain.granularity == Granularity::element && !is_numbered(seed));
   q.x = to_memory(input, memory);
   q.shape = shape_of(q.x, memory);
   check_shape(q.shape, q.chain, q.x);
@@ -515,7 +558,7 @@ Tensor dropout_result(const NoiseRequest& q, const Tensor& input) { return resto
 
 void check_update_stats(const Tensor& running_mean, const Tensor& running_var,
                         const OptionalTensor& num_batches_tracked, const Tensor& mean, const Tensor& var,
-                        std::optional<double> momentum) {
+                        std::optional<double> momentum, const OptionalTensor& counts) {
   TORCH_CHECK((mean.dim() == 1 || mean.dim() == 2) && var.sizes() == mean.sizes(),
               "mean and var: expected one shape (C) or (groups, C), but got ", mean.sizes(), " and ", var.sizes());
   const int64_t C = mean.size(-1);
@@ -530,6 +573,10 @@ void check_update_stats(const Tensor& running_mean, const Tensor& running_var,
   check("running_var", running_var, C);
   check("mean", mean, mean.numel());
   check("var", var, mean.numel());
+  if (counts.has_value()) {
+    TORCH_CHECK(counts->scalar_type() == at::kDouble, "counts: expected float64, but got ", counts->scalar_type());
+    check("counts", *counts, mean.numel() / C);
+  }
   if (num_batches_tracked.has_value()) {
     TORCH_CHECK(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1 &&
                     num_batches_tracked->device() == mean.device(),
@@ -599,31 +646,33 @@ TORCH_LIBRARY(fusednorm, m) {
   m.def(
       "forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? "
       "residual, Tensor? act_weight, Tensor? seed, bool training, float eps, str order, str act, float[] act_params, "
-      "str noise, float p, str granularity, int ghost_batch_size, bool eval_matched_stats, bool save_mask) "
-      "-> (Tensor output, Tensor save_mean, Tensor save_invstd, Tensor stat_var, Tensor stat_mean, Tensor mask)");
+      "str noise, float p, str granularity, int ghost_batch_size, bool eval_matched_stats, bool save_mask, Tensor? "
+      "valid=None, Tensor? strength=None) -> (Tensor output, Tensor save_mean, Tensor save_invstd, Tensor stat_var, "
+      "Tensor stat_mean, Tensor mask)");
   m.def(
       "backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? act_weight, "
       "Tensor save_mean, Tensor save_invstd, Tensor mask, Tensor? seed, bool training, float eps, str order, str act, "
-      "float[] act_params, str noise, float p, str granularity, int ghost_batch_size, bool[5] output_mask) "
-      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual, Tensor grad_act_weight)");
+      "float[] act_params, str noise, float p, str granularity, int ghost_batch_size, bool[5] output_mask, Tensor? "
+      "valid=None, Tensor? strength=None) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor "
+      "grad_residual, Tensor grad_act_weight)");
   m.def(
       "statistics(Tensor input, Tensor? act_weight, Tensor? seed, str order, str act, float[] act_params, str noise, "
-      "float p, str granularity, bool eval_matched_stats) -> (Tensor mean, Tensor var, Tensor stat_mean, Tensor "
-      "stat_var)");
+      "float p, str granularity, bool eval_matched_stats, Tensor? valid=None, Tensor? strength=None) -> (Tensor mean, "
+      "Tensor var, Tensor stat_mean, Tensor stat_var)");
   m.def(
       "gradient_sums(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? "
       "act_weight, Tensor save_mean, Tensor save_invstd, Tensor mask, Tensor? seed, float eps, str order, str act, "
-      "float[] act_params, str noise, float p, str granularity) -> Tensor");
+      "float[] act_params, str noise, float p, str granularity, Tensor? valid=None, Tensor? strength=None) -> Tensor");
   m.def(
       "backward_given(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? "
       "act_weight, Tensor save_mean, Tensor save_invstd, Tensor mask, Tensor? seed, Tensor sums, Tensor count, float "
-      "eps, str order, str act, float[] act_params, str noise, float p, str granularity, bool[3] output_mask) "
-      "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_act_weight)");
+      "eps, str order, str act, float[] act_params, str noise, float p, str granularity, bool[3] output_mask, Tensor? "
+      "valid=None, Tensor? strength=None) -> (Tensor grad_input, Tensor grad_residual, Tensor grad_act_weight)");
   m.def(
       "update_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor mean, "
-      "Tensor var, SymInt count, SymInt last_count, float? momentum) -> ()");
+      "Tensor var, SymInt count, SymInt last_count, float? momentum, Tensor? counts=None) -> ()");
   m.def("noise(Tensor seed, SymInt[] size, float p, str kind, str granularity, ScalarType dtype) -> Tensor");
-  m.def("dropout(Tensor input, Tensor seed, float p, str kind, str granularity) -> Tensor");
+  m.def("dropout(Tensor input, Tensor seed, float p, str kind, str granularity, Tensor? strength=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(fusednorm, Autograd, m) {

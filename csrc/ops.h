@@ -33,7 +33,7 @@ inline PieceLayout piece_layout(const Shape& s) {
 // columns, in blocks of whole channels.
 constexpr int64_t kShortRow = 512, kShortColumns = 1024;
 inline bool has_short_rows(const Shape& s, const Chain& chain) {
-  return !s.channels_last && s.S > 0 && s.S < kShortRow && s.C > 1 && !chain.draws();
+  return !s.channels_last && s.S > 0 && s.S < kShortRow && s.C > 1 && !chain.draws() && !chain.gaps;
 }
 inline int64_t channels_of_block(const Shape& s) {
   const int64_t room = std::max<int64_t>(1, kShortColumns / s.S);
@@ -58,7 +58,8 @@ struct Settings {
   std::string_view noise;
   double p;
   std::string_view granularity;
-  int64_t ghost_batch_size;  // 0: the whole batch
+  int64_t ghost_batch_size;   // 0: the whole batch
+  OptionalTensor strength{};  // one value in the place of p, which is then any for which the noise is live
 };
 
 // What they ask for; act_weight: as the operators have it.
@@ -86,6 +87,8 @@ struct Forward {
   Tensor var;                        // likewise, of u; undefined: not asked for
   Tensor mask;                       // result: bits in the backend's layout, or empty
   Tensor seed;                       // int64 scalar, or undefined
+  Tensor valid;                      // (N, S...) bool: the rows that count; undefined: all of them
+  Tensor strength;                   // of the noise, one value; undefined, or known to the chain
 };
 
 struct Backward {
@@ -99,7 +102,7 @@ struct Backward {
   Tensor weight, bias, act_weight;   // as above
   Tensor mean, invstd;               // (G, C)
   Tensor mask;                       // bits in the backend's layout, or undefined: redraw
-  Tensor seed;
+  Tensor seed, valid, strength;
   Tensor grad_weight, grad_bias;  // (C,) results of the parameters' types, always computed when training
   Tensor grad_act_weight;         // (C,) of the same type, or undefined: not needed
   Tensor sums;          // (2, C) float64 result: of dz and of dz * (u - mean); or undefined. (5, C) with PReLU:
@@ -111,12 +114,14 @@ struct Backward {
 Forward check_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       const OptionalTensor& residual, const OptionalTensor& act_weight, const OptionalTensor& seed,
-                      const Settings& settings, bool eval_matched_stats, bool save_mask, bool emits = true);
+                      const OptionalTensor& valid, const Settings& settings, bool eval_matched_stats, bool save_mask,
+                      bool emits = true);
 
 Backward check_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                         const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& act_weight,
                         const Tensor& save_mean, const Tensor& save_invstd, const Tensor& mask,
-                        const OptionalTensor& seed, const Settings& settings, std::array<bool, 5> output_mask);
+                        const OptionalTensor& seed, const OptionalTensor& valid, const Settings& settings,
+                        std::array<bool, 5> output_mask);
 
 // (output, save_mean, save_invstd, stat_var, stat_mean, mask) and the gradients of
 // (input, weight, bias, residual, act_weight).
@@ -144,7 +149,8 @@ using ForwardSignature = ForwardResult(const Tensor& input, const OptionalTensor
                                        const OptionalTensor& seed, bool training, double eps, std::string_view order,
                                        std::string_view act, at::ArrayRef<double> act_params, std::string_view noise,
                                        double p, std::string_view granularity, int64_t ghost_batch_size,
-                                       bool eval_matched_stats, bool save_mask);
+                                       bool eval_matched_stats, bool save_mask, const OptionalTensor& valid,
+                                       const OptionalTensor& strength);
 using BackwardSignature = BackwardResult(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                          const OptionalTensor& bias, const OptionalTensor& residual,
                                          const OptionalTensor& act_weight, const Tensor& save_mean,
@@ -152,45 +158,50 @@ using BackwardSignature = BackwardResult(const Tensor& grad_output, const Tensor
                                          bool training, double eps, std::string_view order, std::string_view act,
                                          at::ArrayRef<double> act_params, std::string_view noise, double p,
                                          std::string_view granularity, int64_t ghost_batch_size,
-                                         std::array<bool, 5> output_mask);
+                                         std::array<bool, 5> output_mask, const OptionalTensor& valid,
+                                         const OptionalTensor& strength);
 
 using StatisticsSignature = StatisticsResult(const Tensor& input, const OptionalTensor& act_weight,
                                              const OptionalTensor& seed, std::string_view order, std::string_view act,
                                              at::ArrayRef<double> act_params, std::string_view noise, double p,
-                                             std::string_view granularity, bool eval_matched_stats);
+                                             std::string_view granularity, bool eval_matched_stats,
+                                             const OptionalTensor& valid, const OptionalTensor& strength);
 using SumsSignature = Tensor(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                              const OptionalTensor& bias, const OptionalTensor& residual,
                              const OptionalTensor& act_weight, const Tensor& save_mean, const Tensor& save_invstd,
                              const Tensor& mask, const OptionalTensor& seed, double eps, std::string_view order,
                              std::string_view act, at::ArrayRef<double> act_params, std::string_view noise, double p,
-                             std::string_view granularity);
+                             std::string_view granularity, const OptionalTensor& valid, const OptionalTensor& strength);
 using GivenSignature = GivenResult(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                    const OptionalTensor& bias, const OptionalTensor& residual,
                                    const OptionalTensor& act_weight, const Tensor& save_mean, const Tensor& save_invstd,
                                    const Tensor& mask, const OptionalTensor& seed, const Tensor& sums,
                                    const Tensor& count, double eps, std::string_view order, std::string_view act,
                                    at::ArrayRef<double> act_params, std::string_view noise, double p,
-                                   std::string_view granularity, std::array<bool, 3> output_mask);
+                                   std::string_view granularity, std::array<bool, 3> output_mask,
+                                   const OptionalTensor& valid, const OptionalTensor& strength);
 
 using DropoutSignature = Tensor(const Tensor& input, const Tensor& seed, double p, std::string_view kind,
-                                std::string_view granularity);
+                                std::string_view granularity, const OptionalTensor& strength);
 
 // x * m, or m itself where there is no x.
 struct NoiseRequest {
   Shape shape;
   Chain chain;
-  Tensor x;  // dense, in the shape's layout; or undefined
-  Tensor y;  // the result, likewise; m before it is broadcast is contiguous
+  Tensor x;         // dense, in the shape's layout; or undefined
+  Tensor y;         // the result, likewise; m before it is broadcast is contiguous
+  Tensor strength;  // as that of Forward
 };
 NoiseRequest check_noise(const Tensor& seed, at::IntArrayRef size, double p, std::string_view kind,
                          std::string_view granularity, at::ScalarType dtype);
 NoiseRequest check_dropout(const Tensor& input, const Tensor& seed, double p, std::string_view kind,
-                           std::string_view granularity);
+                           std::string_view granularity, const OptionalTensor& strength);
 Tensor dropout_result(const NoiseRequest& q, const Tensor& input);
 
-// mean, var: (G, C) or (C,), of groups that hold `count` values per channel each, but for the last.
+// mean, var: (G, C) or (C,), of groups that hold `count` values per channel each, but for the last; or as many as
+// `counts` says, float64 (G,).
 void check_update_stats(const Tensor& running_mean, const Tensor& running_var,
                         const OptionalTensor& num_batches_tracked, const Tensor& mean, const Tensor& var,
-                        std::optional<double> momentum);
+                        std::optional<double> momentum, const OptionalTensor& counts);
 
 }  // namespace fusednorm

@@ -23,11 +23,12 @@ else:
         LazyFusedBatchNorm2d,
         LazyFusedBatchNorm3d,
     )
-    from .noises import Dropout, DropPath, GaussianDropout, UniformDropout, at_alpha
+    from .noises import ConcreteDropout, Dropout, DropPath, GaussianDropout, UniformDropout, at_alpha
     from .recalibration import recalibrate, restore_running_var
     from .uncertainty import predict
 
     __all__ = [
+        "ConcreteDropout",
         "DropPath",
         "Dropout",
         "FusedBatchNorm1d",

@@ -16,7 +16,7 @@ from . import functional, reference
 from .noises import Dropout, DropPath, GaussianDropout, UniformDropout
 
 ReadAct: TypeAlias = tuple[str, tuple[Any, ...]]  # name, parameters
-ReadDrop: TypeAlias = tuple[str, float, str]  # kind, strength, granularity
+ReadDrop: TypeAlias = tuple[str, float | Tensor, str]  # kind, strength, granularity
 
 # Exact type -> (operator's name, parameters) from a live module.
 _ACTIVATIONS: dict[type[nn.Module], Callable[[Any], ReadAct]] = {
@@ -148,12 +148,17 @@ def _known_noise(drop: nn.Module, rank: int) -> ReadDrop | None:
     if known is None or rank not in known[1]:
         return None
     kind, strength, granularity = known[0]
-    return kind, float(strength) if drop.training else 0.0, granularity
+    if not drop.training:
+        return kind, 0.0, granularity
+    return kind, strength if isinstance(strength, Tensor) else float(strength), granularity
 
 
 def is_live(drop: nn.Module | None) -> bool:
     """Whether a dropout that is called may draw."""
-    return drop is not None and drop.training and getattr(drop, "p", None) != 0.0
+    if drop is None or not drop.training:
+        return False
+    p = getattr(drop, "p", None)
+    return isinstance(p, Tensor) or p != 0.0
 
 
 def does_something(child: nn.Module | None) -> bool:
@@ -161,7 +166,7 @@ def does_something(child: nn.Module | None) -> bool:
     if child is None or type(child) is nn.Identity:
         return False
     known = noise_of(child)
-    return known is None or known[0][1] > 0
+    return known is None or isinstance(known[0][1], Tensor) or known[0][1] > 0
 
 
 def seedable(drop: nn.Module, rank: int) -> bool:

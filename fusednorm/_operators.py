@@ -48,6 +48,20 @@ class Chain(NamedTuple):
         return self.drops() and is_live(self.noise, self.p)
 
 
+class Extras(NamedTuple):
+    """What few calls have: whose statistics normalise, and noise whose strength is a tensor."""
+
+    valid: Tensor | None = None  # (N, S...) bool, the rows that count; None: all
+    strength: Tensor | None = None  # one value in the place of `Chain.p`, which is LIVE then
+    process_group: Any = None  # of processes that share statistics
+    renorm: tuple[float, float] | None = None  # the largest r and d of batch renormalisation
+    global_noise: bool = False  # that of the whole batch of a process_group
+
+
+NO_EXTRAS = Extras()
+LIVE = 0.5  # a strength with which noise of every kind is live
+
+
 def is_live(noise: str, p: float) -> bool:
     """Whether noise of that strength draws anything; dropping nothing, and everything, needs no draws."""
     return 0 < p < 1 if noise == "bernoulli" else p > 0
@@ -166,9 +180,11 @@ def _(
     ghost_batch_size: int,
     eval_matched_stats: bool,
     save_mask: bool,
+    valid: Tensor | None = None,
+    strength: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     # Twin of check_forward in csrc/ops.cpp, which says why.
-    _check_devices(input, weight, bias, running_mean, running_var, residual, act_weight, seed)
+    _check_devices(input, weight, bias, running_mean, running_var, residual, act_weight, seed, valid, strength)
     chain = Chain(eps, order, act, act_params, noise, p, granularity, ghost_batch_size)
     output = torch.empty_like(input)
     N, C, S = input.size(0), input.size(1), math.prod(input.shape[2:])
@@ -184,7 +200,7 @@ def _(
         if on_cuda:
             calls = (N * S + 7) // 8
             size = (calls, C, 1) if last else (C, calls)
-        elif not last and 0 < S < 512 and C > 1 and not chain.draws():
+        elif not last and 0 < S < 512 and C > 1 and not chain.draws() and valid is None:
             most = max(1, 1024 // S)
             block = C if most >= C else -(-C // (-(-C // (2 * most)) * 2))
             size = (N, (C - 1) // block * ((block * S + 31) // 32) + (((C - 1) % block + 1) * S + 31) // 32)
@@ -219,8 +235,10 @@ def _(
     granularity: str,
     ghost_batch_size: int,
     output_mask: list[bool],
+    valid: Tensor | None = None,
+    strength: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check_devices(input, grad_output, weight, bias, residual, act_weight, save_mean, save_invstd, mask, seed)
+    _check_devices(input, grad_output, weight, bias, residual, act_weight, save_mean, save_invstd, mask, seed, valid)
     return (
         _gradient(input, input, output_mask[0]),
         _gradient(input, weight, output_mask[1]),
@@ -246,8 +264,10 @@ def _(
     p: float,
     granularity: str,
     eval_matched_stats: bool,
+    valid: Tensor | None = None,
+    strength: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check_devices(input, act_weight, seed)
+    _check_devices(input, act_weight, seed, valid, strength)
     vector = input.new_empty((input.size(1),), dtype=opmath(input))
     clean = eval_matched_stats and p > 0 and "drop" in reference.parse_order(order)[0]
     stat_mean = torch.empty_like(vector) if clean else vector.new_empty(0)
@@ -273,8 +293,10 @@ def _(
     noise: str,
     p: float,
     granularity: str,
+    valid: Tensor | None = None,
+    strength: Tensor | None = None,
 ) -> Tensor:
-    _check_devices(input, grad_output, weight, bias, residual, act_weight, save_mean, save_invstd, mask, seed)
+    _check_devices(input, grad_output, weight, bias, residual, act_weight, save_mean, save_invstd, mask, seed, valid)
     return input.new_empty((5 if act == "prelu" and "act" in order else 2, input.size(1)), dtype=torch.float64)
 
 
@@ -300,6 +322,8 @@ def _(
     p: float,
     granularity: str,
     output_mask: list[bool],
+    valid: Tensor | None = None,
+    strength: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     _check_devices(
         input, grad_output, weight, bias, residual, act_weight, save_mean, save_invstd, mask, seed, sums, count
@@ -321,8 +345,9 @@ def _(
     count: int,
     last_count: int,
     momentum: float | None,
+    counts: Tensor | None = None,
 ) -> None:
-    _check_devices(mean, running_mean, running_var, num_batches_tracked, var)
+    _check_devices(mean, running_mean, running_var, num_batches_tracked, var, counts)
 
 
 @torch.library.register_fake("fusednorm::noise")
@@ -331,8 +356,8 @@ def _(seed: Tensor, size: list[int], p: float, kind: str, granularity: str, dtyp
 
 
 @torch.library.register_fake("fusednorm::dropout")
-def _(input: Tensor, seed: Tensor, p: float, kind: str, granularity: str) -> Tensor:
-    _check_devices(input, seed)
+def _(input: Tensor, seed: Tensor, p: float, kind: str, granularity: str, strength: Tensor | None = None) -> Tensor:
+    _check_devices(input, seed, strength)
     return torch.empty_like(input)
 
 

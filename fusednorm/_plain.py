@@ -6,14 +6,15 @@ call, noise included, for programs that leave this process: what is exported or 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _operators, reference
-from ._operators import Chain
+from . import _operators, _running, reference
+from ._operators import NO_EXTRAS, Chain
 
 REASONS = {
     "export": "an exported program (torch.export, ONNX, AOTInductor) runs where fusednorm is not",
@@ -62,22 +63,54 @@ def act_of(chain: Chain, act_weight: Tensor | None) -> reference.Activation:
     return (chain.act, *chain.act_params) if act_weight is None else (chain.act, act_weight)
 
 
-def multiplier(input, seed, chain):
+def multiplier(input: Tensor, seed: Tensor | None, chain: Chain, strength: Tensor | None = None) -> Tensor | None:
     """The kernels' noise as a tensor to multiply by, None where there is none."""
     if not chain.drops():
         return None
     if not chain.draws():
         return input.new_zeros(())
-    return _operators.noise(seed, input.shape, chain.p, chain.noise, chain.granularity, _operators.opmath(input))
+    dtype = _operators.opmath(input)
+    if strength is None:
+        return _operators.noise(seed, input.shape, chain.p, chain.noise, chain.granularity, dtype)
+    assert seed is not None
+    return varying(seed, input.shape, strength, chain.noise, chain.granularity).to(dtype)
+
+
+def varying(seed: Tensor, shape: Sequence[int], strength: Tensor, kind: str, granularity: str) -> Tensor:
+    """The kernels' noise at a strength that is a tensor, from that at the strength 1, in float64."""
+    p = strength.double()
+    unit = _operators.noise(seed, shape, 1.0, "gaussian" if kind == "gaussian" else "uniform", granularity, p.dtype)
+    if kind == "gaussian":
+        return 1 + p.sqrt() * (unit - 1)
+    if kind == "uniform":
+        return 1 + p * (unit - 1)
+    draw = (unit * 65536 - 1) / 2  # which is 1 + ((2 draw + 1) / 65536 - 1)
+    threshold = ((1 - p) * 65536 + 0.5).floor().clamp(1, 65535)
+    kept = torch.where(p <= 0, 1.0, torch.where(p >= 1, 0.0, 65536 / threshold))
+    return torch.where((draw < threshold) | (p <= 0), kept, 0.0)
 
 
 # ---- as the kernels compute it ---------------------------------------------------------------------------------------
-def exact(tensors, training, chain, eval_matched_stats):
+def rows_of(valid: Tensor | None) -> Tensor | None:
+    """As `reference` takes them."""
+    return None if valid is None else valid.unsqueeze(1)
+
+
+def entering(tensors: Sequence[Any], chain: Chain, valid: Tensor | None, m: Tensor | None) -> Tensor:
+    """u: what enters the norm, with zeros where rows do not count."""
+    input, act_weight = reference.in_opmath(tensors[0]), tensors[6]
+    rows = rows_of(valid)
+    if rows is not None:
+        input = torch.where(rows, input, 0)
+    return reference.run_stages(reference.parse_order(chain.order)[0], input, act_of(chain, act_weight), m)
+
+
+def exact(tensors, training, chain, eval_matched_stats, extras=NO_EXTRAS):
     """(output, mean, variance for the running statistics), differentiable any number of times in any mode."""
     input, weight, bias, running_mean, running_var, residual, act_weight, seed = tensors
     if not training and any(forward_ad.unpack_dual(t).tangent is not None for t in (running_mean, running_var)):
         raise RuntimeError("batch_norm is not differentiable wrt running_mean and running_var, but one has a tangent")
-    m, act = multiplier(input, seed, chain), act_of(chain, act_weight)
+    m, act = multiplier(input, seed, chain, extras.strength), act_of(chain, act_weight)
     output = reference.batch_norm_act_drop(
         input,
         running_mean,
@@ -91,19 +124,40 @@ def exact(tensors, training, chain, eval_matched_stats):
         residual=residual,
         noise=m,
         ghost_batch_size=chain.ghost_batch_size,
+        mask=rows_of(extras.valid),
     )
     if not training or running_mean is None:
         return output, None, None
-    before, _ = reference.parse_order(chain.order)
     with torch.no_grad():
-        u = reference.run_stages(before, reference.in_opmath(input), act, None if eval_matched_stats else m)
-        moments = [reference.moments(group) for group in reference.ghosts(u, chain.ghost_batch_size)]
+        u = entering(tensors, chain, extras.valid, None if eval_matched_stats else m)
+        moments = [reference.moments(*group) for group in in_groups(u, extras.valid, chain)]
     moments = moments[0] if len(moments) == 1 else [torch.stack(parts) for parts in zip(*moments, strict=True)]
     return output, *(forward_ad.unpack_dual(t).primal for t in moments)  # no_grad lets tangents pass
 
 
+def in_groups(u: Tensor, valid: Tensor | None, chain: Chain) -> list[tuple[Tensor, Tensor | None]]:
+    """`u` and the rows of it that count, by ghost batch."""
+    groups = reference.ghosts(u, chain.ghost_batch_size)
+    rows = rows_of(valid)
+    counting = [None] * len(groups) if rows is None else reference.ghosts(rows, chain.ghost_batch_size)
+    return list(zip(groups, counting, strict=True))
+
+
 def differentiable_backward(
-    grad_output, input, weight, bias, residual, act_weight, mean, invstd, mask, seed, settings, needed
+    grad_output,
+    input,
+    weight,
+    bias,
+    residual,
+    act_weight,
+    mean,
+    invstd,
+    mask,
+    seed,
+    settings,
+    needed,
+    valid=None,
+    strength=None,
 ):
     """The gradients as a graph.
 
@@ -113,7 +167,7 @@ def differentiable_backward(
     training, *chain = settings
     chain = Chain(*chain)
     before, after = reference.parse_order(chain.order)
-    m = multiplier(input, seed, chain)
+    m = multiplier(input, seed, chain, strength)
     order, factor = chain.order, None
     if "add" in after and residual is None:
         # It was not saved, as it has no say in the derivative of what follows: a constant factor (an activation there
@@ -123,6 +177,7 @@ def differentiable_backward(
                 *(torch.ones_like(input), input, weight, bias, residual, act_weight, mean, invstd, mask, seed),
                 *settings,
                 [False, False, False, True, False],
+                *(valid, strength),
             )[3]
         order = "-".join([*before, "norm", *after[: after.index("add")]])
     leaves = (input, weight, bias, residual, act_weight)
@@ -146,6 +201,7 @@ def differentiable_backward(
             residual=residual,
             noise=m,
             ghost_batch_size=chain.ghost_batch_size,
+            mask=rows_of(valid),
         )
         return y if factor is None else y * factor
 
@@ -166,8 +222,10 @@ def differentiable_backward(
 
 
 # ---- as the stock layers compute it ----------------------------------------------------------------------------------
-def stock(tensors, num_batches_tracked, training, momentum, chain, eval_matched_stats):
+def stock(tensors, num_batches_tracked, training, momentum, chain, eval_matched_stats, extras=NO_EXTRAS):
     """The output, by the functions behind the stock layers; updates the running statistics as they do."""
+    if extras.valid is not None or (extras.strength is not None and chain.drops()):
+        return _stock_extras(tensors, num_batches_tracked, training, momentum, chain, eval_matched_stats, extras)
     input, weight, bias, running_mean, running_var, residual, act_weight, _ = tensors
     act, (before, after) = act_of(chain, act_weight), reference.parse_order(chain.order)
 
@@ -200,6 +258,47 @@ def stock(tensors, num_batches_tracked, training, momentum, chain, eval_matched_
         z = [norm(group, running_mean, running_var, weight, bias) for group in groups]
         z = z[0] if len(z) == 1 else torch.cat(z)
     return reference.run_stages(after, z, act, noise if chain.drops() else None, residual)
+
+
+def _stock_extras(tensors, num_batches_tracked, training, momentum, chain, eval_matched_stats, extras):
+    """What no stock layer has, by torch's operations and generators."""
+    input, weight, bias, running_mean, running_var, residual, act_weight, _ = tensors
+    valid, strength = extras.valid, extras.strength
+    ones = input.new_ones(_operators.noise_shape(input.shape, chain.granularity), dtype=_operators.opmath(input))
+    if not chain.drops():
+        m = None
+    elif strength is None:
+        m = stock_noise(ones, chain.p, chain.noise, chain.granularity)
+    else:
+        m = stock_noise_varying(ones, strength, chain.noise)
+    if training and running_mean is not None:
+        with torch.no_grad():
+            u = entering(tensors, chain, valid, None if eval_matched_stats else m)
+            for group, counting in in_groups(u, valid, chain):
+                mean, var = reference.moments(group, counting)
+                count = _running.values(group, counting)
+                _running.update_in_torch(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
+    return reference.batch_norm_act_drop(
+        *(input, running_mean, running_var, weight, bias, training),
+        eps=chain.eps,
+        act=act_of(chain, act_weight),
+        order=chain.order,
+        residual=residual,
+        noise=m,
+        ghost_batch_size=chain.ghost_batch_size,
+        mask=rows_of(valid),
+    )
+
+
+def stock_noise_varying(ones: Tensor, strength: Tensor, kind: str) -> Tensor:
+    """The multiplier at a strength that is a tensor, of the shape and dtype of `ones`."""
+    p = strength.to(ones.dtype)
+    if kind == "bernoulli":
+        kept = torch.where(p < 1, 1 / (1 - p).clamp_min(torch.finfo(p.dtype).tiny), 0)
+        return torch.where(torch.rand_like(ones) >= p, kept, 0)
+    if kind == "uniform":
+        return ones + p * (2 * torch.rand_like(ones) - 1)
+    return ones + p.sqrt() * torch.randn_like(ones)
 
 
 def stock_noise(v: Tensor, p: float, kind: str, granularity: str) -> Tensor:

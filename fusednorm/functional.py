@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
-from . import _autograd, _operators, _plain, reference
+from . import _autograd, _operators, _plain, _rows, _running, reference
 from ._operators import DEFAULT_ORDER as DEFAULT_ORDER  # for modules
+from ._operators import NO_EXTRAS as NO_EXTRAS
 from ._operators import Chain as Chain
+from ._operators import Extras as Extras
 
 Device: TypeAlias = torch.device | str | int | None
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
@@ -51,6 +53,31 @@ def check_noise(p: Any, noise: str = "bernoulli", granularity: str = "element") 
         at_most = f"between 0 and {largest:g}" if largest < math.inf else "0 or more"
         raise ValueError(f"{name} has to be {at_most}, but got {type(p) if value is None else p}")
     return value
+
+
+def check_strength(p: Any, noise: str = "bernoulli", granularity: str = "element") -> tuple[float, Tensor | None]:
+    """(strength, None) as :func:`check_noise`; of a floating-point scalar tensor, a live strength and its value now.
+
+    A tensor is not looked at: kernels read it, and refuse what is no strength.
+    """
+    if not isinstance(p, Tensor) or not p.is_floating_point() or p.numel() != 1:
+        return check_noise(p, noise, granularity), None
+    check_noise(0.0, noise, granularity)
+    if p.requires_grad:
+        raise ValueError(
+            "p: expected a tensor that requires no gradient, as noise has none with respect to its strength"
+        )
+    return _operators.LIVE, p.detach().reshape(()).to(torch.float64, copy=True)
+
+
+def check_renorm(renorm: Any) -> tuple[float, float] | None:
+    """Returns `renorm` as two floats or None, or raises ValueError unless it is None or (r_max, d_max)."""
+    if renorm is None:
+        return None
+    limits = [as_number(v) for v in renorm] if isinstance(renorm, (tuple, list)) else []
+    if len(limits) != 2 or None in limits or not limits[0] >= 1 or not limits[1] >= 0:  # type: ignore[operator]
+        raise ValueError(f"renorm: expected (r_max, d_max) with r_max >= 1 and d_max >= 0, or None, but got {renorm!r}")
+    return limits[0], limits[1]  # type: ignore[return-value]
 
 
 def check_ghost_batch_size(size: Any) -> int | None:
@@ -115,10 +142,10 @@ def _check_tensor(name: str, value: Any, optional: bool = True) -> None:
         raise TypeError(f"{name}: expected {expected}, but got {type(value).__name__}")
 
 
-def leaf_of_graph(module: nn.Module, input: Any, residual: Any = None, seed: Any = None) -> Any:
+def leaf_of_graph(module: nn.Module, input: Any, residual: Any = None, **keywords: Any) -> Any:
     """A call of `module` in the graph that torch.fx is tracing: like torch's own layers, it is not looked into."""
     arguments = (input,) if residual is None else (input, residual)
-    keywords = {} if seed is None else {"seed": seed}
+    keywords = {name: value for name, value in keywords.items() if value is not None}
     tracer = input.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, keywords)
 
@@ -157,7 +184,7 @@ def batch_norm_act_drop(
     eps: float = 1e-5,
     *,
     act: str | tuple[str | float | Tensor, ...] | None = None,
-    p: float = 0.0,
+    p: float | Tensor = 0.0,
     noise: str = "bernoulli",
     granularity: str = "element",
     drop_training: bool | None = None,
@@ -166,6 +193,9 @@ def batch_norm_act_drop(
     ghost_batch_size: int | None = None,
     even_ghost_batches: bool = False,
     eval_matched_stats: bool = False,
+    mask: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    weights: Tensor | None = None,
     seed: int | Tensor | None = None,
 ) -> Tensor:
     """Batch norm (Ioffe & Szegedy 2015), activation, noise and addition in one pass each way, in any order.
@@ -175,14 +205,17 @@ def batch_norm_act_drop(
     Args:
         input: (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W); float32, float64, bfloat16 or float16; either
             memory format, any strides.
-        running_mean, running_var: (C,) of any floating dtype, updated in place when `training`; or None.
+        running_mean, running_var: (C,) of any floating dtype, updated in place when `training`; or None. Else they may
+            require gradients, as :func:`torch.nn.functional.batch_norm` never lets them.
         weight, bias: (C,) of any floating dtype, or None.
         training: normalise with the statistics of the batch.
         act: an activation's name (see :func:`activations`), `(name, *parameters)` in torch's order, or None; or
             `("prelu", weight)` with a tensor of one element or C, which gets its gradient too.
         p: strength of the noise: for "bernoulli" the probability of dropping, in [0, 1] (Srivastava et al. 2014); for
             "uniform" beta of the multiplier's range (1 - beta, 1 + beta), in [0, 1] (Uout, Li et al. 2018); for
-            "gaussian" alpha, the variance of the multiplier N(1, alpha) (Srivastava et al. 2014, section 10).
+            "gaussian" alpha, the variance of the multiplier N(1, alpha) (Srivastava et al. 2014, section 10). A scalar
+            tensor is read by the kernels, so that another value compiles nothing again and waits for no device; with
+            one, a seed is drawn even if it is 0.
         noise: "bernoulli", "uniform" or "gaussian". Its mean is 1; no other scaling takes place.
         granularity: a draw per "element", per "channel" of a sample (as in dropout2d) or per "sample" (drop path).
         drop_training: whether the noise is on; None follows `training`.
@@ -196,6 +229,13 @@ def batch_norm_act_drop(
         eval_matched_stats: in an order with "drop" before "norm", let the running statistics learn those of the values
             without the noise, which are what evaluation sees. The output while training is the same. In other orders
             it changes nothing.
+        mask: bool, True for rows that count: (N, ...), (N, 1, ...), or (N,) for whole samples. Others are not in the
+            statistics, are not looked at, have no gradient, and are zero in the output: the result is that of the rows
+            that count alone. One value per channel among these is not noticed, and has the variance 0.
+        lengths: integers (N,): the same for samples that are padded at the end of their last axis.
+        weights: (N,), (N, ...) or (N, 1, ...), of 0 or more: what a row counts in the mean and variance of the batch.
+            Those of 0 are as masked. The running variance is made unbiased for the effective number of values,
+            (sum w)^2 / sum w^2 (Kish 1965). Statistics are taken in plain torch then.
         seed: int, or int64 scalar tensor on the input's device; None draws one from torch's default generator, and
             only when noise is live. The same seed gives the same noise on every device and in every memory format.
 
@@ -204,16 +244,18 @@ def batch_norm_act_drop(
 
     Raises:
         ValueError: an argument outside its domain or without a place in `order`, one value per channel in training, or
-            one of the running statistics without the other.
-        TypeError: what should be a tensor is none.
-        RuntimeError: per-channel vectors whose size is not C, or running statistics that require a gradient.
+            one of the running statistics without the other; a mask, lengths or weights of other shapes, or together;
+            weights with ghost batches.
+        TypeError: what should be a tensor is none, or one of another dtype.
+        RuntimeError: per-channel vectors whose size is not C, or running statistics that require a gradient and are to
+            be updated.
     """
     _check_tensor("input", input, optional=False)
     vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for vector, value in vectors.items():
         _check_tensor(vector, value)
     reference.parse_order(order)
-    p = check_noise(p, noise, granularity)
+    p, strength = check_strength(p, noise, granularity)
     ghost_batch_size = check_ghost_batch_size(ghost_batch_size)
     name, parameters = reference.resolve_activation(act)
     for stage, given in (("act", act is not None), ("drop", p != 0)):
@@ -222,7 +264,12 @@ def batch_norm_act_drop(
     act_weight: Any  # a tensor or None
     act_weight, parameters = (parameters[0], ()) if name == "prelu" else (None, parameters)
     live = training if drop_training is None else drop_training
-    groups = 0
+    extras, groups = NO_EXTRAS, 0
+    if mask is not None or lengths is not None or weights is not None:
+        valid, weights = _rows.resolve(input, mask, lengths, weights)
+        extras = Extras(valid)
+    if strength is not None and live:
+        extras = extras._replace(strength=strength)
     if training and ghost_batch_size:
         groups = ghost_batches(input.size(0), ghost_batch_size, even_ghost_batches, math.prod(input.shape[2:]))
     return apply(
@@ -239,6 +286,8 @@ def batch_norm_act_drop(
         residual,
         act_weight,
         eval_matched_stats,
+        extras,
+        weights,
     )
 
 
@@ -256,16 +305,21 @@ def apply(
     residual: Tensor | None = None,
     act_weight: Tensor | None = None,
     eval_matched_stats: bool = False,
-    process_group: Any = None,
+    extras: Extras = NO_EXTRAS,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The operator with everything resolved into a :class:`Chain`; what modules call.
 
     Running statistics, where given, are updated if `training`; with `num_batches_tracked` that is incremented (once for
-    each ghost batch) and `momentum` may be None. `process_group`: of processes whose values share statistics, when
-    training; None: there is this one only.
+    each ghost batch) and `momentum` may be None. `weights`: (N, ...) of the rows that `extras.valid` lets count.
     """
-    if running_mean is None or running_var is None or running_mean.requires_grad or running_var.requires_grad:
-        _check_statistics(running_mean, running_var, training)
+    unusual = running_mean is None or running_var is None or running_mean.requires_grad or running_var.requires_grad
+    if unusual and _check_statistics(running_mean, running_var, training):
+        weight, bias, running_mean, running_var = _through_parameters(
+            weight, bias, running_mean, running_var, chain.eps, _operators.opmath(input)
+        )
+    if extras.strength is not None and extras.strength.device != input.device:
+        raise ValueError(f"p: expected a tensor on {input.device}, but got one on {extras.strength.device}")
     if residual is not None or "add" in chain.order:
         _check_residual(input, residual, chain.order)
     if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
@@ -273,9 +327,28 @@ def apply(
         seed = _seed_of(chain, seed, input)
         output = apply(
             *(input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, head, seed),
-            *(None, act_weight, eval_matched_stats, process_group),
+            *(None, act_weight, eval_matched_stats, extras, weights),
         )
-        return _behind_addition(output + residual, chain, tail, act_weight, seed)
+        output = _behind_addition(output + residual, chain, tail, act_weight, seed, extras.strength)
+        if extras.valid is None:
+            return output
+        if output.shape != input.shape:
+            raise ValueError(
+                f"residual: expected a shape that leaves that of the input, {list(input.shape)}, where rows do not "
+                f"count, but got {list(residual.shape)}"
+            )
+        return torch.where(_plain.rows_of(extras.valid), output, 0)  # type: ignore[arg-type]
+    if weights is not None and training:
+        seed = _seed_of(chain, seed, input)
+        seed = None if seed is None else _seed_tensor(seed, input.device)
+        mean, var = _weighted_statistics(
+            *(input, running_mean, running_var, num_batches_tracked, momentum, chain, seed, act_weight),
+            *(eval_matched_stats, extras, weights),
+        )
+        return apply(
+            *(input, mean, var, None, weight, bias, False, 0.0, chain, seed, residual, act_weight, False),
+            extras._replace(process_group=None, renorm=None),
+        )
     if num_batches_tracked is not None and (
         num_batches_tracked.dtype != torch.int64 or num_batches_tracked.device != input.device
     ):  # averaged with all buffers, or left on another device: counted here
@@ -284,7 +357,7 @@ def apply(
             counter = before.clone()
             output = apply(
                 *(input, running_mean, running_var, counter, weight, bias, training, momentum, chain, seed),
-                *(residual, act_weight, eval_matched_stats, process_group),
+                *(residual, act_weight, eval_matched_stats, extras, weights),
             )
             num_batches_tracked.add_((counter - before).to(num_batches_tracked.device))
             return output
@@ -297,7 +370,7 @@ def apply(
             f"ghost_batch_size: expected more than 1 value per channel in every group when training, but "
             f"{chain.ghost_batch_size} of input size {list(input.shape)} leave a group with 1"
         )
-    if (counts[0] == 1 and process_group is None) or chain.eps <= 0:
+    if (counts[0] == 1 and extras.process_group is None) or chain.eps <= 0:
         # torch's own checks, with its words: F.batch_norm raises, or has no objection.
         F.batch_norm(input, running_mean, running_var, weight, bias, training, 0.0, chain.eps)
     if seed is not None:
@@ -310,19 +383,74 @@ def apply(
         chain,
         seed,
         eval_matched_stats,
-        process_group,
+        extras,
     )
 
 
-def _check_statistics(running_mean: Tensor | None, running_var: Tensor | None, training: bool) -> None:
+def _check_statistics(running_mean: Tensor | None, running_var: Tensor | None, training: bool) -> bool:
+    """Whether gradients with respect to given statistics are asked for."""
     if running_mean is None or running_var is None:
         if not training:
             raise ValueError("Expected running_mean and running_var to be defined when training=False")
         if running_mean is not running_var:
             raise ValueError("running_mean and running_var must either both be None or neither be None")
-    elif torch.is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad):
+        return False
+    if not torch.is_grad_enabled() or not (running_mean.requires_grad or running_var.requires_grad):
+        return False
+    if training:
         name = "running_mean" if running_mean.requires_grad else "running_var"
-        raise RuntimeError(f"{name}: batch norm is not differentiable with respect to it, but it requires grad")
+        raise RuntimeError(f"{name}: expected a tensor that requires no gradient when training, which updates it")
+    return True
+
+
+def _through_parameters(weight: Any, bias: Any, mean: Any, var: Any, eps: float, dtype: torch.dtype) -> Any:
+    """(weight, bias, mean, var) of the same values; gradients with respect to mean and var go through the first two.
+
+    (u - mean) / std * w + b is a map of the same u by constants, with w' = w * (their std / std) and
+    b' = b - w' * (mean - their mean) / their std.
+    """
+    for name, vector in (("running_mean", mean), ("running_var", var), ("weight", weight), ("bias", bias)):
+        if vector is not None and vector.numel() != mean.numel():
+            raise RuntimeError(f"{name} should contain {mean.numel()} elements not {vector.numel()}")
+    mean, var = mean.to(dtype), var.to(dtype)
+    fixed, scale = mean.detach(), torch.rsqrt(var.detach() + eps)
+    ratio = torch.rsqrt(var + eps) / scale
+    weight = ratio if weight is None else weight.to(dtype) * ratio
+    moved = weight * scale * (fixed - mean)
+    return weight, moved if bias is None else bias.to(dtype) + moved, fixed, var.detach()
+
+
+def _weighted_statistics(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    chain: Chain,
+    seed: Tensor | None,
+    act_weight: Tensor | None,
+    eval_matched_stats: bool,
+    extras: Extras,
+    weights: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(mean, var) of a batch whose rows have weights, differentiable; updates the running statistics."""
+    for name, value in (
+        ("ghost_batch_size", chain.ghost_batch_size or None),
+        ("process_group", extras.process_group),
+        ("renorm", extras.renorm),
+    ):
+        if value is not None:
+            raise ValueError(f"weights: expected None with {name}")
+    assert extras.valid is not None
+    arguments = (input, act_weight, extras.valid, weights)
+    mean, var, count = _rows.weighted(*arguments, chain, extras.strength, seed)
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            learned = mean, var
+            if eval_matched_stats:
+                learned = _rows.weighted(*arguments, chain._replace(p=0.0), None, None)[:2]
+            _running.update(running_mean, running_var, num_batches_tracked, *learned, count, momentum)
+    return mean, var
 
 
 def _check_residual(input: Tensor, residual: Any, order: str) -> None:
@@ -356,10 +484,17 @@ def _seed_of(chain: Chain, seed: int | Tensor | None, input: Tensor) -> int | Te
 
 
 def _behind_addition(
-    v: Tensor, chain: Chain, stages: list[str], act_weight: Tensor | None, seed: int | Tensor | None
+    v: Tensor,
+    chain: Chain,
+    stages: list[str],
+    act_weight: Tensor | None,
+    seed: int | Tensor | None,
+    strength: Tensor | None,
 ) -> Tensor:
     def noise(v: Tensor) -> Tensor:
-        return dropout(v, chain.p, noise=chain.noise, granularity=chain.granularity, seed=seed)
+        return dropout(
+            v, chain.p if strength is None else strength, noise=chain.noise, granularity=chain.granularity, seed=seed
+        )
 
     return reference.run_stages(stages, v, _plain.act_of(chain, act_weight), noise if chain.drops() else None)
 
@@ -367,7 +502,7 @@ def _behind_addition(
 @_as_torch_function
 def dropout(
     input: Tensor,
-    p: float = 0.5,
+    p: float | Tensor = 0.5,
     training: bool = True,
     *,
     noise: str = "bernoulli",
@@ -392,9 +527,11 @@ def dropout(
         TypeError: an input that is no tensor.
     """
     _check_tensor("input", input, optional=False)
-    p = check_noise(p, noise, granularity)
+    p, strength = check_strength(p, noise, granularity)
     if not training or p == 0:
         return input
+    if strength is not None and strength.device != input.device:
+        raise ValueError(f"p: expected a tensor on {input.device}, but got one on {strength.device}")
     dims = {"element": 0, "sample": 1, "channel": 2}[granularity]
     if input.dim() < dims:
         raise ValueError(
@@ -410,7 +547,7 @@ def dropout(
         return input.clone().reshape(shape)
     if seed is not None:
         seed = _seed_tensor(seed, input.device)
-    return _autograd.run_dropout(input, p, noise, granularity, seed).reshape(shape)
+    return _autograd.run_dropout(input, p, noise, granularity, seed, strength).reshape(shape)
 
 
 def noise(

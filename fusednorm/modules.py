@@ -7,14 +7,15 @@ does not know exactly (subclasses, hooks, parametrisations) are called; what sta
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypedDict, Unpack
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from . import _children, functional, reference
+from . import _children, _domains, _rows, functional, reference
 from ._guard import guarded, means_norm_alone
 from ._unfused import AnyBatchNorm, unfused
 
@@ -29,6 +30,17 @@ class _Newer(TypedDict, total=False):
     bias: bool  # since 2.13
 
 
+class _Asked(NamedTuple):
+    """What a call says of rows and statistics."""
+
+    valid: Tensor | None = None  # rows that count, and
+    weights: Tensor | None = None  # how much, as functional.apply takes them
+    domain: Any = None  # whose statistics; None: the layer's own
+
+
+_NOTHING = _Asked()
+
+
 class _Options(TypedDict, total=False):
     order: str
     ghost_batch_size: int | None
@@ -37,6 +49,8 @@ class _Options(TypedDict, total=False):
     allow_single_value: bool
     update_when_recomputed: bool
     process_group: Any
+    renorm: tuple[float, float] | None
+    global_noise: bool
 
 
 class _FusedBatchNorm(_BatchNorm):
@@ -49,6 +63,8 @@ class _FusedBatchNorm(_BatchNorm):
     allow_single_value: bool = False
     update_when_recomputed: bool = True
     process_group: Any = None
+    renorm: tuple[float, float] | None = None
+    global_noise: bool = False
     training: bool
     frozen: bool = False  # see freeze()
     _in_model = False  # whether another module has it as a child
@@ -72,6 +88,10 @@ class _FusedBatchNorm(_BatchNorm):
         allow_single_value: bool = False,
         update_when_recomputed: bool = True,
         process_group: Any = None,
+        renorm: tuple[float, float] | None = None,
+        global_noise: bool = False,
+        domains: int = 1,
+        domain_affine: bool = False,
         **newer: Unpack[_Newer],
     ) -> None:
         if isinstance(eps, (str, nn.Module)):
@@ -84,6 +104,9 @@ class _FusedBatchNorm(_BatchNorm):
         ghost_batch_size = functional.check_ghost_batch_size(ghost_batch_size)
         if eval_matched_stats and "drop" not in before:
             raise ValueError(f"eval_matched_stats: expected False, as order {order!r} has no 'drop' before 'norm'")
+        domains, renorm = _domains.check_domains(domains), functional.check_renorm(renorm)
+        if not track_running_stats and domains > 1:
+            raise ValueError("domains: expected 1 with track_running_stats=False, as each has running statistics")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
         self.act = act
         self.drop = drop
@@ -94,10 +117,26 @@ class _FusedBatchNorm(_BatchNorm):
         self.allow_single_value = allow_single_value
         self.update_when_recomputed = update_when_recomputed
         self.process_group = process_group
+        self.renorm = renorm
+        self.global_noise = global_noise
+        if domains > 1:
+            self.other_domains = nn.ModuleList(
+                _domains.DomainStatistics(self, domain_affine) for _ in range(domains - 1)
+            )
 
     if TYPE_CHECKING:
 
-        def __call__(self, input: Tensor, residual: Tensor | None = None, *, seed: Seed = None) -> Tensor: ...
+        def __call__(
+            self,
+            input: Tensor,
+            residual: Tensor | None = None,
+            *,
+            seed: Seed = None,
+            mask: Tensor | None = None,
+            lengths: Tensor | Sequence[int] | None = None,
+            weights: Tensor | None = None,
+            domain: int | None = None,
+        ) -> Tensor: ...
 
         # Children, which __setattr__ makes of what the constructor takes.
         @property
@@ -129,7 +168,8 @@ class _FusedBatchNorm(_BatchNorm):
         ghost = f", ghost_batch_size={self.ghost_batch_size}" if self.ghost_batch_size else ""
         flags = [f", {name}={getattr(self, name)}" for name, usual in _FLAGS.items() if getattr(self, name) != usual]
         norm = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{norm}, order={self.order!r}{ghost}{''.join(flags)}"
+        domains = f", domains={self.domains}" if self.domains > 1 else ""
+        return f"{norm}, order={self.order!r}{ghost}{domains}{''.join(flags)}"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("act", "drop"):
@@ -181,6 +221,32 @@ class _FusedBatchNorm(_BatchNorm):
     def reset_running_stats(self) -> None:
         if not self.frozen:
             super().reset_running_stats()
+            for statistics in self._others():
+                statistics.reset_running_stats()
+
+    # ---- domains ----------------------------------------------------------------------------------------------------
+    @property
+    def domains(self) -> int:
+        """How many sets of running statistics there are."""
+        return 1 + len(self._others())
+
+    def _others(self) -> Any:
+        return self._modules.get("other_domains", ())
+
+    def domain(self, index: int) -> _BatchNorm:
+        """The stock layer of a domain, which shares its statistics and parameters: for state dicts, above all.
+
+        `layer.domain(i).load_state_dict(bn.state_dict())` takes the `i`-th of several stock layers.
+
+        Raises:
+            ValueError: a domain that the layer does not have.
+        """
+        statistics = _domains.pick(self._others(), index)
+        norm = self._stock_norm()
+        if statistics is not None:
+            norm._buffers.update(statistics._buffers)
+            norm._parameters.update(statistics._parameters)
+        return norm
 
     # ---- from and to the stock layers -------------------------------------------------------------------------------
     @classmethod
@@ -197,6 +263,8 @@ class _FusedBatchNorm(_BatchNorm):
         allow_single_value: bool = False,
         update_when_recomputed: bool = True,
         process_group: Any = None,
+        renorm: tuple[float, float] | None = None,
+        global_noise: bool = False,
     ) -> Self:
         """The fused layer of an existing BatchNorm and the modules around it.
 
@@ -208,7 +276,7 @@ class _FusedBatchNorm(_BatchNorm):
             bn: an instance of the torch class that this class extends, or, for a lazy class, of the lazy one.
             act, drop, order: as in the constructor; typically the modules that stood around `bn`.
             ghost_batch_size, even_ghost_batches, eval_matched_stats, allow_single_value, update_when_recomputed,
-                process_group: as in the constructor.
+                process_group, renorm, global_noise: as in the constructor.
 
         Raises:
             TypeError: `bn` is of another class (or a subclass with behaviour of its own, as SyncBatchNorm).
@@ -222,6 +290,8 @@ class _FusedBatchNorm(_BatchNorm):
             "allow_single_value": allow_single_value,
             "update_when_recomputed": update_when_recomputed,
             "process_group": process_group,
+            "renorm": renorm,
+            "global_noise": global_noise,
         }
         return cls(0, affine=False, track_running_stats=False, order=order, **options)._adopt(bn, act, drop)
 
@@ -276,44 +346,66 @@ class _FusedBatchNorm(_BatchNorm):
             `nn.Sequential` of BatchNorm, activation and dropout in this layer's order; a small module in plain torch,
             called with the residual if there is one, for what a Sequential cannot say: "add", ghost batches,
             `eval_matched_stats`. Noises that torch has no module for become one that draws by torch's generators.
-            `freeze()`, `allow_single_value`, `update_when_recomputed` and `process_group` are left behind.
+            `freeze()`, `allow_single_value`, `update_when_recomputed`, `process_group`, `global_noise` and `renorm` are
+            left behind.
 
         Raises:
-            ValueError: the layer is lazy and has seen no input yet, or has hooks that would see something else, or a
-                forward of its own.
+            ValueError: the layer has several domains (see :meth:`domain`), is lazy and has seen no input yet, or has
+                hooks that would see something else, or a forward of its own.
         """
         if isinstance(self, _LazyNormBase):
             raise ValueError("to_torch: expected a layer that knows its size; call the model once before")
+        if self.domains > 1:
+            raise ValueError("to_torch: expected a layer with one domain; the stock layer of each is layer.domain(i)")
         self._check_hooks(self)
         if "forward" in self.__dict__:
             raise ValueError(f"{type(self).__name__}: expected no forward of its own, which no stock module would have")
+        norm = self._stock_norm()
+        return unfused(norm, self.act, self.drop, **{name: getattr(self, name) for name in _OPTIONS})
+
+    def _stock_norm(self) -> _BatchNorm:
         stock = self._torch_class or AnyBatchNorm
         norm = stock.__new__(stock)
         beside = {*_OWN, "_compiled_call_impl"}
         norm.__dict__.update(
             {n: v.copy() if n in _CONTAINERS else v for n, v in self.__dict__.items() if n not in beside}
         )
-        for name in ("act", "drop"):
+        for name in ("act", "drop", "other_domains"):
             norm._modules.pop(name, None)
-        return unfused(norm, self.act, self.drop, **{name: getattr(self, name) for name in _OPTIONS})
+        return norm
 
     def __prepare_scriptable__(self) -> nn.Module:  # torch.jit.script asks
         return self.to_torch()
 
     # ---- the call ---------------------------------------------------------------------------------------------------
-    def forward(self, input: Tensor, residual: Tensor | None = None, *, seed: Seed = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        seed: Seed = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        weights: Tensor | None = None,
+        domain: int | None = None,
+    ) -> Tensor:
         """(N, C, ...) to (N, C, ...): the stages of `order`.
 
         Args:
             residual: what "add" adds, (N, C, ...); needed exactly for an order with "add".
             seed: of the noise; int, int64 scalar tensor, or None to draw one from torch's generator.
+            mask, lengths, weights: the rows that count, and how much, as
+                :func:`fusednorm.functional.batch_norm_act_drop` takes them.
+            domain: which of the layer's `domains` the input is of; needed exactly where there are several.
 
         Raises:
             ValueError: as the torch base class; a residual that is missing or not expected; a seed, or
-                `eval_matched_stats`, where the dropout cannot be fused.
+                `eval_matched_stats`, where the dropout cannot be fused; rows as in the functional; a domain that the
+                layer does not have.
         """
         if isinstance(input, torch.fx.Proxy):
-            return functional.leaf_of_graph(self, input, residual, seed)
+            rows = {"mask": mask, "lengths": lengths, "weights": weights}
+            return functional.leaf_of_graph(self, input, residual, seed=seed, **rows, domain=domain)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         before, after = reference.parse_order(self.order)
         if (residual is not None) != ("add" in after):
@@ -326,12 +418,26 @@ class _FusedBatchNorm(_BatchNorm):
         if drop is not None and "drop" not in self.order:
             raise self._no_place("drop")
         act, drop = _children.read_act(act), _children.read_drop(drop, input.dim())
+        asked = _NOTHING
+        if mask is not None or lengths is not None or weights is not None:
+            asked = _Asked(*_rows.resolve(input, mask, lengths, weights))
+        if domain is not None or "other_domains" in children:
+            asked = asked._replace(domain=_domains.pick(self._others(), domain))
         if act is None or drop is None:
-            return self._call_children(input, residual, seed, before, after, act, drop)
-        return self._fused(input, residual, seed, self.order, act, drop, self.eval_matched_stats)
+            return self._call_children(input, residual, seed, before, after, act, drop, asked)
+        return self._fused(input, residual, seed, self.order, act, drop, self.eval_matched_stats, asked)
 
     def _fused(
-        self, input: Any, residual: Any, seed: Any, order: str, act: Any, drop: Any, matched: bool, update: bool = True
+        self,
+        input: Any,
+        residual: Any,
+        seed: Any,
+        order: str,
+        act: Any,
+        drop: Any,
+        matched: bool,
+        asked: _Asked,
+        update: bool = True,
     ) -> Tensor:
         name, parameters = act
         act_weight, parameters = (parameters[0], ()) if name == "prelu" else (None, parameters)
@@ -343,10 +449,15 @@ class _FusedBatchNorm(_BatchNorm):
         except KeyError:
             mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
             weight, bias = self.weight, self.bias
+        if asked.domain is not None:
+            mean, var, count = asked.domain._buffers.values()
+            own = asked.domain._parameters
+            weight, bias = own.get("weight", weight), own.get("bias", bias)
         training, track = self.training, self.training and self.track_running_stats and update
         group = self.process_group
         if group is not None:
             group = functional.check_process_group(group, self.ghost_batch_size) if training else None
+        renorm = self._limits() if training and self.renorm is not None else None
         if (
             training
             and self.allow_single_value
@@ -361,6 +472,15 @@ class _FusedBatchNorm(_BatchNorm):
         if track and mean is None and count is not None:  # nothing to move, but batches all the same, as torch has it
             count.add_(1)
         use_running = not training or track
+        momentum = 0.0 if self.momentum is None and count is None else self.momentum  # as torch has it
+        if renorm is not None and not track:  # it reads what is not to move
+            use_running, momentum = True, 0.0
+        extras = functional.NO_EXTRAS
+        strength = None
+        if isinstance(p, Tensor):
+            p, strength = functional.check_strength(p, kind, granularity)
+        if not (asked.valid is None and strength is None and group is None and renorm is None):
+            extras = functional.Extras(asked.valid, strength, group, renorm, self.global_noise)
         size, groups = self.ghost_batch_size, 0
         if training and size:  # the batch size of an evaluation is nobody's business: it may be symbolic
             groups = functional.ghost_batches(input.size(0), size, self.even_ghost_batches, math.prod(input.shape[2:]))
@@ -372,17 +492,27 @@ class _FusedBatchNorm(_BatchNorm):
             weight,
             bias,
             training,
-            0.0 if self.momentum is None and count is None else self.momentum,  # as torch has it
+            momentum,
             functional.Chain(self.__dict__["eps"], order, name, parameters, kind, p, granularity, groups),
             seed,
             residual,
             act_weight,
             matched,
-            group,
+            extras,
+            asked.weights,
         )
 
+    def _limits(self) -> tuple[float, float]:
+        if self.running_mean is None:
+            raise ValueError("renorm: expected running statistics, towards which those of a batch are corrected")
+        if self.ghost_batch_size:
+            raise ValueError("ghost_batch_size: expected None with renorm, which corrects the statistics of a batch")
+        limits = functional.check_renorm(self.renorm)
+        assert limits is not None
+        return limits
+
     def _call_children(
-        self, input: Any, residual: Any, seed: Any, before: Any, after: Any, act: Any, drop: Any
+        self, input: Any, residual: Any, seed: Any, before: Any, after: Any, act: Any, drop: Any, asked: _Asked
     ) -> Tensor:
         """The stages one by one as far out as a child has to be called; what stands between is fused."""
         first, last = self._fusable(before, after, act is not None, drop is not None)
@@ -401,7 +531,8 @@ class _FusedBatchNorm(_BatchNorm):
             with torch.no_grad():
                 clean = _children.without_hooks(self.act, input) if "act" in ahead and self.act is not None else input
                 prologue = "-".join([*before[first:], "norm"])
-                self._fused(clean, None, None, prologue, act if "act" in prologue else _children.NO_ACT, noise, False)
+                inner = act if "act" in prologue else _children.NO_ACT
+                self._fused(clean, None, None, prologue, inner, noise, False, asked)
         for stage in ahead:
             child = getattr(self, stage)
             if child is not None:
@@ -409,7 +540,8 @@ class _FusedBatchNorm(_BatchNorm):
                 input = _children.call_drop(child, ready, seed) if stage == "drop" else child(ready)
         adds = "add" in order
         matched = self.eval_matched_stats and not apart
-        output = self._fused(input, residual if adds else None, seed, order, act, noise, matched, update=not apart)
+        added = residual if adds else None
+        output = self._fused(input, added, seed, order, act, noise, matched, asked, update=not apart)
         for stage in behind:
             if stage == "add":
                 output = output + residual
@@ -417,7 +549,7 @@ class _FusedBatchNorm(_BatchNorm):
                 output = _children.call_drop(self.drop, output, seed)
             elif getattr(self, stage) is not None:
                 output = getattr(self, stage)(output)
-        return output
+        return output if asked.valid is None else torch.where(asked.valid.unsqueeze(1), output, 0)
 
     @staticmethod
     def _fusable(before: Any, after: Any, act: bool, drop: bool) -> tuple[int, int]:
@@ -447,9 +579,11 @@ _FLAGS = {
     "allow_single_value": False,
     "update_when_recomputed": True,
     "process_group": None,
+    "renorm": None,
+    "global_noise": False,
     "frozen": False,
 }
-_OWN = {*_OPTIONS, *_FLAGS, "_in_model", "act", "drop"}
+_OWN = {*_OPTIONS, *_FLAGS, "_in_model", "act", "drop", "other_domains"}
 # What an nn.Module keeps in dictionaries of its own.
 _CONTAINERS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
 
@@ -482,6 +616,17 @@ class FusedBatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
             or "world" for all processes; None: those of this process. On CPUs (gloo) as on GPUs (NCCL), with batches of
             any sizes, an empty one too; what stands ahead of the norm is in them. Each process draws noise of its own.
             Every process of the group has to call the layer. See :func:`convert_sync_batchnorm`.
+        renorm: (r_max, d_max) of batch renormalisation (Ioffe 2017, arXiv 1702.03275): while training, the normalised
+            values become xhat * r + d, with r the ratio of the batch's standard deviation to the running one, and d the
+            difference of the means in units of that, limited to [1/r_max, r_max] and [-d_max, d_max]; constants in
+            backward. The attribute may change at any time: (1, 0) is batch norm, which the paper begins with. The
+            running variance learns as torch's does. None: no correction.
+        global_noise: with a `process_group`, while training, the noise that one process would draw for the whole batch,
+            the first process's samples first: at equal seeds (or with the first one's) any number of processes drop the
+            same. On CPUs. False: each process draws its own.
+        domains: how many sets of running statistics the layer has; each call says which one (`layer(x, domain=i)`).
+            The first is the layer's own, :meth:`domain` gives each as a stock layer.
+        domain_affine: whether each domain has a weight and bias of its own, too.
 
     Raises:
         ValueError: an unknown activation, a probability outside [0, 1], an order that is none, an `act` or `drop` that
@@ -525,6 +670,8 @@ class _LazyFusedBatchNorm(_LazyNormBase, _FusedBatchNorm):
         allow_single_value: bool = False,
         update_when_recomputed: bool = True,
         process_group: Any = None,
+        renorm: tuple[float, float] | None = None,
+        global_noise: bool = False,
         **newer: Unpack[_Newer],
     ) -> None:
         if isinstance(act, str) and act == "prelu":  # torch's lazy constructor hands no keywords on
@@ -538,6 +685,8 @@ class _LazyFusedBatchNorm(_LazyNormBase, _FusedBatchNorm):
             "allow_single_value": allow_single_value,
             "update_when_recomputed": update_when_recomputed,
             "process_group": process_group,
+            "renorm": renorm,
+            "global_noise": global_noise,
         }
         checked = _FusedBatchNorm(0, affine=False, track_running_stats=False, act=act, drop=drop, **options)
         for name in options:

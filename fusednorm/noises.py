@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from . import functional
+from . import _operators, functional
 
 
 class _Noise(nn.Dropout):
@@ -193,7 +193,8 @@ class Dropout(nn.Dropout):
     """:class:`torch.nn.Dropout` with the noise of this package, in one pass each way and with nothing saved.
 
     Args:
-        p: in [0, 1].
+        p: in [0, 1]. A scalar tensor becomes a buffer (not of the state dict), which kernels read: to assign to `p`, or
+            to write into it, compiles nothing again and waits for no device.
         inplace: write the result over the input, which torch's own does then.
 
     Shape: any. Output like input. What is no float of 16, 32 or 64 bits goes to torch.
@@ -201,6 +202,20 @@ class Dropout(nn.Dropout):
     Raises:
         ValueError: p outside [0, 1].
     """
+
+    def __init__(self, p: float | Tensor = 0.5, inplace: bool = False) -> None:
+        value = functional.check_noise(p)
+        super().__init__(value, inplace)
+        if isinstance(p, Tensor):
+            del self.p
+            dtype = p.dtype if p.is_floating_point() else torch.get_default_dtype()
+            self.register_buffer("p", p.detach().reshape(()).to(dtype, copy=True), persistent=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "p" and "p" in self.__dict__.get("_buffers", ()) and not isinstance(value, Tensor):
+            self._buffers["p"].fill_(functional.check_noise(value))  # type: ignore[union-attr]
+        else:
+            super().__setattr__(name, value)
 
     if TYPE_CHECKING:
 
@@ -215,9 +230,70 @@ class Dropout(nn.Dropout):
 
     def to_torch(self) -> nn.Dropout:
         """The stock module."""
-        return nn.Dropout(self.p, self.inplace).train(self.training)
+        return nn.Dropout(float(self.p), self.inplace).train(self.training)
 
     __prepare_scriptable__ = to_torch  # torch.jit.script asks
+
+
+class ConcreteDropout(nn.Dropout):
+    """Dropout whose probability is learned: by the relaxed noise of Gal, Hron & Kendall (2017, arXiv 1705.07832).
+
+    While training it multiplies by (1 - z) / (1 - p), z = sigmoid((logit p + logit u) / temperature) with u uniform on
+    (0, 1) for each element: dropping nearly, so that p gets a gradient. It is called by a fused layer, not fused.
+
+    Args:
+        p: in (0, 1), where it begins.
+        temperature: above 0; the paper's 0.1. The lower, the closer to dropping.
+
+    Shape: any. Output like input.
+
+    Raises:
+        ValueError: an argument outside its domain.
+    """
+
+    inplace = False
+
+    def __init__(
+        self,
+        p: float = 0.1,
+        temperature: float = 0.1,
+        device: functional.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        if not 0 < functional.check_noise(p) < 1:
+            raise ValueError(f"p: expected a probability between 0 and 1, but got {p}")
+        value = functional.as_number(temperature)
+        if value is None or not 0 < value < math.inf:
+            raise ValueError(f"temperature: expected a number above 0, but got {temperature!r}")
+        self.temperature = value
+        self.logit_p = nn.Parameter(torch.tensor(math.log(p / (1 - p)), device=device, dtype=dtype))
+
+    @property
+    def p(self) -> Any:  # a tensor
+        return self.logit_p.sigmoid()
+
+    @p.setter
+    def p(self, p: float) -> None:
+        with torch.no_grad():
+            self.logit_p.copy_(torch.as_tensor(functional.check_noise(p)).logit())
+
+    def entropy(self) -> Tensor:
+        """-(p log p + (1 - p) log(1 - p)), in nats: what the paper's objective rewards, times the features dropped."""
+        return nn.functional.binary_cross_entropy_with_logits(self.logit_p, self.p)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, torch.fx.Proxy):
+            return functional.leaf_of_graph(self, input)
+        if not self.training:
+            return input
+        u = torch.rand_like(input, dtype=_operators.opmath(input)).clamp(1e-6, 1 - 1e-6)
+        logit = self.logit_p.to(u.dtype)
+        kept = torch.sigmoid(-(logit + u.logit()) / self.temperature)
+        return (input * kept * (1 + logit.exp())).to(input.dtype)  # 1 / (1 - p)
+
+    def extra_repr(self) -> str:
+        return f"p={float(self.p.detach()):.3g}, temperature={self.temperature}"
 
 
 _AnyNoise = TypeVar("_AnyNoise", bound=_DropoutNd)

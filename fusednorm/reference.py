@@ -122,9 +122,13 @@ def run_stages(
     return v
 
 
-def moments(u: Tensor) -> tuple[Tensor, Tensor]:
-    """(C,) mean and biased variance of (N, C, ...)."""
+def moments(u: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(C,) mean and biased variance of (N, C, ...); each value counts as (N, 1, ...) `weights` say, by 1 without."""
     rows = [0, *range(2, u.dim())]
+    if weights is not None:
+        share = weights.to(u.dtype) / weights.sum(dtype=u.dtype).clamp_min(torch.finfo(u.dtype).tiny)
+        mean = (u * share).sum(rows)
+        return mean, ((u - per_channel(mean, u)).square() * share).sum(rows)
     if u.numel() == 0:  # NaN without torch's warning, as there is nothing that they are applied to
         return u.mean(rows), u.mean(rows)
     var, mean = torch.var_mean(u, rows, correction=0)
@@ -161,6 +165,7 @@ def batch_norm_act_drop(
     residual: Tensor | None = None,
     noise: Tensor | None = None,
     ghost_batch_size: int | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Batch norm with an activation, noise and an addition around it, differentiable any number of times.
 
@@ -176,6 +181,8 @@ def batch_norm_act_drop(
         residual: (N, C, ...) of what "add" adds.
         noise: the multiplier m, broadcastable to `input`; None for none.
         ghost_batch_size: samples that statistics are taken over when training; None for the whole batch.
+        mask: (N, 1, ...) bool, the rows that count: others are not in the statistics, and zero in the output. None for
+            all.
 
     Returns:
         (N, C, ...) in the input's dtype.
@@ -187,19 +194,23 @@ def batch_norm_act_drop(
     if training and ghost_batch_size and ghost_batch_size < input.size(0):
         chunks: list[Any] = [
             itertools.repeat(None) if t is None else ghosts(t.expand_as(input), ghost_batch_size)
-            for t in (input, residual, noise)
+            for t in (input, residual, noise, mask)
         ]
         return torch.cat(
             [
                 batch_norm_act_drop(
-                    x, None, None, weight, bias, True, eps=eps, act=act, order=order, residual=r, noise=m
+                    *(x, None, None, weight, bias, True),
+                    **{"eps": eps, "act": act, "order": order, "residual": r, "noise": m},
+                    mask=None if rows is None else rows[:, :1],
                 )
-                for x, r, m in zip(*chunks, strict=False)
+                for x, r, m, rows in zip(*chunks, strict=False)
             ]
         )
+    if mask is not None:  # first, as a NaN there would not stay there
+        input, residual = (None if t is None else torch.where(mask, t, 0) for t in (input, residual))  # type: ignore
     u = run_stages(before, in_opmath(input), act, noise)
     if training:
-        mean, var = moments(u)
+        mean, var = moments(u, mask)
     else:
         mean, var = running_mean.to(u.dtype), running_var.to(u.dtype)  # type: ignore[union-attr]
     z = (u - per_channel(mean, u)) * per_channel(torch.rsqrt(var + eps), u)
@@ -207,4 +218,5 @@ def batch_norm_act_drop(
         z = z * per_channel(weight.to(u.dtype), u)
     if bias is not None:
         z = z + per_channel(bias.to(u.dtype), u)
-    return run_stages(after, z, act, noise, residual).to(input.dtype)
+    y = run_stages(after, z, act, noise, residual).to(input.dtype)
+    return y if mask is None else torch.where(mask, y, 0)

@@ -129,7 +129,7 @@ class Problem:
     dtype is the input's, param_dtype and stat_dtype those of the parameters and of the running statistics (default:
     float32, float64 with a float64 input). grad_layout is a layout of `lay_out`, or "scalar" for the gradient of
     `out.sum()`, all of whose strides are zero. act may be ("prelu", "shared") or ("prelu", "channel"); an order with
-    "add" gets a residual, in the layout residual_layout.
+    "add" gets a residual, in the layout residual_layout. rows: (N, ...) bool, those that count.
     """
 
     def __init__(
@@ -156,6 +156,7 @@ class Problem:
         eps=1e-5,
         seed=7,
         offset=0.0,
+        rows=None,
     ):
         self.opmath = opmath = torch.float64 if dtype == torch.float64 else torch.float32
         param_dtype, stat_dtype = param_dtype or opmath, stat_dtype or opmath
@@ -189,8 +190,10 @@ class Problem:
             "order": order,
             "ghost_batch_size": ghost_batch_size,
             "eval_matched_stats": eval_matched_stats,
+            "mask": rows,
             "seed": seed,
         }
+        self.rows = None if rows is None else rows.unsqueeze(1)
         self._exact(noise(shape, p, seed, granularity, kind=kind), grad, dtype, grad_layout)
 
     @property
@@ -217,11 +220,14 @@ class Problem:
                 eps=self.eps,
                 order="norm",
                 ghost_batch_size=self.options["ghost_batch_size"],
+                mask=self.rows,
             )
 
         self.u = u = reference.run_stages(before, x, act, m)
         z = norm(u, exact.get("weight"), exact.get("bias"))
         y = reference.run_stages(after, z, act, m, residual)
+        if self.rows is not None:
+            y = torch.where(self.rows, y, 0)
         if "act" in after:
             # Near a kink of the activation the slope hangs on the last bit of z: those elements get no gradient.
             with torch.no_grad():

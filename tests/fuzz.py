@@ -50,6 +50,7 @@ class Case:
         self.seed = self.random.getrandbits(64)
         self.needs = [chance(0.85) for _ in range(5)]
         self.offset = pick((0.0, 0.0, 3.0, -50.0))
+        self.rows, self.tensor_p = pick((None, None, None, "holes", "padding")), chance(0.2)
 
     def _shape(self):
         rank, large = self.random.choice((2, 3, 4, 4, 5)), self.random.random() < 0.02
@@ -73,6 +74,15 @@ class Case:
     def tensor(self, *shape):
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
+    def mask(self):
+        """(N, 1, ...) of the rows that count; None: all."""
+        if self.rows is None:
+            return None
+        mask = torch.rand(self.shape[0], *self.shape[2:], generator=self.generator) < 0.7
+        if self.rows == "padding":
+            mask = mask.cumprod(-1).bool() if mask.dim() > 1 else mask
+        return mask.unsqueeze(1)
+
     def lay_out(self, x, layout):
         if layout == "last":
             return x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -89,11 +99,17 @@ class Case:
         return None if x is None else x.detach().requires_grad_(need)
 
 
-def values_of_a_group(case):
+def groups_of(values, mask, size):
+    """(values, mask) of each group of the batch."""
+    groups = reference.ghosts(values, size)
+    return list(zip(groups, [None] * len(groups) if mask is None else reference.ghosts(mask, size), strict=True))
+
+
+def values_of_a_group(case, x, mask):
     """Fewest values that a channel's statistics are taken over."""
-    batch, spatial = case.shape[0], math.prod(case.shape[2:])
-    group = functional.ghost_batches(batch, case.ghost, case.even, spatial) if case.training else 0
-    return min(group or batch, (batch % group or group) if group else batch) * spatial
+    size = functional.ghost_batches(case.shape[0], case.ghost, case.even, math.prod(case.shape[2:]))
+    groups = groups_of(x, mask, size if case.training else 0)
+    return min(g.numel() // g.size(1) if rows is None else int(rows.sum()) for g, rows in groups)
 
 
 def check(case):
@@ -115,14 +131,16 @@ def check(case):
     before = [None if t is None else t.clone() for t in tensors]
     running = [None if s is None else s.clone() for s in statistics]
     live = case.training if case.drop_training is None else case.drop_training
-    if case.training and values_of_a_group(case) < 2:
+    mask = case.mask()
+    if case.training and values_of_a_group(case, x, mask) < 2:
         return False
 
     def call():
         act = case.act if leaves[4] is None else ("prelu", leaves[4])
         return functional.batch_norm_act_drop(
             *(leaves[0], *running, leaves[1], leaves[2], case.training, 0.3, 1e-3),
-            **{"act": act, "p": case.p, "noise": case.noise, "granularity": case.granularity},
+            **{"act": act, "noise": case.noise, "granularity": case.granularity, "mask": mask},
+            p=torch.tensor(case.p, dtype=torch.float64) if case.tensor_p and "drop" in case.order else case.p,
             **{"drop_training": case.drop_training, "order": case.order, "residual": leaves[3]},
             **{"ghost_batch_size": case.ghost, "even_ghost_batches": case.even},
             **{"eval_matched_stats": case.matched, "seed": case.seed},
@@ -138,13 +156,14 @@ def check(case):
     m = fusednorm.noise(case.shape, p, seed=case.seed, dtype=opmath, **kind).double() if p else None
     act = case.act if exact[4] is None else ("prelu", exact[4])
     groups = functional.ghost_batches(case.shape[0], case.ghost, case.even, math.prod(case.shape[2:]))
-    options = {"eps": 1e-3, "ghost_batch_size": groups if case.training else None}
+    options = {"eps": 1e-3, "ghost_batch_size": groups if case.training else None, "mask": mask}
     own = [None if s is None else s.double() for s in statistics]
     stages, after = reference.parse_order(case.order)
 
     u = reference.run_stages(stages, exact[0], act, m)
     z = reference.batch_norm_act_drop(u, *own, exact[1], exact[2], case.training, order="norm", **options)
     expected = reference.run_stages(after, z, act, m, exact[3])
+    expected = expected if mask is None else torch.where(mask, expected, 0)
     found = [t for t in exact if t is not None and t.requires_grad]
     # Through z, so that what a gradient is summed from is known: it may cancel to nothing.
     answers = torch.autograd.grad(expected, found, grad.double(), allow_unused=True) if found else ()
@@ -153,7 +172,7 @@ def check(case):
     with torch.no_grad():
         noisy = 1.0 if m is None else float(m.abs().max().clamp_min(1))
         spread = float(u.abs().max() + 1) * noisy
-        gain = _gain(case, u, own, groups) * (1 if weight is None else float(weight.abs().max().double()))
+        gain = _gain(case, u, own, groups, mask) * (1 if weight is None else float(weight.abs().max().double()))
         # What rounding the input of a steep norm does to its output; and an element near a kink of the activation.
         rounding = 2.0**-52 if case.dtype == torch.float64 else 2.0**-23
         slack = spread * gain * rounding * 64 + noisy * tolerance * float(z.abs().max() + 1)
@@ -172,7 +191,7 @@ def check(case):
         allowed += kinks * cotangent * (gain + 1) * 4 * (spread if summed else 1)
         compare(f"gradient of {name}", got, answer, allowed)
     if case.training and case.running:
-        check_statistics(case, running, statistics, exact[0].detach(), act, m, stages, groups, slack)
+        check_statistics(case, running, statistics, exact[0].detach(), act, m, stages, groups, mask)
     elif case.running:
         assert all(torch.equal(a, b) for a, b in zip(running, statistics, strict=True)), "statistics moved"
     for name, old, new in zip(("x", "weight", "bias", "residual", "act_weight"), before, leaves, strict=True):
@@ -180,11 +199,12 @@ def check(case):
     return True
 
 
-def _gain(case, u, own, groups):
+def _gain(case, u, own, groups, mask):
     """The largest factor from a value to what it is normalised to."""
     if not case.training:
         return float((own[1] + 1e-3).rsqrt().max())
-    return max(float((reference.moments(g)[1] + 1e-3).rsqrt().max()) for g in reference.ghosts(u, groups))
+    moments = [reference.moments(*group) for group in groups_of(u, mask, groups)]
+    return max(float((var + 1e-3).rsqrt().max()) for _, var in moments)
 
 
 def near_kinks(case, act, z, u, m, residual, slack):
@@ -208,12 +228,12 @@ def case_input(u, case):
     return torch.full((1, 1), math.inf, dtype=u.dtype)
 
 
-def check_statistics(case, running, statistics, x, act, m, stages, groups, slack):
+def check_statistics(case, running, statistics, x, act, m, stages, groups, mask):
     mean, var = (s.double() for s in statistics)
     values = reference.run_stages(stages, x, act, None if case.matched else m).detach()
-    for group in reference.ghosts(values, groups):
-        batch_mean, batch_var = reference.moments(group)
-        count = group.numel() / group.size(1)
+    for group, rows in groups_of(values, mask, groups):
+        batch_mean, batch_var = reference.moments(group, rows)
+        count = group.numel() / group.size(1) if rows is None else int(rows.sum())
         mean, var = mean + 0.3 * (batch_mean - mean), var + 0.3 * (batch_var * count / (count - 1) - var)
     loose = max(TOLERANCE[running[0].dtype], TOLERANCE[torch.float64 if x.dtype == torch.float64 else torch.float32])
     rounds = 1 if not groups else -(-case.shape[0] // groups)

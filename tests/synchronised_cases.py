@@ -4,6 +4,7 @@
 """
 
 import datetime
+import itertools
 import json
 import traceback
 import warnings
@@ -149,6 +150,60 @@ def noise_differs_by_process():
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, own)
     assert not torch.equal(everyone[0], everyone[1])
+
+
+def one_noise_for_all():
+    """At one seed any number of processes draw what one would draw; and the first one's where seeds differ."""
+    x, g = tensors(12, 4, 3, 3)
+    for order, noise in itertools.product(
+        ("norm-act-drop", "drop-norm-act"),
+        (0.4, fusednorm.UniformDropout(0.5, "channel"), fusednorm.GaussianDropout(0.3), fusednorm.DropPath(0.4)),
+    ):
+        for last in (False, True):
+            layer = FusedBatchNorm2d(
+                4, act="relu", drop=noise, order=order, process_group="world", global_noise=True
+            ).double()
+            alone = FusedBatchNorm2d(4, act="relu", drop=noise, order=order).double()
+            lay = (lambda t: t.contiguous(memory_format=torch.channels_last)) if last else (lambda t: t)
+            leaf, mine = lay(whole(x)).clone().requires_grad_(), lay(cut(x)).clone().requires_grad_()
+            y = alone(leaf, seed=7)
+            y.backward(whole(g))
+            found = layer(mine, seed=7 + dist.get_rank())
+            found.backward(cut(g))
+            agree([found, mine.grad], [cut(y), cut(leaf.grad)])
+
+
+def rows_that_count():
+    """Padding in some processes, all of it in one."""
+    x, g = tensors(12, 4, 7)
+    lengths = torch.arange(len(whole(x))) * 5 % 8
+    lengths[: SIZES[0]] = 0
+    for order, act in (("norm-act", "tanh"), ("act-norm-add", "relu")):
+        layer = FusedBatchNorm1d(4, act=act, order=order, process_group="world").double()
+        alone = FusedBatchNorm1d(4, act=act, order=order).double()
+        residual = [whole(g).flip(0)] if "add" in order else []
+        leaf, mine = whole(x).clone().requires_grad_(), cut(x).clone().requires_grad_()
+        y = alone(leaf, *residual, lengths=lengths)
+        y.backward(whole(g))
+        found = layer(mine, *[cut(r) for r in residual], lengths=cut(lengths))
+        found.backward(cut(g))
+        agree([found, mine.grad], [cut(y), cut(leaf.grad)])
+        agree(summed([layer.weight.grad, layer.bias.grad]), [alone.weight.grad, alone.bias.grad])
+        agree([layer.running_mean, layer.running_var], [alone.running_mean, alone.running_var])
+
+
+def renormalised():
+    x, g = tensors(12, 4)
+    layer = FusedBatchNorm1d(4, act="relu", process_group="world", renorm=(1.5, 0.5)).double()
+    alone = FusedBatchNorm1d(4, act="relu", renorm=(1.5, 0.5)).double()
+    for _ in range(2):
+        leaf, mine = whole(x).clone().requires_grad_(), cut(x).clone().requires_grad_()
+        y = alone(leaf)
+        y.backward(whole(g))
+        found = layer(mine)
+        found.backward(cut(g))
+        agree([found, mine.grad], [cut(y), cut(leaf.grad)])
+    agree([layer.running_mean, layer.running_var], [alone.running_mean, alone.running_var])
 
 
 def matched_statistics():
@@ -303,6 +358,7 @@ def a_rank_that_raises():
 CASES = (
     orders, momentum, empty_and_single_batches, called_children,
     residuals_that_are_fused_in_some, noise, noise_differs_by_process, matched_statistics,
+    one_noise_for_all, rows_that_count, renormalised,
     data_parallel, under_checkpointing, fully_sharded, compiled, group_of_some, no_exchange_in_evaluation,
     what_cannot_be, a_rank_that_raises,
 )  # fmt: skip

@@ -116,7 +116,7 @@ BAD_SEEDS = {
     "int32": lambda: torch.tensor(1, dtype=torch.int32),
     "float": lambda: torch.tensor(1.0),
     "uint64": lambda: torch.tensor(1, dtype=torch.uint64),
-    "pair": lambda: torch.tensor([1, 2]),
+    "three": lambda: torch.tensor([1, 2, 3]),
     "empty": lambda: torch.empty(0, dtype=torch.int64),
     "meta": lambda: torch.empty((), dtype=torch.int64, device="meta"),
 }

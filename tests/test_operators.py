@@ -97,6 +97,32 @@ FAMILY = {
 }
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("shape", [(8, 64, 9, 9), (70, 32), (4, 3, 600)], ids=str)
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"p": 0.0}, {"order": "norm-add-act-drop"}, {"ghost_batch_size": 3}, {"order": "act-drop-norm"}],
+    ids=str,
+)
+def test_rows_and_strengths(case, layout, shape):
+    tensors, options = arguments(shape, layout=layout, **case)
+    x, weight, bias, _, _, seed = tensors
+    if "add" in options.get("order", ""):
+        options["residual"] = torch.randn(shape)
+    extras = {"valid": torch.rand(shape[0], *shape[2:]) < 0.7}
+    if options["p"]:
+        extras["strength"] = torch.tensor(0.3)
+    forward = forward_arguments(*tensors, **options, save_mask=True) | extras
+    opcheck(ops.forward.default, (), forward)
+    _, mean, invstd, *_, mask = ops.forward(**forward)
+    grads = [True, True, True, "residual" in options, False]
+    backward = backward_arguments(x, x, weight, bias, mean, invstd, mask, seed, **options, output_mask=grads) | extras
+    opcheck(ops.backward.default, (), backward)
+    if not options.get("ghost_batch_size"):
+        check_apart(forward, backward, [grads[0], *grads[3:]])
+
+
 @pytest.mark.parametrize("shape", [(8, 64, 9, 9), (70, 32)], ids=str)
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize("case", FAMILY.values(), ids=FAMILY.keys())

@@ -11,7 +11,7 @@ import torch
 from common import FLOATS, TOLERANCE, close
 
 import fusednorm
-from fusednorm import _operators, _synchronised, reference
+from fusednorm import _apart, _operators, reference
 from fusednorm._operators import Chain
 
 pytestmark = pytest.mark.cpu
@@ -80,15 +80,15 @@ class Parts:
 
 @pytest.fixture
 def alone(monkeypatch):
-    """_synchronised's exchanges as they are among parts that run one after another: by what these leave here."""
+    """_apart's exchanges as they are among parts that run one after another: by what these leave here."""
     left = {}
 
     def gather(own, dim, group):
         left.setdefault("moments", []).append(own)
         return torch.cat(left["all"]) if "all" in left else own
 
-    monkeypatch.setattr(_synchronised, "_all_gather", gather)
-    monkeypatch.setattr(_synchronised.collectives, "wait_tensor", lambda t: t)
+    monkeypatch.setattr(_apart, "_all_gather", gather)
+    monkeypatch.setattr(_apart.collectives, "wait_tensor", lambda t: t)
     return left
 
 
@@ -100,10 +100,10 @@ def apart(q, left, save_mask=True, matched=False):
     for x, _, _, seed in parts:
         found = _operators.statistics(x, q.act_weight, seed, ahead, *chain[2:7], matched)
         pairs = [found[:2]] + ([(found[2], found[3])] if matched and found[2].numel() else [])
-        own.append((pairs, x.numel() // x.shape[1]))
-        _synchronised._merge(*own[-1], None)
+        own.append((pairs, torch.tensor(x.numel() // x.shape[1]).double()))
+        _apart._merge(*own[-1], None)
     left["all"] = list(left["moments"])
-    merged, count = _synchronised._merge(*own[0], None)
+    merged, count = _apart._merge(*own[0], None)
     mean, var = (t.to(_operators.opmath(q.x)) for t in merged[0])
     saved, outputs, sums = [], [], []
     for x, g, residual, seed in parts:

@@ -33,6 +33,7 @@ class Matrix {
 
   Matrix(const Call& call, bool staged, int64_t element_bytes)
       : noise_(call.chain, call.seed, call.shape.S, call.first_row),
+        gaps_(call.gaps),
         channels_(call.shape.C),
         repeat_(call.shape.channels_last ? 1 : call.shape.S),
         cycle_(few_channels(call) ? std::min(kShortRow / channels_, call.shape.rows()) : 1),
@@ -70,19 +71,35 @@ class Matrix {
   // What is left of the last row of several is a chunk of its own.
   bool is_rest(int64_t chunk) const { return rest_ > 0 && chunk == chunks_ - 1; }
   int64_t chunk_rows(int64_t chunk) const { return is_rest(chunk) ? 1 : std::min(chunk_, rows_ - chunk * chunk_); }
-  int64_t chunk_values(int64_t chunk) const {  // of a channel
+  int64_t chunk_values(int64_t chunk) const {  // of a channel, those that count
+    if (gaps_) return gaps_->count(chunk * chunk_, chunk * chunk_ + chunk_rows(chunk));
     return chunk_rows(chunk) * repeat_ * (is_rest(chunk) ? rest_ : cycle_);
   }
   int64_t first_channel(int64_t block) const { return block * block_; }
   int64_t channels(int64_t block) const { return std::min(block_, channels_ - block * block_); }
   int64_t columns(Panel at) const { return channels(at.block) * repeat_ * (is_rest(at.chunk) ? rest_ : cycle_); }
 
+  // Of rows that count.
   template <class F>
   void for_tiles(int64_t chunk, const F& f) const {
     for (int64_t row = is_rest(chunk) ? rows_ : chunk * chunk_, end = row + chunk_rows(chunk); row < end;
          row += tile_rows_) {
-      f(Tile{row, std::min(tile_rows_, end - row)});
+      const int64_t rows = std::min(tile_rows_, end - row);
+      if (!gaps_) {
+        f(Tile{row, rows});
+      } else {
+        gaps_->for_stretches(row, row + rows, true, [&](int64_t first, int64_t n) { f(Tile{first, n}); });
+      }
     }
+  }
+  // Zeros in a panel where rows do not count; y: or null.
+  template <class T>
+  void blank(T* y, Panel at) const {
+    if (!gaps_ || !y) return;
+    const int64_t row = at.chunk * chunk_;
+    gaps_->for_stretches(row, row + chunk_rows(at.chunk), false, [&](int64_t first, int64_t n) {
+      for (int64_t r = first; r < first + n; ++r) std::fill_n(y + offset(at.block, {r, 1}), columns(at), T());
+    });
   }
 
   int64_t ld() const { return channels_ * repeat_ * cycle_; }
@@ -147,11 +164,12 @@ class Matrix {
   // Too few to fill vectors. Nothing is drawn, and so (worth_saving) no mask saved.
   static bool few_channels(const Call& call) {
     const Shape& s = call.shape;
-    return s.channels_last && s.C % 32 != 0 && s.C <= kShortRow / 4 && !call.chain.draws();
+    return s.channels_last && s.C % 32 != 0 && s.C <= kShortRow / 4 && !call.chain.draws() && !call.gaps;
   }
   bool serial() const { return ld() * rows_ < kSerial; }
 
   TileNoise noise_;
+  const Gaps* gaps_;
   int64_t channels_, repeat_, cycle_, rows_, rest_, blocks_, block_, tile_rows_, chunk_, chunks_;
   bool outgrows_, shares_blocks_, by_block_;
 };
@@ -320,6 +338,7 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
       double count = matrix.chunk_values(0);
       for (int64_t chunk = 1; chunk < matrix.chunks(); ++chunk) {
         const double values = matrix.chunk_values(chunk);
+        if (values == 0) continue;
         const int64_t from = matrix.partial({block, chunk});
         kernels().merge_moments(count, &all.first[at], &all.second[at], values, &all.first[from], &all.second[from],
                                 matrix.stride());
@@ -355,6 +374,7 @@ void forward_columns(const Call& call, const ForwardPointers<T>& p) {
           .forward({(plan.once ? p.y : p.x) + at, ld, ahead}, {p.residual ? p.residual + at : nullptr, ld, ahead},
                    {p.y + at, ld, 0, past}, mask, matrix.mask_ld());
     });
+    matrix.blank(p.y, panel);
   };
   matrix.two_passes(call.training, gather, finish, emit);
 }
@@ -443,6 +463,8 @@ void backward_columns(const Call& call, const BackwardPointers<T>& p) {
                     .gradient(view(p.x, at), view(p.residual, at),
                               view(plan.once ? static_cast<const T*>(p.dx) : p.g, at), to);
               });
+    matrix.blank(p.dx, panel);
+    matrix.blank(p.grad_residual, panel);
   };
   matrix.two_passes(gathers, gather, finish, emit);
   for (int64_t c = 0; p.grad_act_weight && c < C; ++c) p.grad_act_weight[c] = 0;

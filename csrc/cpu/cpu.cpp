@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <mutex>
+#include <optional>
 
 #include "../backend.h"
 #include "drivers.h"
@@ -43,7 +44,14 @@ void for_dtype(at::ScalarType dtype, const F& f) {
   }
 }
 
-int64_t read_seed(const Tensor& seed) { return seed.defined() ? *static_cast<const int64_t*>(seed.data_ptr()) : 0; }
+struct Origin {  // of a batch's noise: the seed, and the number of its first sample
+  int64_t seed, sample;
+};
+Origin read_seed(const Tensor& seed) {
+  if (!seed.defined()) return {0, 0};
+  const auto* values = static_cast<const int64_t*>(seed.data_ptr());
+  return {values[0], seed.numel() == 2 ? values[seed.dim() ? seed.stride(-1) : 0] : 0};
+}
 
 Tensor draw_seed(const Tensor& like) {
   auto generator =
@@ -58,13 +66,20 @@ Tensor draw_seed(const Tensor& like) {
 // one after the other, each shared.
 template <class Q, class F>
 void for_groups(const Q& q, double eps, bool trains, const F& f) {
-  const int64_t seed = read_seed(q.seed), sample = q.shape.C * q.shape.S, threads = at::get_num_threads();
+  const Origin origin = read_seed(q.seed);
+  const int64_t sample = q.shape.C * q.shape.S, threads = at::get_num_threads();
   const bool many = q.groups % threads == 0 || q.groups >= 8 * threads;
   for_tasks(q.groups, !many || q.shape.N * sample < kSerial, false, [&](int64_t group) {
     const int64_t first = group * q.ghost;
     Shape shape = q.shape;
     shape.N = std::min(q.ghost, shape.N - first);
-    f(group, Call{shape, q.chain, seed, first * shape.S, q.training, eps, q.shape.N * sample, trains}, first * sample);
+    std::optional<Gaps> gaps;
+    if (q.valid.defined()) gaps.emplace(data<bool>(q.valid) + first * shape.S, shape.rows());
+    const int64_t count = gaps ? gaps->count(0, shape.rows()) : shape.rows();
+    f(group,
+      Call{shape, q.chain, origin.seed, (origin.sample + first) * shape.S, q.training, eps, q.shape.N * sample, trains,
+           gaps ? &*gaps : nullptr, static_cast<double>(count)},
+      first * sample);
   });
 }
 
@@ -145,7 +160,9 @@ void run_backward(const fusednorm::Backward& q) {
 }
 
 void run_noise(const NoiseRequest& q, const Tensor& seed) {
-  const Call call{q.shape, q.chain, read_seed(seed), 0, true, 0, q.shape.C * q.shape.rows(), true};
+  const Origin origin = read_seed(seed);
+  const Call call{q.shape, q.chain, origin.seed, origin.sample * q.shape.S, true, 0, q.shape.C * q.shape.rows(), true,
+                  nullptr, 0};
   for_dtype(q.y.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     in_columns(q.shape, q.chain) ? noise_columns<T>(call, data<T>(q.x), data<T>(q.y))
@@ -156,8 +173,9 @@ void run_noise(const NoiseRequest& q, const Tensor& seed) {
 // torch's running statistics: an exponential average (or the plain one, momentum = None) with the unbiased variance.
 void update_stats_(Tensor& running_mean, Tensor& running_var, const std::optional<Tensor>& num_batches_tracked,
                    const Tensor& mean, const Tensor& var, int64_t count, int64_t last_count,
-                   std::optional<double> momentum) {
-  check_update_stats(running_mean, running_var, num_batches_tracked, mean, var, momentum);
+                   std::optional<double> momentum, const std::optional<Tensor>& counts) {
+  check_update_stats(running_mean, running_var, num_batches_tracked, mean, var, momentum, counts);
+  const Tensor told = counts.has_value() ? counts->contiguous() : Tensor();
   const int64_t groups = mean.dim() == 2 ? mean.size(0) : 1;
   for (int64_t group = 0; group < groups; ++group) {
     double factor = momentum.value_or(0);
@@ -168,9 +186,11 @@ void update_stats_(Tensor& running_mean, Tensor& running_var, const std::optiona
       num_batches_tracked->unsafeGetTensorImpl()->bump_version();
       if (!momentum.has_value()) factor = 1.0 / static_cast<double>(batches);
     }
-    const int64_t values = group + 1 < groups ? count : last_count;
+    const double values = told.defined()       ? data<double>(told)[group]
+                          : group + 1 < groups ? static_cast<double>(count)
+                                               : static_cast<double>(last_count);
     if (values == 0) continue;
-    const double unbiased = values > 1 ? static_cast<double>(values) / static_cast<double>(values - 1) : 1.0;
+    const double unbiased = values / std::max(values - 1, 1.0);
     const auto blend = [&](Tensor& running, const Tensor& batches, double scale) {
       const Tensor batch = groups == 1 ? batches : batches.select(0, group);
       const int64_t n = running.numel();

@@ -14,6 +14,7 @@
 #include "../math/noise.h"
 #include "../math/norm.h"
 #include "../ops.h"
+#include "gaps.h"
 #include "kernels.h"
 
 namespace fusednorm::cpu {
@@ -54,6 +55,8 @@ struct Call {  // what both directions need beside the pointers: of one group of
   double eps;
   int64_t elements;  // of all groups
   bool trains;       // it is part of a step of training: backward reads x next, or it is backward
+  const Gaps* gaps;  // rows of the group that do not count, or null
+  double count;      // of values of a channel that do
 };
 
 template <class T>
@@ -78,7 +81,7 @@ inline bool in_columns(const Shape& s, const Chain& chain) { return s.channels_l
 
 // Whether a forward has one pass over rows long enough for the vectors of a block, and may take them as they come.
 inline bool in_order(const Call& call, bool masked) {
-  return !call.training && !masked && !call.chain.draws() && !call.shape.channels_last &&
+  return !call.training && !masked && !call.gaps && !call.chain.draws() && !call.shape.channels_last &&
          (call.shape.S >= 32 || call.shape.C == 1);
 }
 
@@ -150,7 +153,7 @@ template <class T>
 void finish_statistics(const Call& call, const ForwardPointers<T>& p, int64_t c, const Statistics& s,
                        ChannelVectors<opmath_t<T>>& channel) {
   using A = opmath_t<T>;
-  const double rows = static_cast<double>(call.shape.rows());
+  const double rows = std::max(call.count, 1.0);
   const double var = call.training ? s.u.m2 / rows : p.running_var[c];
   p.mean[c] = call.training ? static_cast<A>(s.u.mean) : p.running_mean[c];
   p.var[c] = static_cast<A>(p.clean_mean ? s.clean.m2 / rows : var);
@@ -183,7 +186,7 @@ math::InputGradient<double> finish_gradient(const Call& call, const BackwardPoin
   }
   if (!call.training) return {scale, 0, 0};
   if (p.given) return math::input_gradient<double>(scale, p.invstd[c], p.given[c], p.given[C + c], p.count);
-  return math::input_gradient<double>(scale, p.invstd[c], sum_dz, sum_dz_xmu, static_cast<double>(call.shape.rows()));
+  return math::input_gradient<double>(scale, p.invstd[c], sum_dz, sum_dz_xmu, std::max(call.count, 1.0));
 }
 
 // Whether a backward has a first pass.

@@ -29,7 +29,7 @@ template <class T>
 class Channels {
  public:
   Channels(const Call& call, int64_t largest)  // tile
-      : shape_(call.shape), noise_(call.chain, call.seed, call.shape.S, call.first_row) {
+      : shape_(call.shape), noise_(call.chain, call.seed, call.shape.S, call.first_row), gaps_(call.gaps) {
     const PieceLayout pieces = piece_layout(shape_);
     length_ = pieces.length;
     tile_ = even_share(length_, largest, 32);
@@ -50,7 +50,13 @@ class Channels {
   bool outgrows() const { return outgrows_; }                                    // the caches, in one piece
   int64_t ld() const { return in_place_ ? length_ : 0; }                         // of pieces
   int64_t tile(Step at) const { return at.piece * tiles_per_piece_ + at.part; }  // of its channel
-  int64_t rows(Step at) const { return std::min(tile_, length_ - at.part * tile_); }
+  int64_t rows(Step at) const {                                                  // up to the last one that counts
+    const int64_t first = first_row(at), rows = all_rows(at);
+    return gaps_ ? gaps_->last(first, first + rows) - first : rows;
+  }
+  int64_t counting(Step at, int64_t rows) const {
+    return gaps_ ? gaps_->count(first_row(at), first_row(at) + rows) : rows;
+  }
   // Channels that a thread takes together; down to half as many, so that all threads have as many groups.
   int64_t group() const {
     const int64_t piece = shape_.S * static_cast<int64_t>(sizeof(T)), threads = at::get_num_threads();
@@ -64,22 +70,42 @@ class Channels {
   // The tile in one piece: where it stands, or in buffer.
   const T* load(const T* base, Step at, T* buffer) const {
     if (in_place_) return base + place(at);
-    for_pieces(at, [&](int64_t to, int64_t memory, int64_t n) {
+    for_pieces(at, rows(at), [&](int64_t to, int64_t memory, int64_t n) {
       // Short pieces far apart defeat the processor's prefetching; those of the next channels lie just behind.
       for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(base + memory + kAhead / sizeof(T) + i);
       std::copy_n(base + memory, n, buffer + to);
     });
     return buffer;
   }
+  // The same, with zeros where rows do not count.
+  const T* load_counting(const T* base, Step at, T* buffer) const {
+    const T* loaded = load(base, at, buffer);
+    if (!gaps_ || counting(at, rows(at)) == rows(at)) return loaded;
+    if (loaded != buffer) std::copy_n(loaded, rows(at), buffer);
+    blank(buffer, at, rows(at));
+    return buffer;
+  }
+  // Those of n values of the tile that count: where they stand, or in buffer.
+  template <class E>
+  const E* pack(const E* values, Step at, int64_t n, E* buffer) const {
+    if (counting(at, n) == n) return values;
+    E* to = buffer;
+    const int64_t first = first_row(at);
+    gaps_->for_stretches(first, first + n, true,
+                         [&](int64_t row, int64_t rows) { to = std::copy_n(values + row - first, rows, to); });
+    return buffer;
+  }
   // From a tile to what is fetched meanwhile; 0: nothing.
   int64_t distance(Step at, Step soon) const {
     return outgrows_ && soon.c < shape_.C && soon.piece < pieces() ? place(soon) - place(at) : 0;
   }
-  // Where to write the tile; store() then brings it to its place.
+  // Where to write the tile; store() then brings it to its place, with zeros where rows do not count.
   T* target(T* base, Step at, T* buffer) const { return in_place_ ? base + place(at) : buffer; }
-  void store(T* base, Step at, const T* from) const {
+  void store(T* base, Step at, T* from) const {
+    if (gaps_) blank(from, at, all_rows(at));
     if (in_place_) return;
-    for_pieces(at, [&](int64_t at, int64_t memory, int64_t n) { std::copy_n(from + at, n, base + memory); });
+    for_pieces(at, all_rows(at),
+               [&](int64_t at, int64_t memory, int64_t n) { std::copy_n(from + at, n, base + memory); });
   }
 
   // Where the tile stands in these, of which some may be null.
@@ -98,15 +124,21 @@ class Channels {
   int64_t mask_offset(Step at) const { return (at.c * pieces() + at.piece) * words_of(length_) + at.part * tile_ / 32; }
 
  private:
+  int64_t all_rows(Step at) const { return std::min(tile_, length_ - at.part * tile_); }
+  void blank(T* tile, Step at, int64_t n) const {
+    const int64_t first = first_row(at);
+    gaps_->for_stretches(first, first + n, false,
+                         [&](int64_t row, int64_t rows) { std::fill_n(tile + row - first, rows, T()); });
+  }
   bool whole() const { return shape_.N == 1 || shape_.C == 1; }
   int64_t first_row(Step at) const { return at.piece * length_ + at.part * tile_; }
   int64_t place(Step at) const {  // in one piece of memory
     return ((whole() ? 0 : at.piece * shape_.C) + at.c) * length_ + at.part * tile_;
   }
-  // f(position in the tile, position in memory, length) for every contiguous piece of the tile.
+  // f(position in the tile, position in memory, length) for every contiguous piece of the tile's first rows.
   template <class F>
-  void for_pieces(Step tile, const F& f) const {
-    const int64_t begin = first_row(tile), end = begin + rows(tile);
+  void for_pieces(Step tile, int64_t rows, const F& f) const {
+    const int64_t begin = first_row(tile), end = begin + rows;
     for (int64_t r = begin; r < end;) {
       const int64_t s = r % shape_.S, n = std::min(end - r, shape_.S - s);
       f(r - begin, (r / shape_.S * shape_.C + tile.c) * shape_.S + s, n);
@@ -116,6 +148,7 @@ class Channels {
 
   Shape shape_;
   TileNoise noise_;
+  const Gaps* gaps_;
   int64_t length_;  // of a piece; a piece that is not contiguous in memory spans the channel
   int64_t tile_, tiles_per_piece_, tiles_;
   bool in_place_, outgrows_;
@@ -199,28 +232,31 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
   const auto gather = [&](Step at, Step soon) {
     alignas(64) T buffer[kTile], out[kTile];
     const T* x = channels.load(p.x, at, buffer);
-    const int64_t n = channels.rows(at);
+    const int64_t rows = channels.rows(at), n = channels.counting(at, rows);
     const double count = static_cast<double>(n);
     Statistics s{{count, 0, 0}, {count, 0, 0}};
+    if (n == 0) return s;
     if (!before) {
-      kernels_for<T>().moments_run(x, n, channels.distance(at, soon), &s.u.mean, &s.u.m2);
+      kernels_for<T>().moments_run(channels.pack(x, at, rows, out), n, channels.distance(at, soon), &s.u.mean, &s.u.m2);
       return s;
     }
+    alignas(64) A packed[kStageElements];
     DrawBuffer drawn;
     Workspace<A> workspace;
     const Tile<T> tile = tile_of(at, noisy ? draw(at, drawn, {p.x, plan.once ? p.y : nullptr}) : Draws{});
     Stages<T> stages(plan, tile, workspace);
     const View<const A> u = stages.ahead({x, 0});
-    kernels_for<A>().moments_run(u.p, n, 0, &s.u.mean, &s.u.m2);
+    kernels_for<A>().moments_run(channels.pack(u.p, at, rows, packed), n, 0, &s.u.mean, &s.u.m2);
     if constexpr (std::is_same_v<T, A>) {
       if (plan.once) {
         T* y = channels.target(p.y, at, out);
-        std::copy_n(u.p, n, y);
+        std::copy_n(u.p, rows, y);
         channels.store(p.y, at, y);
       }
     }
     if (p.clean_mean) {
-      kernels_for<A>().moments_run(stages.ahead({x, 0}, false).p, n, 0, &s.clean.mean, &s.clean.m2);
+      const A* clean = channels.pack(stages.ahead({x, 0}, false).p, at, rows, packed);
+      kernels_for<A>().moments_run(clean, n, 0, &s.clean.mean, &s.clean.m2);
     }
     return s;
   };
@@ -237,13 +273,14 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
     alignas(64) T in[kTile], more[kTile], out[kTile];
     DrawBuffer drawn;
     Workspace<A> workspace;
+    T* y = channels.target(p.y, at, out);
+    if (channels.rows(at) == 0) return channels.store(p.y, at, y);
     uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at) : nullptr;
     Draws draws{mask, 0, nullptr, 0};
     if (!(keeps_noise && call.training)) {
       draws = second.drops() ? draw(at, drawn, {p.x, p.residual, past ? nullptr : p.y}) : Draws{};
     }
     const Tile<T> tile = tile_of(at, draws);
-    T* y = channels.target(p.y, at, out);
     const T* residual = p.residual ? channels.load(p.residual, at, more) : nullptr;
     const int64_t ahead = channels.distance(at, soon);
     Stages<T>(second, tile, workspace)
@@ -275,9 +312,9 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
     Workspace<A> workspace;
   };
   const auto inputs = [&](Step at, const T* g, int64_t ahead, Buffers& b) {
-    return Inputs{{channels.load(p.x, at, b.x), 0, ahead},
-                  {p.residual ? channels.load(p.residual, at, b.residual) : nullptr, 0, ahead},
-                  {channels.load(g, at, b.g), 0, ahead}};
+    return Inputs{{channels.load_counting(p.x, at, b.x), 0, ahead},
+                  {p.residual ? channels.load_counting(p.residual, at, b.residual) : nullptr, 0, ahead},
+                  {channels.load_counting(g, at, b.g), 0, ahead}};
   };
   const auto tile_of = [&](Step at, const Plan& pass, std::initializer_list<const T*> streams, Buffers& b) {
     const uint32_t* mask = p.mask ? p.mask + channels.mask_offset(at) : nullptr;
@@ -307,10 +344,11 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
   };
   const auto gather = [&](Step at, Step soon) {
     Buffers b;
-    const Inputs in = inputs(at, p.g, channels.distance(at, soon), b);
-    const Tile<T> tile = tile_of(at, plan, {p.x, p.g, p.residual}, b);
     const Gradients<T> to = plan.once ? outputs(at, plan, b) : Gradients<T>{};
     GradientSums sums{0, 0};
+    if (channels.rows(at) == 0) return store(at, to), sums;
+    const Inputs in = inputs(at, p.g, channels.distance(at, soon), b);
+    const Tile<T> tile = tile_of(at, plan, {p.x, p.g, p.residual}, b);
     Stages<T>(plan, tile, b.workspace).gradient_sums(in.x, in.residual, in.g, &sums.dz, &sums.dz_xmu, to);
     store(at, to);
     return sums;
@@ -329,9 +367,10 @@ void backward_runs(const Call& call, const BackwardPointers<T>& p) {
   const auto emit = [&](Step at, Step soon) {
     if (!emits(p)) return;
     Buffers b;
+    const Gradients<T> to = outputs(at, second, b);
+    if (channels.rows(at) == 0) return store(at, to);
     const Inputs in = inputs(at, plan.once ? p.dx : p.g, channels.distance(at, soon), b);
     const Tile<T> tile = tile_of(at, second, {p.x, plan.once ? nullptr : p.g, p.residual, past ? nullptr : p.dx}, b);
-    const Gradients<T> to = outputs(at, second, b);
     Stages<T>(second, tile, b.workspace).gradient(in.x, in.residual, in.g, to);
     store(at, to);
   };

@@ -199,10 +199,14 @@ class TileNoise {
   uint32_t low() const { return math::split_seed(seed_).low; }
   uint32_t high() const { return math::split_seed(seed_).high; }
   int kind() const { return chain_.noise == Noise::gaussian; }
+  bool settled() const { return chain_.threshold == kAllKept || chain_.threshold == 0; }
+  uint32_t all() const { return chain_.threshold == 0 ? 0 : ~0u; }
   void keep_run(int64_t c, int64_t group, uint32_t* out, int64_t words) const {
+    if (settled()) return void(std::fill_n(out, words, all()));
     kernels().keep_run(low(), high(), static_cast<uint32_t>(c), group, chain_.threshold, out, words);
   }
   void keep_columns(int64_t c, int64_t group, uint32_t* out, int64_t words) const {
+    if (settled()) return void(std::fill_n(out, math::kRowsPerCall * words, all()));
     kernels().keep_columns(low(), high(), static_cast<uint32_t>(c), group, chain_.threshold, out, words, words);
   }
   void multipliers_run(int64_t c, int64_t group, float* out, int64_t n) const {

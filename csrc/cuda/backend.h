@@ -31,6 +31,20 @@ struct Context {
   std::function<void*(size_t)> workspace;
 };
 
+// Rows of a batch that count: bit r of `bits`, 8 rows to a byte as to a Philox call; how many of them there are before
+// each byte, and behind the last one. No bits: all count.
+struct Counting {
+  const uint8_t* bits;
+  const int64_t* before;
+};
+
+// Noise of a strength that is known on the device only: what chains have as numbers.
+struct Strength {
+  uint32_t threshold;
+  float strength;
+  double multiplier;
+};
+
 struct Call {
   Shape shape;
   Chain chain;
@@ -38,6 +52,8 @@ struct Call {
   double eps;
   int64_t ghost, groups;  // samples of a group whose statistics are its own; ghost >= N: one group
   const int64_t* seed;    // one value in device memory, or null: no live noise
+  Counting counting;
+  const Strength* strength;  // in device memory; or null: it is the chain's
 };
 
 struct Vector {  // (C,) of any storage type, or null
@@ -95,7 +111,7 @@ template <class T>
 void noise(const Context& context, const Call& call, const T* x, T* y);
 
 // The running statistics of torch's batch_norm, group after group; count = values per channel of a group (of the last
-// one: last_count), which may be 0.
+// one: last_count), or as `counts` says; it may be 0.
 struct UpdateStatistics {
   MutableVector running_mean, running_var;  // (C,)
   int64_t* num_batches_tracked;             // one value, or null
@@ -103,8 +119,17 @@ struct UpdateStatistics {
   int64_t C, groups, count, last_count;
   bool cumulative;  // momentum=None: the plain average, from num_batches_tracked
   double momentum;
+  const double* counts;  // (G,) in device memory, or null
 };
 void update_statistics(const Context& context, const UpdateStatistics& p);
+
+// The strength of a noise, from its value: all in device memory.
+struct RealiseStrength {
+  Noise noise;
+  const double* p;
+  Strength* to;
+};
+void realise(const Context& context, const RealiseStrength& p);
 
 // One seed from the state of torch's generator: (seed, offset) are values, or under graph capture addresses.
 struct DrawSeed {

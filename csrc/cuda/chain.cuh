@@ -8,6 +8,7 @@
 #include "../call.h"
 #include "../math/activations.h"
 #include "../math/noise.h"
+#include "backend.h"
 #include "device.cuh"
 
 namespace fusednorm::cuda {
@@ -114,7 +115,12 @@ struct Program : Stages<A> {
   bool noisy, noisy_before;  // drop is a stage; one of `before`
   bool act_after;            // act is one behind the norm
   bool saves_pass, saves_keep;
+  const Strength* live;  // in the place of threshold, multiplier and strength; or null
 };
+template <class A>
+FN_DEVICE A multiplier_of(const Program<A>& q) {
+  return q.live ? static_cast<A>(q.live->multiplier) : q.multiplier;
+}
 
 // Element i of a fragment belongs to channel i % V of the thread's V; `weight` is PReLU's, of those.
 template <int V, int N, class A>
@@ -151,9 +157,10 @@ FN_DEVICE uint32_t passes(const Program<A>& q, const A (&v)[N]) {
 
 // The multipliers of decisions.
 template <int N, class A>
-FN_DEVICE void multipliers(const Stages<A>& stages, uint32_t keep, A (&m)[N]) {
+FN_DEVICE void multipliers(const Program<A>& q, uint32_t keep, A (&m)[N]) {
+  const A multiplier = multiplier_of(q);
 #pragma unroll
-  for (int i = 0; i < N; ++i) m[i] = keep >> i & 1u ? stages.multiplier : A(0);
+  for (int i = 0; i < N; ++i) m[i] = keep >> i & 1u ? multiplier : A(0);
 }
 // What a Philox call's 8 rows draw: decisions, or else all ones and multipliers in m. Gaussian noise takes two calls,
 // of which a loop makes one code.
@@ -164,14 +171,18 @@ FN_DEVICE uint32_t draw_call(const Program<A>& q, Seed seed, uint64_t call, uint
   for (uint32_t stage = 0; stage < 2; ++stage) {
     math::Counter x = math::counter(call, c, stage);
     math::philox4x32<math::kPhiloxRounds>(x.word, seed);
-    if (q.noise == Noise::bernoulli) return math::keep8(x.word, q.threshold);
+    if (q.noise == Noise::bernoulli) {
+      const uint32_t threshold = q.live ? q.live->threshold : q.threshold;
+      return threshold == kAllKept ? kKeepAll : math::keep8(x.word, threshold);
+    }
+    const float strength = q.live ? q.live->strength : q.strength;
     if (q.noise == Noise::uniform) {
-      math::uniform8(x.word, q.strength, m);
+      math::uniform8(x.word, strength, m);
       break;
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) m[i] = m[4 + i];
-    math::gaussian4(x.word, q.strength, m + 4);
+    math::gaussian4(x.word, strength, m + 4);
   }
   return kKeepAll;
 }

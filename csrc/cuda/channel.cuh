@@ -43,24 +43,39 @@ struct Groups {
   FN_DEVICE unsigned block_x(Place place) const { return place.x % blocks_x; }
 };
 
+// Of rows [begin, end), how many count.
+FN_DEVICE int64_t count_before(const Counting& counting, int64_t row) {
+  uint32_t bits = row % 8 ? counting.bits[row / 8] & ((1u << row % 8) - 1u) : 0;
+  bits -= bits >> 1 & 0x55u;
+  bits = (bits & 0x33u) + (bits >> 2 & 0x33u);
+  return counting.before[row / 8] + (bits + (bits >> 4) & 0xfu);
+}
+FN_DEVICE int64_t count(const Counting& counting, int64_t begin, int64_t end) {
+  return counting.bits ? count_before(counting, end) - count_before(counting, begin) : end - begin;
+}
+
 // What Chunks is to a channel: the rows [first, last) of a group's channel. Chunks begin at multiples of 8 of the whole
 // batch's rows, as Philox calls do, so the first one may begin up to 7 rows too early; the last group has fewer rows,
-// and perhaps empty chunks.
+// and perhaps empty chunks. How many rows there are is told of those that count; of a group, one at least.
 struct Window {
   int64_t group, first, last, rows, length;
   int count;
-  FN_DEVICE Window(const Chunks& cut, const Groups& groups, int64_t group)
+  const Counting& counting;
+  FN_DEVICE Window(const Chunks& cut, const Groups& groups, int64_t group, const Counting& counting)
       : group(group),
         first(group * cut.rows),
         last(first + cut.rows < groups.rows ? first + cut.rows : groups.rows),
-        rows(last - first),
+        rows(cuda::count(counting, first, last)),
         length(cut.length),
-        count(cut.count) {}
+        count(cut.count),
+        counting(counting) {
+    if (counting.bits && rows == 0) rows = 1;
+  }
   FN_DEVICE int64_t begin(int i) const { return first / 8 * 8 + i * length; }
   FN_DEVICE int64_t end(int i) const { return begin(i) + length < last ? begin(i) + length : last; }
   FN_DEVICE int64_t size(int i) const {
     const int64_t from = begin(i) < first ? first : begin(i), to = end(i);
-    return from < to ? to - from : 0;
+    return from < to ? cuda::count(counting, from, to) : 0;
   }
 };
 
@@ -81,6 +96,7 @@ struct Arguments {
   Groups groups;
   Samples samples;  // channels-first only
   Chain<A> chain;
+  Counting counting;  // of a Program only
   bool training;
   FN_DEVICE unsigned block_x(Place place) const { return walks ? groups.block_x(place) : place.x; }
   // Of a chunk's partial sums for a channel.
@@ -124,7 +140,7 @@ using StagedBackwardArguments = AnyBackward<T, Program>;
 template <class Q>
 FN_DEVICE decltype(auto) rows_of(const Q& q, Place place) {
   if constexpr (Q::walks) {
-    return Window(q.chunks, q.groups, q.groups.group(place));
+    return Window(q.chunks, q.groups, q.groups.group(place), q.counting);
   } else {
     return (q.chunks);
   }
@@ -236,7 +252,7 @@ FN_DEVICE void add_groups(const Q& q, int64_t c, int first, int step, A (&to)[Q:
     A sums[Q::sums] = {};
     for (int chunk = 0; chunk < q.chunks.count; ++chunk) add_partials(q, group, chunk, c, sums);
     const A scale = saved_statistics(q, group, c).scale;
-    add_parameter_gradients(q, group, Window(q.chunks, q.groups, group).rows, c, scale, sums, to);
+    add_parameter_gradients(q, group, Window(q.chunks, q.groups, group, q.counting).rows, c, scale, sums, to);
   }
 }
 

@@ -32,11 +32,14 @@ FN_DEVICE int behind_columns() {
 }
 constexpr int64_t multiplier_bytes(int V, int threads) { return int64_t{V} * kRows * threads * sizeof(float); }
 
-// A group of 8 rows, of which [from, to) belong to the chunk.
+// A group of 8 rows, of which [from, to) belong to the chunk, and those of the bits `counting` count. Others are read
+// as zeros, and written as such if they belong to it.
 struct Eight {
   int64_t row;
   int from, to;
+  uint32_t counting;
   FN_DEVICE bool there(int i) const { return i >= from && i < to; }
+  FN_DEVICE bool counts(int i) const { return there(i) && (counting >> i & 1u); }
 };
 
 template <class T, int V>
@@ -49,25 +52,27 @@ struct StagedColumns : Columns<T, V> {
   FN_DEVICE StagedColumns(const Arguments& q, Place place)
       : Columns<T, V>(q.shape, Place{q.groups.block_x(place), place.chunk}),
         group(q.groups.group(place)),
-        window(q.chunks, q.groups, group) {}
+        window(q.chunks, q.groups, group, q.counting) {}
 
   FN_DEVICE Eight eight(int64_t row) const {
     const int64_t end = window.end(this->chunk);
     return {row, row < window.first ? static_cast<int>(window.first - row) : 0,
-            row + kRows < end ? kRows : static_cast<int>(end - row)};
+            row + kRows < end ? kRows : static_cast<int>(end - row),
+            window.counting.bits ? window.counting.bits[row / kRows] : 0xffu};
   }
   // Rows from the group's row `at` on.
   template <int N>
   FN_DEVICE void read(const T* p, const Eight& rows, int at, Pack<T, V> (&to)[N]) const {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      to[i] = rows.there(at + i) ? load<V>(p + (rows.row + at + i) * this->C + c) : Pack<T, V>{};
+      to[i] = rows.counts(at + i) ? load<V>(p + (rows.row + at + i) * this->C + c) : Pack<T, V>{};
     }
   }
   FN_DEVICE void write(T* p, const Eight& rows, int at, const A (&from)[kFragment]) const {
 #pragma unroll
     for (int i = 0; i < kFragmentRows<T, V>; ++i) {
-      if (rows.there(at + i)) store<V>(p + (rows.row + at + i) * this->C + c, narrow<T, V>(from + i * V));
+      if (!rows.there(at + i)) continue;
+      store<V>(p + (rows.row + at + i) * this->C + c, rows.counts(at + i) ? narrow<T, V>(from + i * V) : Pack<T, V>{});
     }
   }
   FN_DEVICE void weights(const Vector& act_weight, A (&to)[V]) const {
@@ -229,7 +234,7 @@ template <int V, class A>
 FN_DEVICE void merge_values(Moments<A> (&m)[V], const A (&u)[kFragment], const Eight& rows, int at) {
 #pragma unroll
   for (int i = 0; i < kFragment / V; ++i) {
-    if (!rows.there(at + i)) continue;
+    if (!rows.counts(at + i)) continue;
     const A share = A(1) / (m[0].count + A(1));  // all columns have as many
 #pragma unroll
     for (int v = 0; v < V; ++v) m[v] = math::merge(m[v], Moments<A>{A(1), u[i * V + v], A(0)}, share);

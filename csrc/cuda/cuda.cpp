@@ -88,9 +88,38 @@ MutableVector mutable_vector(const Tensor& t) {
   return t.defined() ? MutableVector{t.data_ptr(), dtype(t)} : MutableVector{};
 }
 
+// Rows that count and a strength that is a tensor, as kernels take them: in device memory, for as long as the call
+// runs.
+class Beside {
+ public:
+  Beside(const On& on, const Chain& chain, const Tensor& valid, const Tensor& strength) {
+    if (valid.defined()) {
+      const int64_t calls = (valid.numel() + 7) / 8;
+      const Tensor rows = at::constant_pad_nd(valid.view({-1}).to(at::kByte), {0, 8 * calls - valid.numel()});
+      const Tensor eights = rows.view({calls, 8});
+      bits_ = at::bitwise_left_shift(eights, at::arange(8, eights.options())).sum(1, false, at::kByte);
+      before_ = at::constant_pad_nd(eights.sum(1, false, at::kLong).cumsum(0), {1, 0});
+    }
+    if (strength.defined()) {
+      value_ = strength.to(at::kDouble);
+      strength_ = at::empty({sizeof(Strength)}, strength.options().dtype(at::kByte));
+      realise(on.context(), {chain.noise, data<double>(value_), static_cast<Strength*>(strength_.data_ptr())});
+    }
+  }
+  Counting counting() const { return {data<uint8_t>(bits_), data<int64_t>(before_)}; }
+  const Strength* strength() const {
+    return strength_.defined() ? static_cast<const Strength*>(strength_.data_ptr()) : nullptr;
+  }
+
+ private:
+  Tensor bits_, before_, value_, strength_;
+};
+
 void run_forward(const fusednorm::Forward& q) {
   const On on(q.x);
-  const Call call{q.shape, q.chain, q.training, q.eps, q.ghost, q.groups, data<int64_t>(q.seed)};
+  const Beside beside(on, q.chain, q.valid, q.strength);
+  const Call call{q.shape,           q.chain,          q.training, q.eps, q.ghost, q.groups, data<int64_t>(q.seed),
+                  beside.counting(), beside.strength()};
   for_dtype(q.x, [&](auto zero) {
     using T = decltype(zero);
     forward<T>(
@@ -107,7 +136,9 @@ void run_backward(const fusednorm::Backward& q) {
   const auto wanted = [](const Tensor& t) { return t.defined(); };
   if (!wanted(q.grad_input) && !wanted(q.grad_weight) && !wanted(q.grad_residual) && !wanted(grad_act_weight)) return;
   const On on(q.x);
-  const Call call{q.shape, q.chain, q.training, 0, q.ghost, q.groups, data<int64_t>(q.seed)};
+  const Beside beside(on, q.chain, q.valid, q.strength);
+  const Call call{q.shape,           q.chain,          q.training, 0, q.ghost, q.groups, data<int64_t>(q.seed),
+                  beside.counting(), beside.strength()};
   for_dtype(q.x, [&](auto zero) {
     using T = decltype(zero);
     backward<T>(on.context(), call,
@@ -120,7 +151,8 @@ void run_backward(const fusednorm::Backward& q) {
 
 void run_noise(const NoiseRequest& q, const Tensor& seed) {
   const On on(q.y);
-  const Call call{q.shape, q.chain, true, 0, q.shape.N, 1, data<int64_t>(seed)};
+  const Beside beside(on, q.chain, Tensor(), q.strength);
+  const Call call{q.shape, q.chain, true, 0, q.shape.N, 1, data<int64_t>(seed), {}, beside.strength()};
   for_dtype(q.y, [&](auto zero) {
     using T = decltype(zero);
     noise(on.context(), call, static_cast<const T*>(data<T>(q.x)), data<T>(q.y));
@@ -155,8 +187,8 @@ Tensor run_draw_seed(const Tensor& like) {
 
 void run_update_stats(Tensor& running_mean, Tensor& running_var, const std::optional<Tensor>& num_batches_tracked,
                       const Tensor& mean, const Tensor& var, int64_t count, int64_t last_count,
-                      std::optional<double> momentum) {
-  check_update_stats(running_mean, running_var, num_batches_tracked, mean, var, momentum);
+                      std::optional<double> momentum, const std::optional<Tensor>& counts) {
+  check_update_stats(running_mean, running_var, num_batches_tracked, mean, var, momentum, counts);
   const On on(mean);
   const Tensor dense_mean = running_mean.contiguous(), dense_var = running_var.contiguous();
   const Tensor batch_mean = mean.contiguous(), batch_var = var.contiguous();
@@ -172,6 +204,8 @@ void run_update_stats(Tensor& running_mean, Tensor& running_var, const std::opti
   p.last_count = last_count;
   p.cumulative = !momentum.has_value();
   p.momentum = momentum.value_or(0);
+  const Tensor told = counts.has_value() ? counts->contiguous() : Tensor();
+  p.counts = data<double>(told);
   update_statistics(on.context(), p);
   const auto written = [](const Tensor& to, const Tensor& from) {
     if (!to.is_same(from)) to.copy_(from);

@@ -57,17 +57,30 @@ struct Tile {
   }
   FN_DEVICE bool there(int i) const { return i < left; }
   FN_DEVICE bool full() const { return left >= kTile; }
+  // Of the thread's fragment, whether element i is in a row that counts, and any of a vector.
+  FN_DEVICE bool counts(int) const { return true; }
+  template <int V>
+  FN_DEVICE bool any_counts(int) const {
+    return true;
+  }
   // All rows are there, and in one sample: no bounds, no samples to find.
   FN_DEVICE bool plain() const { return (left < room ? left : room) >= kTile; }
 };
 
-// One whose first rows, perhaps, belong to the group before.
+// One whose first rows, perhaps, belong to the group before, and with rows that do not count. These are read as zeros,
+// too, but written.
 struct CutTile : Tile {
   int skip;
-  FN_DEVICE CutTile(const Tile& tile, int64_t row, int64_t first)
-      : Tile(tile), skip(row < first ? static_cast<int>(first - row) : 0) {}
+  uint32_t counting;  // bits of the thread's fragment
+  FN_DEVICE CutTile(const Tile& tile, int64_t row, int64_t first, uint32_t counting)
+      : Tile(tile), skip(row < first ? static_cast<int>(first - row) : 0), counting(counting) {}
   FN_DEVICE bool there(int i) const { return i >= skip && i < left; }
-  FN_DEVICE bool full() const { return skip == 0 && Tile::full(); }
+  FN_DEVICE bool counts(int i) const { return counting >> i & 1u; }
+  template <int V>
+  FN_DEVICE bool any_counts(int vector) const {
+    return counting >> vector * V & ((1u << V) - 1u);
+  }
+  FN_DEVICE bool full() const { return skip == 0 && counting == kKeepAll && Tile::full(); }
   FN_DEVICE bool plain() const { return skip == 0 && Tile::plain(); }
 };
 
@@ -191,7 +204,9 @@ FN_DEVICE void each_vector(const Tile& tile, const Samples& samples, G g) {
 // Rows that are not there read as zeros.
 template <int V, class T, class Tile>
 FN_DEVICE void read(const T* p, const Tile& tile, const Samples& samples, Fragment<T, V>& to) {
-  each_vector<V>(tile, samples, [&](int j, int64_t at, bool there) { to[j] = there ? load<V>(p + at) : Pack<T, V>{}; });
+  each_vector<V>(tile, samples, [&](int j, int64_t at, bool there) {
+    to[j] = there && tile.template any_counts<V>(j) ? load<V>(p + at) : Pack<T, V>{};
+  });
 }
 template <int V, class T, class Tile>
 FN_DEVICE void write(T* p, const Tile& tile, const Samples& samples, const Fragment<T, V>& from) {
@@ -209,6 +224,17 @@ template <int V, class T, class A>
 FN_DEVICE void narrow_fragment(const A (&from)[kFragment], Fragment<T, V>& to) {
 #pragma unroll
   for (int j = 0; j < kFragment / V; ++j) to[j] = narrow<T, V>(from + j * V);
+}
+
+// Zeros where rows do not count.
+template <int V, class T>
+FN_DEVICE void blank(const CutTile& tile, Fragment<T, V>& of) {
+  if (tile.counting == kKeepAll) return;
+  opmath_t<T> v[kFragment];
+  widen_fragment<V>(of, v);
+#pragma unroll
+  for (int i = 0; i < kFragment; ++i) v[i] = tile.counts(i) ? v[i] : opmath_t<T>(0);
+  narrow_fragment<V>(v, of);
 }
 
 // ---- noise --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ FN_DEVICE void merge_values(Moments<A>& m, const A (&v)[kFragment], const Tile& 
   } else {
 #pragma unroll
     for (int i = 0; i < kFragment; ++i) {
-      if (tile.there(row_in_tile<V>(i / V) + i % V)) merge_value(m, v[i]);
+      if (tile.there(row_in_tile<V>(i / V) + i % V) && tile.counts(i)) merge_value(m, v[i]);
     }
   }
 }

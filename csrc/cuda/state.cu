@@ -17,9 +17,9 @@ update_statistics_kernel(UpdateStatistics p) {
     barrier();  // all have read
     if (threadIdx.x == 0) *p.num_batches_tracked = before + p.groups;
   }
-  if (p.last_count == 0) return;
-  const auto unbiased = [](int64_t n) { return n > 1 ? static_cast<double>(n) / static_cast<double>(n - 1) : 1.0; };
-  const double usual = unbiased(p.count), last = unbiased(p.last_count);
+  if (!p.counts && p.last_count == 0) return;
+  const auto unbiased = [](double n) { return n / (n > 2 ? n - 1 : 1.0); };
+  const double usual = unbiased(static_cast<double>(p.count)), last = unbiased(static_cast<double>(p.last_count));
   for (int64_t c = blockIdx.x * blockDim.x + threadIdx.x; c < p.C; c += gridDim.x * blockDim.x) {
     double running_mean = read<double>(p.running_mean, c), running_var = read<double>(p.running_var, c);
     for (int64_t group = 0; group < p.groups; group += kAhead) {
@@ -34,7 +34,12 @@ update_statistics_kernel(UpdateStatistics p) {
       for (int i = 0; i < kAhead; ++i) {
         if (group + i >= p.groups) break;
         const double factor = p.cumulative ? 1.0 / static_cast<double>(before + group + i + 1) : p.momentum;
-        const double correction = group + i == p.groups - 1 ? last : usual;
+        double correction = group + i == p.groups - 1 ? last : usual;
+        if (p.counts) {
+          const double values = p.counts[group + i];
+          if (values == 0) continue;
+          correction = unbiased(values);
+        }
         running_mean = (1 - factor) * running_mean + factor * mean[i];
         running_var = (1 - factor) * running_var + factor * (correction * var[i]);
       }
@@ -48,6 +53,24 @@ void update_statistics(const Context& context, const UpdateStatistics& p) {
   const int64_t threads = context.machine.threads, blocks = p.cumulative ? 1 : (p.C + threads - 1) / threads;
   const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
   launch("update_statistics", Launch{grid, block, 0, 1, context.stream, 0, false}, update_statistics_kernel, p);
+}
+
+// What make_chain computes of a number (ops.cpp). A probability beyond its range is taken as the nearest one in it.
+FN_KERNEL(32, 1)
+realise_kernel(RealiseStrength p) {
+  if (threadIdx.x != 0) return;
+  double value = *p.p > 0 ? *p.p : 0;
+  if (p.noise == Noise::gaussian) {
+    *p.to = {0, static_cast<float>(sqrt(value)), 1};
+    return;
+  }
+  value = value < 1 ? value : 1;
+  const uint32_t threshold = value > 0 ? math::keep_threshold(value) : kAllKept;
+  *p.to = {threshold, static_cast<float>(value), value < 1 ? math::keep_scale(threshold) : 0};
+}
+
+void realise(const Context& context, const RealiseStrength& p) {
+  launch("realise", Launch{dim3(1), dim3(32), 0, 1, context.stream, 0, false}, realise_kernel, p);
 }
 
 // The published ten rounds here: a seed must not resemble the draws that are made from it.

@@ -75,7 +75,7 @@ struct Team {
         active(c < q.shape.C),
         samples(samples),
         visits(rows, chunk, c, q.shape.S, samples, lane() * V, descending),
-        saved(q.p.mask, rows.rows, c) {
+        saved(q.p.mask, q.shape.rows(), c) {
     if (!active) c = visits.count = 0;
     if constexpr (Q::walks) weight[0] = cuda::read<A>(q.p.act_weight, c, A(0));
   }
@@ -86,19 +86,25 @@ struct Team {
     return 0;
   }
 
-  // A tile without the rows of the group before.
+  // A tile without the rows of the group before, and with those that do not count marked.
   FN_DEVICE decltype(auto) cut(const Tile& tile) const {
     if constexpr (Q::walks) {
-      return CutTile(tile, visits.row(tile), rows.first);
+      uint32_t counting = kKeepAll;
+      if (rows.counting.bits) counting = row_bits<V>(SavedBytes(rows.counting.bits, 0, 0).get(visits, tile));
+      return CutTile(tile, visits.row(tile), rows.first, counting);
     } else {
       return (tile);
     }
   }
   FN_DEVICE void read(const T* p, const Tile& tile, Fragment<T, V>& to) const {
-    cuda::read<V>(p, cut(tile), samples, to);
+    const auto& own = cut(tile);
+    cuda::read<V>(p, own, samples, to);
+    if constexpr (Q::walks) blank<V>(own, to);
   }
-  FN_DEVICE void write(T* p, const Tile& tile, const Fragment<T, V>& from) const {
-    cuda::write<V>(p, cut(tile), samples, from);
+  FN_DEVICE void write(T* p, const Tile& tile, Fragment<T, V>& from) const {
+    const auto& own = cut(tile);
+    if constexpr (Q::walks) blank<V>(own, from);
+    cuda::write<V>(p, own, samples, from);
   }
   // The decisions that were saved for the fragment.
   FN_DEVICE uint32_t saved_bits(const Tile& tile) const { return row_bits<V>(saved.get(visits, tile)); }

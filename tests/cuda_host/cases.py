@@ -132,18 +132,32 @@ class Known(Problem):
         parameters = [None if v is None else v.detach().double() for v in (self.weight, self.bias)]
         return reference.batch_norm_act_drop(
             self.u.detach(), *vectors, *parameters, self.training, eps=self.eps, order="norm",
-            ghost_batch_size=len(groups[0]),
+            ghost_batch_size=len(groups[0]), mask=self.rows,
         )  # fmt: skip
 
 
+def counting(kind, samples, length, seed):
+    """(N, S) bool, of rows that count: of samples that are padded, single ones that are not, or none."""
+    draw = torch.Generator().manual_seed(seed)
+    if kind == "padding":
+        return torch.arange(length) < torch.randint(0, length + 1, (samples, 1), generator=draw)
+    return torch.rand(samples, length, generator=draw) < {"holes": 0.6, "none": -1.0}[kind]
+
+
 class Layer(Case):
-    """Forward and, from what that saved, backward. act: as Problem has it, and "prelu". split: in four passes."""
+    """Forward and, from what that saved, backward. act: as Problem has it, and "prelu". split: in four passes.
+
+    rows: a kind of `counting`. live: the strength of the noise is known in device memory only.
+    """
 
     def __init__(
         self, shape, last, dtype, act=None, p=0.0, granularity="element", training=True, *, machine=STREAMING,
         mask=False, shift=0, param_dtype=None, stat_dtype=None, weight=True, bias=True, dx=True, dw=True, dr=True,
         da=True, seed=5, offset=0.0, order="norm-act-drop", kind="bernoulli", ghost=0, matched=False, split=False,
+        rows=None, live=False,
     ):  # fmt: skip
+        n, c, s = shape
+        self.rows = None if rows is None else counting(rows, n, s, seed)
         self.shape, self.last, self.dtype = shape, last, dtype
         self.problem = q = Known(
             shape,
@@ -162,13 +176,13 @@ class Layer(Case):
             bias=bias,
             seed=seed,
             offset=offset,
+            rows=self.rows,
         )
         name, parameters = ("prelu", ()) if act == "prelu" else reference.resolve_activation(act)
-        n, c, s = shape
         words = {
             "N": n, "C": c, "S": s, "last": int(last), "act": name, "p": p, "kind": kind, "granularity": granularity,
             "order": order, "ghost": ghost, "training": int(training), "eps": q.eps, "shift": shift,
-            "split": int(split), **vars(machine),
+            "split": int(split), "live": int(live), **vars(machine),
         } | dict(zip("ab", parameters, strict=False))  # fmt: skip
         self.groups = [range(n)]
         if training and 0 < ghost < n:
@@ -181,8 +195,14 @@ class Layer(Case):
         self.saves = mask and len(self.groups) == 1 and (self.holds_keep or self.holds_pass)
         inputs = {"x": memory(q.x.detach(), last), "g": memory(q.grad, last)}
         inputs["seed"] = torch.tensor([seed])
-        if split:
-            inputs["count"] = torch.tensor([2.0 * n * s], dtype=torch.float64)  # of two processes, as main.cpp has it
+        if split:  # of two processes, as main.cpp has it
+            inputs["count"] = 2 * torch.ones(n * s if rows is None else int(self.rows.sum())).double().sum()[None]
+        if self.rows is not None:
+            eights = torch.nn.functional.pad(self.rows.flatten(), (0, -n * s % 8)).view(-1, 8)
+            inputs["bits"] = (eights.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+            inputs["before"] = torch.nn.functional.pad(eights.sum(1).cumsum(0), (1, 0))
+        if live:
+            inputs["value"] = torch.tensor([p], dtype=torch.float64)
         vectors = {"weight": q.weight, "bias": q.bias, "act_weight": q.act_weight}
         inputs |= {k: v for k, v in vectors.items() if v is not None}
         if q.residual is not None:
@@ -229,8 +249,8 @@ class Layer(Case):
         quiet = reference.run_stages(self.before, q.x.detach().double(), q.prelu(), None)
         for i, group in enumerate(self.groups):
             u = noisy[group.start : group.stop]
-            rows = (0, *range(2, u.dim()))
-            var, mean = torch.var_mean(u, rows, correction=0)
+            rows = None if q.rows is None else q.rows[group.start : group.stop]
+            mean, var = reference.moments(u, rows)
             if not q.training:
                 mean, var = q.running_mean.double(), q.running_var.double()
             # The errors of a mean are those of values as large as the standard deviation.
@@ -238,7 +258,7 @@ class Layer(Case):
             close(got["invstd"][i], (var + q.eps).rsqrt(), 0.0, "invstd")
             if "stat_mean" in got:
                 u = quiet[group.start : group.stop]
-                var, mean = torch.var_mean(u, rows, correction=0)
+                mean, var = reference.moments(u, rows)
                 close(got["stat_mean"][i], mean, u.abs().max(), "stat_mean")
             close(got["stat_var"][i], var, var.max(), "stat_var")
 
@@ -255,6 +275,8 @@ class Layer(Case):
             at = slope(q.act, v)
             bits &= at != 0
             sure = (slope(q.act, v - 1e-3) == at) & (slope(q.act, v + 1e-3) == at)
+        if q.rows is not None:
+            sure &= q.rows
         bytes_ = mask.T if self.last else mask
         got = (bytes_.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
         got = got.reshape(c, -1)[:, : n * s].reshape(c, n, s).transpose(0, 1) != 0
@@ -291,19 +313,24 @@ class NoiseItself(Case):
 class Statistics(Case):
     """update_stats_, which changes its buffers, group after group."""
 
-    def __init__(self, channels, running, batch, count, momentum, batches, threads=64, groups=1, last_count=None):
+    def __init__(
+        self, channels, running, batch, count, momentum, batches, threads=64, groups=1, last_count=None, counts=None
+    ):  # fmt: skip
         draw = torch.Generator().manual_seed(channels)
         shapes = ((channels,), (groups, channels))
         self.values = [torch.rand(shapes[i // 2], generator=draw).to((running, batch)[i // 2]) for i in range(4)]
         self.counts = [count] * (groups - 1) + [count if last_count is None else last_count]
         self.momentum, self.batches = momentum, batches
         words = {"C": channels, "groups": groups, "count": count, "last_count": self.counts[-1]}
+        self.counts = self.counts if counts is None else counts
         words |= {"momentum": momentum or 0, "cumulative": int(momentum is None)}
         names = ("running_mean", "running_var", "mean", "var")
         inputs = dict(zip(names, self.values, strict=True))
         if batches is not None:
             inputs["batches"] = torch.tensor([batches])
-        changed = {name: t for name, t in inputs.items() if name not in ("mean", "var")}
+        if counts is not None:
+            inputs["counts"] = torch.tensor(counts, dtype=torch.float64)
+        changed = {name: t for name, t in inputs.items() if name not in ("mean", "var", "counts")}
         outputs = {name: (tuple(t.shape), t.dtype) for name, t in changed.items()}
         super().__init__("update_statistics", words | vars(Machine(threads=threads)), inputs, outputs)
 

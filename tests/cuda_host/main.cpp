@@ -184,13 +184,23 @@ class Case {
     set_activation(c.chain, math::Activations{});
     c.chain.parameters[0] = number("a");
     c.chain.parameters[1] = number("b");
-    set_noise(c.chain, settings_["kind"], number("p"), settings_["granularity"]);
+    // Of a strength that is known to the device only, any for which there is noise.
+    set_noise(c.chain, settings_["kind"], number("live") != 0 ? 0.5 : number("p"), settings_["granularity"]);
     if (operation_ == "layer") set_stages(c.chain, settings_["order"]);
     c.training = number("training") != 0;
     c.eps = number("eps");
     c.ghost = c.training && number("ghost") ? int64_t(number("ghost")) : c.shape.N;
     c.groups = (c.shape.N + c.ghost - 1) / c.ghost;
     c.seed = data<int64_t>("seed");
+    c.counting = {data<uint8_t>("bits"), data<int64_t>("before")};
+    if (number("live") != 0) {
+      auto* strength = static_cast<Strength*>(context_.workspace(sizeof(Strength)));
+      realise(context_, {c.chain.noise, data<double>("value"), strength});
+      c.strength = strength;
+      c.chain.threshold = 1;  // nobody looks
+      c.chain.multiplier = 7;
+      c.chain.strength = 9;
+    }
     return c;
   }
 
@@ -287,7 +297,7 @@ class Case {
           context_,
           {mutable_vector("running_mean"), mutable_vector("running_var"), data<int64_t>("batches"), vector("mean"),
            vector("var"), int64_t(number("C")), int64_t(number("groups")), int64_t(number("count")),
-           int64_t(number("last_count")), number("cumulative") != 0, number("momentum")});
+           int64_t(number("last_count")), number("cumulative") != 0, number("momentum"), data<double>("counts")});
     }
     if (operation_ == "draw_seed") {
       const int64_t* state = data<int64_t>("state");  // seed, offset, offset within a graph

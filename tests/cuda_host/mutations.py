@@ -109,6 +109,20 @@ MUTATIONS = (
     Mutation("reciprocal", "rows.cuh", "(int64_t{1} << 32) + S - 1) / S", "(int64_t{1} << 32)) / S"),
     Mutation("row_too_far", "channels_last.cuh", "i < there ? load", "i <= there ? load", "asan", OVERFLOW),
     Mutation("group_too_few", "channels_last.cuh", "+ kRows - 1) / kRows;", ") / kRows;"),
+    # Rows that do not count, and a strength that only the device knows.
+    Mutation("gap_in_moments", "stages_tile.cuh", "&& tile.counts(i)) merge_value", ") merge_value"),
+    Mutation("gap_in_columns", "channels_last_staged.cuh", "if (!rows.counts(at + i)) continue;", ""),
+    Mutation("gap_in_count", "channel.cuh", "rows(cuda::count(counting, first, last))", "rows(last - first)"),
+    Mutation("gap_in_chunk", "channel.cuh", "cuda::count(counting, from, to) : 0", "to - from : 0"),
+    Mutation(
+        "gap_within_byte", "channel.cuh", "counting.bits[row / 8] & ((1u << row % 8) - 1u)", "counting.bits[row / 8]"
+    ),
+    Mutation("gap_is_written", "team.cuh", "blank<V>(own, from);", ""),
+    Mutation(
+        "strength_of_call", "chain.cuh", "q.live ? static_cast<A>(q.live->multiplier) : q.multiplier", "q.multiplier"
+    ),
+    Mutation("threshold_of_call", "chain.cuh", "q.live ? q.live->threshold : q.threshold", "q.threshold"),
+    Mutation("keeps_less_than_all", "chain.cuh", "threshold == kAllKept ? kKeepAll : math::", "math::"),
     # Packs and memory.
     Mutation("misaligned", "backend.cuh", "% (V * sizeof(T)) != 0", "% 4 != 0", says="no multiple of that"),
     Mutation(

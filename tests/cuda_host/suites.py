@@ -70,6 +70,37 @@ def split_cases(draw):
     return cases + staged_cases(draw, split=True)
 
 
+def counting_cases(draw):
+    """Rows that do not count, and strengths that only the device knows, in every order and both layouts."""
+    cases = []
+    strengths = {"bernoulli": (0.3, 0.3, 0.0, 1.0), "uniform": (0.3, 0.0), "gaussian": (0.3, 0.0)}
+    for order in [*ORDERS_OF_STAGES, "norm-act-drop", "norm-act-drop"]:
+        for last in (False, True):
+            shape, ghost = draw.choice(SHAPES + COLUMNS), 0
+            if draw.random() < 0.3:
+                shape, ghost = draw.choice(GROUPED)
+            last = shape[1] > 1 if shape[2] == 1 else last
+            kind, live = draw.choice(KINDS), draw.random() < 0.5
+            p = draw.choice(strengths[kind]) if live else 0.3
+            if p == 1 and order.find("drop") < order.find("norm"):
+                p = 0.3  # statistics of zeros
+            cases.append(
+                Layer(
+                    shape, last, draw.choice(FLOATS), draw.choice(("relu", "prelu", "gelu", None)), p,
+                    draw.choice(GRANULARITIES), draw.random() < 0.9,
+                    machine=draw.choice(MACHINES if not last else MACHINES[4:]), mask=draw.random() < 0.7,
+                    shift=int(draw.random() < 0.25), dx=draw.random() < 0.9, dr=draw.random() < 0.8, order=order,
+                    kind=kind, ghost=ghost, matched=draw.random() < 0.5, seed=draw.randrange(100),
+                    split=not ghost and p not in (0, 1) and draw.random() < 0.2, live=live,
+                    rows=draw.choice(("padding", "holes", "holes", None if live else "padding")),
+                )
+            )  # fmt: skip
+    for shape, last in (((4, 3, 24), False), ((3, 8, 300), False), ((5, 8, 9), True)):
+        for machine in (STREAMING, ONE_BLOCK, FOURS):
+            cases.append(Layer(shape, last, torch.float32, "relu", 0.3, machine=machine, rows="none"))
+    return cases
+
+
 def staged_cases(draw, split=False):
     """Every order in both layouts, with everything else drawn."""
     cases = []
@@ -166,6 +197,11 @@ def all_cases():
         Statistics(70, torch.float32, torch.float32, 12, momentum, 3, groups=groups, last_count=last_count)
         for momentum, groups, last_count in ((0.1, 2, 5), (None, 9, 1), (0.3, 4, 12))
     ]
+    cases += [
+        Statistics(70, torch.float32, torch.float32, 0, momentum, 3, groups=len(counts), counts=counts)
+        for momentum, counts in ((0.1, [7]), (0.2, [0]), (None, [4, 0, 1, 9, 2]), (0.3, [3, 3, 0, 0, 5]))
+    ]
+    cases += counting_cases(random.Random(2))
     return cases + widths(FLOATS) + flat(FLOATS) + [DrawSeed(7, 8), DrawSeed(-1, 2**40, 12)]
 
 
@@ -226,6 +262,10 @@ def few_staged(dtype, other):
         layer((2, 16, 64), True, ("hardtanh", -0.5, 1.0), "drop-norm-add-act", mask=True),
         layer((9, 3, 1), True, "elu", "drop-norm-act", "sample", training=False),
         *(layer((5, 8, 24), last, "prelu", "drop-act-norm-add", split=True, matched=True) for last in (False, True)),
+        layer((9, 3, 12), False, "prelu", "norm-drop-add-act", rows="holes", ghost=2),
+        layer((3, 2, 200), False, "gelu", "act-norm-drop", rows="padding", live=True, machine=ONE_BLOCK),
+        layer((9, 8, 13), True, "relu", "norm-add-act-drop", rows="holes", mask=True),
+        layer((5, 3, 49), True, "prelu", "drop-act-norm", kind="uniform", rows="holes", live=True, ghost=2),
         NoiseItself((2, 3, 300), dtype, 0.3, "gaussian", times_x=True),
         NoiseItself((9, 4, 13), dtype, 0.3, "uniform", "sample", last=True, times_x=True),
     ]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import fusednorm
 from fusednorm import (
+    ConcreteDropout,
     Dropout,
     DropPath,
     FusedBatchNorm1d,
@@ -149,7 +150,17 @@ assert_type(restore_running_var(norm, ("uniform", 0.1), nn.Linear(8, 8), mean=me
 assert_type(recalibration.restore_running_var(norm, shift=0.9), Tensor)
 
 assert_type(convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(8))), nn.Module)
-assert_type(FusedBatchNorm1d(8, process_group="world")(x2), Tensor)
+assert_type(FusedBatchNorm1d(8, process_group="world", global_noise=True)(x2), Tensor)
+x3, lengths = torch.randn(6, 8, 5), torch.tensor([5, 4, 3, 2, 1, 0])
+assert_type(FusedBatchNorm1d(8)(x3, mask=x3[:, 0] > 0, weights=x3[:, 0].abs()), Tensor)
+assert_type(FusedBatchNorm1d(8, renorm=(3, 5))(x3, lengths=lengths), Tensor)
+assert_type(functional.batch_norm_act_drop(x3, None, None, training=True, lengths=[5] * 6, p=torch.tensor(0.5)), Tensor)
+assert_type(FusedBatchNorm1d(8, domains=2, domain_affine=True)(x2, domain=1), Tensor)
+assert_type(FusedBatchNorm1d(8, domains=2).domains, int)
+assert_type(FusedBatchNorm1d(8, domains=2).domain(1).num_features, int)
+assert_type(Dropout(torch.tensor(0.5))(x2), Tensor)
+assert_type(ConcreteDropout(0.1)(x2), Tensor)
+assert_type(ConcreteDropout(0.1).entropy(), Tensor)
 noisy = nn.Sequential(FusedBatchNorm1d(8, drop=0.5, allow_single_value=True, update_when_recomputed=False))
 bank = uncertainty.batch_statistics(noisy, [x2, x2 + 1], progress=False)
 assert_type(bank, dict[str, tuple[Tensor, Tensor]])
