@@ -2,8 +2,8 @@
 
 Several processes share statistics. Forward, one all_gather of (mean, var * n, n) of each, merged by Chan's formula in
 float64; backward, one all_reduce of two sums. Gradients of weight, bias and PReLU's weight are of this process's
-values, as of any parameter before DistributedDataParallel averages them. Numbers of values stay tensors, so nothing waits for a
-device.
+values, as of any parameter before DistributedDataParallel averages them. Numbers of values stay tensors, so nothing
+waits for a device.
 
 Batch renormalisation corrects the batch's statistics towards the running ones, by an affine map of the normalised
 values whose coefficients are constants in backward (Ioffe 2017): it is folded into weight and bias.

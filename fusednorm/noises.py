@@ -253,6 +253,10 @@ class ConcreteDropout(nn.Dropout):
 
     inplace = False
 
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
+
     def __init__(
         self,
         p: float = 0.1,

@@ -98,6 +98,7 @@ struct Arguments {
   Chain<A> chain;
   Counting counting;  // of a Program only
   bool training;
+  FN_DEVICE int64_t rows() const { return walks ? groups.rows : chunks.rows; }  // of a channel, in all groups
   FN_DEVICE unsigned block_x(Place place) const { return walks ? groups.block_x(place) : place.x; }
   // Of a chunk's partial sums for a channel.
   FN_DEVICE int64_t place(int64_t group, int chunk, int64_t c) const {

@@ -75,7 +75,7 @@ struct Team {
         active(c < q.shape.C),
         samples(samples),
         visits(rows, chunk, c, q.shape.S, samples, lane() * V, descending),
-        saved(q.p.mask, q.shape.rows(), c) {
+        saved(q.p.mask, q.rows(), c) {
     if (!active) c = visits.count = 0;
     if constexpr (Q::walks) weight[0] = cuda::read<A>(q.p.act_weight, c, A(0));
   }
