@@ -150,7 +150,8 @@ def _known_noise(drop: nn.Module, rank: int) -> ReadDrop | None:
     kind, strength, granularity = known[0]
     if not drop.training:
         return kind, 0.0, granularity
-    return kind, strength if isinstance(strength, Tensor) else float(strength), granularity
+    # Of torch's own modules a tensor is a number that somebody has put there.
+    return kind, strength if type(drop) is Dropout and isinstance(strength, Tensor) else float(strength), granularity
 
 
 def is_live(drop: nn.Module | None) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import _rows
 from .functional import Device, world_size
 
 
@@ -38,6 +39,8 @@ def batch_norms(model: nn.Module) -> dict[str, Any]:
         group = "world" if group is None and isinstance(layer, nn.SyncBatchNorm) else group
         if world_size(group) > 1:
             raise ValueError(f"model: {name or 'the layer'} shares statistics with other processes; use one")
+        if getattr(layer, "domains", 1) != 1:
+            raise ValueError(f"model: {name or 'the layer'} has several domains, whose values are not told apart here")
     return layers
 
 
@@ -102,7 +105,12 @@ def borrowed(
     handles = []
 
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watch(layer, normalised(layer, args[0] if args else kwargs["input"]))
+        x = args[0] if args else kwargs["input"]
+        valid, weights = _rows.resolve(x, *(kwargs.get(name) for name in ("mask", "lengths", "weights")))
+        if weights is not None:
+            raise ValueError(f"model: {type(layer).__name__} is called with weights, which are not known here")
+        values = normalised(layer, x)
+        watch(layer, values if valid is None else values.movedim(1, -1)[valid])
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())

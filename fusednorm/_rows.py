@@ -5,11 +5,13 @@ zero in the output. Weights give values a share in the statistics, as sample wei
 and 1 are a mask.
 """
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _plain, reference
 from ._operators import Chain
@@ -19,12 +21,13 @@ def resolve(input: Tensor, mask: Any, lengths: Any, weights: Any) -> tuple[Tenso
     """(valid, weights) of shape (N, ...) without C; None where all rows count, and count alike.
 
     Raises:
-        ValueError: two of them, one of another shape or device, lengths beyond the last axis, negative weights.
+        ValueError: lengths beside one of the others, one of another shape or device, lengths beyond the last axis,
+            negative weights, or some that require a gradient.
         TypeError: one of another dtype or kind.
     """
     given = [name for name, value in (("mask", mask), ("lengths", lengths), ("weights", weights)) if value is not None]
     if len(given) > 1 and given != ["mask", "weights"]:
-        raise ValueError(f"{given[0]}: expected None beside {given[1]}, as each says which rows count")
+        raise ValueError(f"{given[0]}: expected None beside {given[1]}; a mask can say what lengths do")
     valid = None
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -38,7 +41,9 @@ def resolve(input: Tensor, mask: Any, lengths: Any, weights: Any) -> tuple[Tenso
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights: expected a floating-point tensor, but got {got}")
-    weights = _by_row("weights", weights, input).detach()
+    if weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weights: expected a tensor that requires no gradient, as statistics have none for them")
+    weights = _by_row("weights", weights, input)
     if _can_look(weights) and not bool(((weights >= 0) & weights.isfinite()).all()):
         raise ValueError("weights: expected finite values of 0 or more")
     counting = weights > 0
@@ -68,7 +73,9 @@ def _of_lengths(lengths: Any, input: Tensor) -> Tensor:
     if not isinstance(lengths, Tensor):
         if not isinstance(lengths, Sequence) or isinstance(lengths, str):
             raise TypeError(f"lengths: expected integers, one for each sample, but got {type(lengths).__name__}")
-        lengths = torch.as_tensor(lengths, device=input.device)
+        if not all(isinstance(length, numbers.Integral) for length in lengths):
+            raise TypeError(f"lengths: expected integers, but got {lengths!r}")
+        lengths = torch.tensor(lengths, dtype=torch.int64, device=input.device)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected integers, but got {lengths.dtype}")
     N, L = input.shape[0], input.shape[-1]
@@ -95,9 +102,12 @@ def weighted(
     It is what makes the variance unbiased for weights that say how reliable a value is (Kish 1965), and the number of
     rows for those of 0 and 1.
     """
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("weights: expected None in forward mode, as the statistics carry tangents")
     m = _plain.multiplier(input, seed, chain, strength)
     u = _plain.entering((input, *[None] * 5, act_weight), chain, valid, m)
     weights = torch.where(valid, weights, 0).double()
+    weights = weights / weights.amax().clamp_min(torch.finfo(torch.float64).tiny) if weights.numel() else weights
     mean, var = reference.moments(u, _plain.rows_of(weights))
     count = weights.sum().square() / weights.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
     return mean, var, count

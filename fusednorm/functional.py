@@ -235,7 +235,8 @@ def batch_norm_act_drop(
         lengths: integers (N,): the same for samples that are padded at the end of their last axis.
         weights: (N,), (N, ...) or (N, 1, ...), of 0 or more: what a row counts in the mean and variance of the batch.
             Those of 0 are as masked. The running variance is made unbiased for the effective number of values,
-            (sum w)^2 / sum w^2 (Kish 1965). Statistics are taken in plain torch then.
+            (sum w)^2 / sum w^2 (Kish 1965), if these are 2 or more. Statistics are taken in plain torch then, not in
+            forward mode, and 16-bit gradients are rounded twice.
         seed: int, or int64 scalar tensor on the input's device; None draws one from torch's default generator, and
             only when noise is live. The same seed gives the same noise on every device and in every memory format.
 
@@ -244,8 +245,8 @@ def batch_norm_act_drop(
 
     Raises:
         ValueError: an argument outside its domain or without a place in `order`, one value per channel in training, or
-            one of the running statistics without the other; a mask, lengths or weights of other shapes, or together;
-            weights with ghost batches.
+            one of the running statistics without the other; a mask, lengths or weights of other shapes, or lengths
+            beside another of them; weights with ghost batches, or that require a gradient.
         TypeError: what should be a tensor is none, or one of another dtype.
         RuntimeError: per-channel vectors whose size is not C, or running statistics that require a gradient and are to
             be updated.
@@ -329,26 +330,18 @@ def apply(
             *(input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, head, seed),
             *(None, act_weight, eval_matched_stats, extras, weights),
         )
-        output = _behind_addition(output + residual, chain, tail, act_weight, seed, extras.strength)
-        if extras.valid is None:
-            return output
-        if output.shape != input.shape:
-            raise ValueError(
-                f"residual: expected a shape that leaves that of the input, {list(input.shape)}, where rows do not "
-                f"count, but got {list(residual.shape)}"
-            )
-        return torch.where(_plain.rows_of(extras.valid), output, 0)  # type: ignore[arg-type]
-    if weights is not None and training:
-        seed = _seed_of(chain, seed, input)
-        seed = None if seed is None else _seed_tensor(seed, input.device)
-        mean, var = _weighted_statistics(
-            *(input, running_mean, running_var, num_batches_tracked, momentum, chain, seed, act_weight),
-            *(eval_matched_stats, extras, weights),
-        )
-        return apply(
-            *(input, mean, var, None, weight, bias, False, 0.0, chain, seed, residual, act_weight, False),
-            extras._replace(process_group=None, renorm=None),
-        )
+        if extras.global_noise and extras.process_group is not None and "drop" in tail and chain.drops():
+            raise ValueError("global_noise: expected False for a residual that is not of the input's shape and dtype")
+        added, rows = output + residual, _plain.rows_of(extras.valid)
+        if rows is not None:
+            if added.shape != input.shape:
+                raise ValueError(
+                    f"residual: expected a shape that leaves that of the input, {list(input.shape)}, where rows do not "
+                    f"count, but got {list(residual.shape)}"
+                )
+            added = torch.where(rows, added, 0)  # before it meets a derivative, which a NaN would not leave alone
+        output = _behind_addition(added, chain, tail, act_weight, seed, extras.strength)
+        return output if rows is None else torch.where(rows, output, 0)
     if num_batches_tracked is not None and (
         num_batches_tracked.dtype != torch.int64 or num_batches_tracked.device != input.device
     ):  # averaged with all buffers, or left on another device: counted here
@@ -364,6 +357,19 @@ def apply(
         num_batches_tracked.add_(1)
         momentum = 1.0 / float(num_batches_tracked) if momentum is None else momentum
         num_batches_tracked = None
+    if weights is not None and training:
+        seed = _seed_of(chain, seed, input)
+        seed = None if seed is None else _seed_tensor(seed, input.device)
+        (mean, var), learned, count = _weighted_statistics(
+            input, chain, seed, act_weight, eval_matched_stats, extras, weights
+        )
+        output = apply(
+            *(input, mean, var, None, weight, bias, False, 0.0, chain, seed, residual, act_weight, False),
+            extras._replace(process_group=None, renorm=None),
+        )
+        if running_mean is not None and running_var is not None:
+            _running.update(running_mean, running_var, num_batches_tracked, *learned, count, momentum)
+        return output
     counts = _autograd.values_per_channel(input, chain.ghost_batch_size) if training else (0, 0)
     if chain.ghost_batch_size and 1 in counts and chain.ghost_batch_size < input.shape[0]:
         raise ValueError(
@@ -422,18 +428,14 @@ def _through_parameters(weight: Any, bias: Any, mean: Any, var: Any, eps: float,
 
 def _weighted_statistics(
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
     chain: Chain,
     seed: Tensor | None,
     act_weight: Tensor | None,
     eval_matched_stats: bool,
     extras: Extras,
     weights: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(mean, var) of a batch whose rows have weights, differentiable; updates the running statistics."""
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+    """(mean, var) of a batch whose rows have weights, differentiable; what running ones learn; of how many values."""
     for name, value in (
         ("ghost_batch_size", chain.ghost_batch_size or None),
         ("process_group", extras.process_group),
@@ -444,13 +446,11 @@ def _weighted_statistics(
     assert extras.valid is not None
     arguments = (input, act_weight, extras.valid, weights)
     mean, var, count = _rows.weighted(*arguments, chain, extras.strength, seed)
-    if running_mean is not None and running_var is not None:
+    learned = mean.detach(), var.detach()
+    if eval_matched_stats and "drop" in reference.parse_order(chain.order)[0]:
         with torch.no_grad():
-            learned = mean, var
-            if eval_matched_stats:
-                learned = _rows.weighted(*arguments, chain._replace(p=0.0), None, None)[:2]
-            _running.update(running_mean, running_var, num_batches_tracked, *learned, count, momentum)
-    return mean, var
+            learned = _rows.weighted(*arguments, chain._replace(p=0.0), None, None)[:2]
+    return (mean, var), learned, count
 
 
 def _check_residual(input: Tensor, residual: Any, order: str) -> None:

@@ -105,6 +105,10 @@ class _FusedBatchNorm(_BatchNorm):
         if eval_matched_stats and "drop" not in before:
             raise ValueError(f"eval_matched_stats: expected False, as order {order!r} has no 'drop' before 'norm'")
         domains, renorm = _domains.check_domains(domains), functional.check_renorm(renorm)
+        if renorm is not None and (ghost_batch_size or not track_running_stats) and num_features:
+            name = "ghost_batch_size" if ghost_batch_size else "track_running_stats"
+            expected = "None" if ghost_batch_size else "True"
+            raise ValueError(f"{name}: expected {expected} with renorm, between a batch's statistics and running ones")
         if not track_running_stats and domains > 1:
             raise ValueError("domains: expected 1 with track_running_stats=False, as each has running statistics")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
@@ -162,6 +166,8 @@ class _FusedBatchNorm(_BatchNorm):
         lost = [f"{name}={child!r}" for name, child in children if _children.does_something(child)]
         lost += ["the addition"] if "add" in own["order"] else []
         lost += [f"ghost_batch_size={self.ghost_batch_size}"] if self.ghost_batch_size else []
+        lost += [f"domains={self.domains}"] if self.domains > 1 else []
+        lost += [f"renorm={self.renorm}"] if self.renorm is not None and self.training else []
         return ", ".join(lost)
 
     def extra_repr(self) -> str:
@@ -224,6 +230,13 @@ class _FusedBatchNorm(_BatchNorm):
             for statistics in self._others():
                 statistics.reset_running_stats()
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for statistics in self._modules.get("other_domains", ()):  # type: ignore[union-attr]
+            for name, value in (("weight", 1.0), ("bias", 0.0)):
+                if name in statistics._parameters:
+                    nn.init.constant_(statistics._parameters[name], value)
+
     # ---- domains ----------------------------------------------------------------------------------------------------
     @property
     def domains(self) -> int:
@@ -244,6 +257,8 @@ class _FusedBatchNorm(_BatchNorm):
         statistics = _domains.pick(self._others(), index)
         norm = self._stock_norm()
         if statistics is not None:
+            if "parametrizations" in statistics._modules:
+                raise ValueError("domain: expected no parametrisation of it, which the stock layer would lack")
             norm._buffers.update(statistics._buffers)
             norm._parameters.update(statistics._parameters)
         return norm
@@ -450,9 +465,9 @@ class _FusedBatchNorm(_BatchNorm):
             mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
             weight, bias = self.weight, self.bias
         if asked.domain is not None:
-            mean, var, count = asked.domain._buffers.values()
-            own = asked.domain._parameters
-            weight, bias = own.get("weight", weight), own.get("bias", bias)
+            its = asked.domain
+            mean, var, count = its.running_mean, its.running_var, its.num_batches_tracked
+            weight, bias = getattr(its, "weight", weight), getattr(its, "bias", bias)
         training, track = self.training, self.training and self.track_running_stats and update
         group = self.process_group
         if group is not None:
@@ -474,7 +489,7 @@ class _FusedBatchNorm(_BatchNorm):
         use_running = not training or track
         momentum = 0.0 if self.momentum is None and count is None else self.momentum  # as torch has it
         if renorm is not None and not track:  # it reads what is not to move
-            use_running, momentum = True, 0.0
+            use_running, mean, var = True, mean.clone(), var.clone()  # type: ignore[union-attr]
         extras = functional.NO_EXTRAS
         strength = None
         if isinstance(p, Tensor):
@@ -518,10 +533,16 @@ class _FusedBatchNorm(_BatchNorm):
         first, last = self._fusable(before, after, act is not None, drop is not None)
         ahead, behind = before[:first], after[last:]
         order = "-".join([*before[first:], "norm", *after[:last]])
+        rows = None if asked.valid is None else asked.valid.unsqueeze(1)
+        if rows is not None:  # before children see it: their derivatives would not leave a NaN alone
+            input = torch.where(rows, input, 0)
+            residual = residual if residual is None else torch.where(rows, residual, 0)
         called = self.drop is not None and "drop" in ahead + behind
         seedable = called and _children.seedable(self.drop, input.dim())  # type: ignore[arg-type]
         if seed is not None and called and not seedable and _children.is_live(self.drop):
             raise ValueError(f"seed: expected None, as {type(self.drop).__name__} is called and not fused")
+        if self.global_noise and self.process_group is not None and called and _children.is_live(self.drop):
+            raise ValueError(f"global_noise: expected False, as {type(self.drop).__name__} is called and not fused")
         noise = drop if drop is not None and not called else _children.NO_NOISE
         act = act if act is not None and "act" not in ahead + behind else _children.NO_ACT
 
@@ -549,7 +570,7 @@ class _FusedBatchNorm(_BatchNorm):
                 output = _children.call_drop(self.drop, output, seed)
             elif getattr(self, stage) is not None:
                 output = getattr(self, stage)(output)
-        return output if asked.valid is None else torch.where(asked.valid.unsqueeze(1), output, 0)
+        return output if rows is None else torch.where(rows, output, 0)
 
     @staticmethod
     def _fusable(before: Any, after: Any, act: bool, drop: bool) -> tuple[int, int]:
@@ -619,13 +640,15 @@ class FusedBatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
         renorm: (r_max, d_max) of batch renormalisation (Ioffe 2017, arXiv 1702.03275): while training, the normalised
             values become xhat * r + d, with r the ratio of the batch's standard deviation to the running one, and d the
             difference of the means in units of that, limited to [1/r_max, r_max] and [-d_max, d_max]; constants in
-            backward. The attribute may change at any time: (1, 0) is batch norm, which the paper begins with. The
-            running variance learns as torch's does. None: no correction.
+            backward. The attribute may change at any time (a compiled layer is compiled again then): (1, 0) is batch
+            norm, which the paper begins with. The running variance learns as torch's does. Activation checkpointing
+            computes the correction again, from statistics that have moved, and so gradients that are not quite those
+            of the output. None: no correction.
         global_noise: with a `process_group`, while training, the noise that one process would draw for the whole batch,
             the first process's samples first: at equal seeds (or with the first one's) any number of processes drop the
             same. On CPUs. False: each process draws its own.
         domains: how many sets of running statistics the layer has; each call says which one (`layer(x, domain=i)`).
-            The first is the layer's own, :meth:`domain` gives each as a stock layer.
+            The first is the layer's own, :meth:`domain` gives each as a stock layer. Not of lazy layers.
         domain_affine: whether each domain has a weight and bias of its own, too.
 
     Raises:

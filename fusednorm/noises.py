@@ -204,7 +204,7 @@ class Dropout(nn.Dropout):
     """
 
     def __init__(self, p: float | Tensor = 0.5, inplace: bool = False) -> None:
-        value = functional.check_noise(p)
+        value = 0.5 if isinstance(p, Tensor) and p.is_meta else functional.check_noise(p)
         super().__init__(value, inplace)
         if isinstance(p, Tensor):
             del self.p
@@ -279,8 +279,11 @@ class ConcreteDropout(nn.Dropout):
 
     @p.setter
     def p(self, p: float) -> None:
+        value = functional.check_noise(p)
+        if not 0 < value < 1:
+            raise ValueError(f"p: expected a probability between 0 and 1, which ConcreteDropout learns, but got {p}")
         with torch.no_grad():
-            self.logit_p.copy_(torch.as_tensor(functional.check_noise(p)).logit())
+            self.logit_p.fill_(math.log(value / (1 - value)))
 
     def entropy(self) -> Tensor:
         """-(p log p + (1 - p) log(1 - p)), in nats: what the paper's objective rewards, times the features dropped."""
@@ -297,7 +300,8 @@ class ConcreteDropout(nn.Dropout):
         return (input * kept * (1 + logit.exp())).to(input.dtype)  # 1 / (1 - p)
 
     def extra_repr(self) -> str:
-        return f"p={float(self.p.detach()):.3g}, temperature={self.temperature}"
+        p = "" if self.logit_p.is_meta else f"p={float(self.p.detach()):.3g}, "
+        return f"{p}temperature={self.temperature}"
 
 
 _AnyNoise = TypeVar("_AnyNoise", bound=_DropoutNd)

@@ -126,7 +126,8 @@ def moments(u: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(C,) mean and biased variance of (N, C, ...); each value counts as (N, 1, ...) `weights` say, by 1 without."""
     rows = [0, *range(2, u.dim())]
     if weights is not None:
-        share = weights.to(u.dtype) / weights.sum(dtype=u.dtype).clamp_min(torch.finfo(u.dtype).tiny)
+        weights = weights.double()
+        share = (weights / weights.sum().clamp_min(torch.finfo(torch.float64).tiny)).to(u.dtype)
         mean = (u * share).sum(rows)
         return mean, ((u - per_channel(mean, u)).square() * share).sum(rows)
     if u.numel() == 0:  # NaN without torch's warning, as there is nothing that they are applied to

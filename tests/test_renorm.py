@@ -163,10 +163,14 @@ def test_bad_limits(renorm):
 
 def test_renorm_where_it_cannot_be():
     x = torch.randn(8, 4)
-    with pytest.raises(ValueError, match="renorm: expected running statistics"):
-        FusedBatchNorm1d(4, track_running_stats=False, renorm=(2, 1))(x)
+    with pytest.raises(ValueError, match="track_running_stats: expected True with renorm"):
+        FusedBatchNorm1d(4, track_running_stats=False, renorm=(2, 1))
     with pytest.raises(ValueError, match="ghost_batch_size: expected None with renorm"):
-        FusedBatchNorm1d(4, ghost_batch_size=4, renorm=(2, 1))(x)
+        FusedBatchNorm1d(4, ghost_batch_size=4, renorm=(2, 1))
+    for layer in (FusedBatchNorm1d(4, track_running_stats=False), FusedBatchNorm1d(4, ghost_batch_size=4)):
+        layer.renorm = (2, 1)
+        with pytest.raises(ValueError, match="renorm: expected running statistics|ghost_batch_size: expected None"):
+            layer(x)
     with pytest.raises(ValueError, match="weights: expected None with renorm"):
         FusedBatchNorm1d(4, renorm=(2, 1))(x, weights=torch.ones(8))
 
@@ -286,3 +290,36 @@ def test_what_domains_cannot_do():
     with pytest.raises(ValueError, match=r"to_torch: expected a layer with one domain; .* layer.domain\(i\)"):
         FusedBatchNorm1d(4, domains=2).to_torch()
     assert FusedBatchNorm1d(4)(torch.randn(8, 4), domain=0).shape == (8, 4)
+
+
+def test_tools_that_know_one_set_of_statistics():
+    """They refuse, or say why they leave a layer alone: nothing is lost in silence."""
+    net = nn.Sequential(nn.Linear(3, 4), FusedBatchNorm1d(4, domains=2))
+    with pytest.raises(ValueError, match="model: 1 has several domains"):
+        fusednorm.recalibrate(net, [torch.randn(8, 3)], progress=False)
+    with pytest.raises(RuntimeError, match="would lose domains=2"):
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    with pytest.raises(RuntimeError, match=r"would lose renorm=\(2.0, 1.0\)"):
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(FusedBatchNorm1d(4, renorm=(2, 1))))
+    nn.utils.fusion.fuse_linear_bn_eval(nn.Linear(3, 4).eval(), FusedBatchNorm1d(4, renorm=(2, 1)).eval())
+
+
+def test_a_domain_has_its_own_parametrisation():
+    class Hundredfold(nn.Module):
+        def forward(self, weight):
+            return 100 * weight
+
+    layer, x = FusedBatchNorm1d(3, domains=2, domain_affine=True), torch.randn(8, 3)
+    plain = layer(x, domain=1)
+    nn.utils.parametrize.register_parametrization(layer.other_domains[0], "weight", Hundredfold())
+    torch.testing.assert_close(layer(x, domain=1), 100 * plain)
+    with pytest.raises(ValueError, match="domain: expected no parametrisation"):
+        layer.domain(1)
+
+
+def test_all_domains_are_reset():
+    layer = FusedBatchNorm1d(3, domains=3, domain_affine=True)
+    for p in layer.parameters():
+        nn.init.constant_(p, 7.0)
+    layer.reset_parameters()
+    assert all(p.detach().eq(0 if "bias" in name else 1).all() for name, p in layer.named_parameters())

@@ -460,3 +460,72 @@ def test_maps_of_any_memory():
     mask = masks(x.shape, "holes")
     a, b = (FusedBatchNorm2d(4, act="relu", drop=0.3)(t, mask=mask, seed=1) for t in (x, x.contiguous()))
     torch.testing.assert_close(a, b)
+
+
+# ---- tools -----------------------------------------------------------------------------------------------------------
+class Speech(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(3, 4, 3, padding=1), FusedBatchNorm1d(4, act="tanh", drop=0.5)
+
+    def forward(self, batch):
+        x, rows = batch
+        return self.norm(self.conv(x), **rows)
+
+
+def test_statistics_gathered_again_are_of_the_rows_that_count():
+    net, x, lengths = Speech(), torch.randn(6, 3, 20), torch.tensor([20, 3, 1, 0, 11, 7])
+    batches = [(part, {"lengths": some}) for part, some in zip(x.split(2), lengths.split(2), strict=True)]
+    fusednorm.recalibrate(net, batches, forward=net, progress=False)
+    mask = torch.arange(20) < lengths[:, None]
+    values = net.conv(x).detach().movedim(1, -1)[mask].double()
+    torch.testing.assert_close(net.norm.running_mean.double(), values.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(net.norm.running_var.double(), values.var(0), rtol=1e-5, atol=1e-6)
+    batches = [(x, {"weights": torch.rand(6)})]
+    with pytest.raises(ValueError, match="model: FusedBatchNorm1d is called with weights"):
+        fusednorm.recalibrate(net, batches, forward=net, progress=False)
+
+
+# ---- found by looking for trouble ------------------------------------------------------------------------------------
+def test_what_is_called_sees_no_value_of_a_row_that_does_not_count():
+    """A NaN there would come back through a derivative: of a child with a hook, and behind a residual."""
+    x, mask = torch.randn(8, 3), torch.arange(8) < 5
+    x[5:] = torch.nan
+    hooked = FusedBatchNorm1d(3, act="prelu", order="act-norm")
+    hooked.act.register_forward_hook(lambda *_: None)
+    noisy = FusedBatchNorm1d(3, drop=fusednorm.ConcreteDropout(0.3), order="drop-norm")
+    adding = FusedBatchNorm1d(3, act="prelu", order="norm-add-act")
+    residual = x.double().requires_grad_()
+    for layer, more in ((hooked, ()), (noisy, ()), (adding, (residual,))):
+        layer(x, *more, mask=mask).square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
+    assert residual.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e38, 1e-40, 1e300, 1e-300])
+def test_weights_have_no_scale(scale):
+    x, weights = torch.randn(8, 3), torch.rand(8, dtype=torch.float64)
+    found = [
+        functional.batch_norm_act_drop(x, None, None, training=True, weights=w) for w in (weights, weights * scale)
+    ]
+    torch.testing.assert_close(*found)
+
+
+def test_weights_leave_statistics_alone_where_a_call_fails():
+    layer = FusedBatchNorm1d(3)
+    layer.weight = nn.Parameter(torch.ones(4))
+    with pytest.raises(RuntimeError, match="weight should contain 3 elements not 4"):
+        layer(torch.randn(8, 3), weights=torch.rand(8))
+    assert not layer.running_mean.any() and layer.num_batches_tracked == 0
+    layer = FusedBatchNorm1d(3)
+    layer.num_batches_tracked = torch.tensor(2.0)
+    layer(torch.randn(8, 3), weights=torch.rand(8))
+    assert layer.num_batches_tracked == 3
+    with pytest.raises(ValueError, match="weights: expected a tensor that requires no gradient"):
+        layer(torch.randn(8, 3), weights=torch.rand(8, requires_grad=True))
+
+
+def test_no_samples_have_no_lengths():
+    assert FusedBatchNorm1d(3).eval()(torch.randn(0, 3, 5), lengths=[]).shape == (0, 3, 5)
+    with pytest.raises(TypeError, match="lengths: expected integers, but got"):
+        FusedBatchNorm1d(3)(torch.randn(2, 3, 5), lengths=[1, None])

@@ -194,3 +194,18 @@ def test_concrete_dropout_learns():
 def test_bad_concrete_dropout(arguments):
     with pytest.raises(ValueError, match="expected|has to be"):
         fusednorm.ConcreteDropout(*arguments)
+
+
+def test_what_else_holds_a_strength():
+    """torch's own modules with a tensor as p; what has no values yet; a probability that cannot be learned."""
+    layer = FusedBatchNorm1d(4, drop=nn.Dropout(0.5))
+    layer.drop.p = torch.tensor(0.25)
+    assert torch.equal(layer(torch.ones(8, 4), seed=1), FusedBatchNorm1d(4, drop=0.25)(torch.ones(8, 4), seed=1))
+    with torch.device("meta"):
+        assert fusednorm.Dropout(torch.tensor(0.3)).p.is_meta and "temperature" in repr(fusednorm.ConcreteDropout())
+    drop = fusednorm.ConcreteDropout(0.3)
+    for p in (0.0, 1.0):
+        with pytest.raises(ValueError, match="p: expected a probability between 0 and 1"):
+            drop.p = p
+    drop.p = 0.125
+    assert drop.p.item() == pytest.approx(0.125)

@@ -37,6 +37,11 @@ class Channels {
     tiles_ = pieces.count * tiles_per_piece_;
     in_place_ = length_ == shape_.S || whole();
     outgrows_ = in_place_ && outgrows_caches(call, sizeof(T));
+    for (int64_t i = 0; gaps_ && i < tiles_; ++i) {
+      const Step at{0, i / tiles_per_piece_, i % tiles_per_piece_};
+      const int64_t first = first_row(at), last = gaps_->last(first, first + all_rows(at));
+      counted_.push_back({last - first, gaps_->count(first, last)});
+    }
   }
 
   // The i-th of all tiles: piece by piece, of all channels.
@@ -47,16 +52,11 @@ class Channels {
   int64_t pieces() const { return tiles_ / tiles_per_piece_; }
   int64_t tiles_per_piece() const { return tiles_per_piece_; }
   int64_t tiles() const { return tiles_; }
-  bool outgrows() const { return outgrows_; }                                    // the caches, in one piece
-  int64_t ld() const { return in_place_ ? length_ : 0; }                         // of pieces
-  int64_t tile(Step at) const { return at.piece * tiles_per_piece_ + at.part; }  // of its channel
-  int64_t rows(Step at) const {                                                  // up to the last one that counts
-    const int64_t first = first_row(at), rows = all_rows(at);
-    return gaps_ ? gaps_->last(first, first + rows) - first : rows;
-  }
-  int64_t counting(Step at, int64_t rows) const {
-    return gaps_ ? gaps_->count(first_row(at), first_row(at) + rows) : rows;
-  }
+  bool outgrows() const { return outgrows_; }                                             // the caches, in one piece
+  int64_t ld() const { return in_place_ ? length_ : 0; }                                  // of pieces
+  int64_t tile(Step at) const { return at.piece * tiles_per_piece_ + at.part; }           // of its channel
+  int64_t rows(Step at) const { return gaps_ ? counted_[tile(at)].rows : all_rows(at); }  // up to the last that counts
+  int64_t counting(Step at) const { return gaps_ ? counted_[tile(at)].counting : all_rows(at); }
   // Channels that a thread takes together; down to half as many, so that all threads have as many groups.
   int64_t group() const {
     const int64_t piece = shape_.S * static_cast<int64_t>(sizeof(T)), threads = at::get_num_threads();
@@ -80,15 +80,16 @@ class Channels {
   // The same, with zeros where rows do not count.
   const T* load_counting(const T* base, Step at, T* buffer) const {
     const T* loaded = load(base, at, buffer);
-    if (!gaps_ || counting(at, rows(at)) == rows(at)) return loaded;
+    if (counting(at) == rows(at)) return loaded;
     if (loaded != buffer) std::copy_n(loaded, rows(at), buffer);
-    blank(buffer, at, rows(at));
+    blank(buffer, at, rows(at), false);
     return buffer;
   }
-  // Those of n values of the tile that count: where they stand, or in buffer.
+  // Those of the tile's values that count: where they stand, or in buffer.
   template <class E>
-  const E* pack(const E* values, Step at, int64_t n, E* buffer) const {
-    if (counting(at, n) == n) return values;
+  const E* pack(const E* values, Step at, E* buffer) const {
+    const int64_t n = rows(at);
+    if (counting(at) == n) return values;
     E* to = buffer;
     const int64_t first = first_row(at);
     gaps_->for_stretches(first, first + n, true,
@@ -102,7 +103,7 @@ class Channels {
   // Where to write the tile; store() then brings it to its place, with zeros where rows do not count.
   T* target(T* base, Step at, T* buffer) const { return in_place_ ? base + place(at) : buffer; }
   void store(T* base, Step at, T* from) const {
-    if (gaps_) blank(from, at, all_rows(at));
+    if (counting(at) < all_rows(at)) blank(from, at, all_rows(at), outgrows_);
     if (in_place_) return;
     for_pieces(at, all_rows(at),
                [&](int64_t at, int64_t memory, int64_t n) { std::copy_n(from + at, n, base + memory); });
@@ -125,10 +126,18 @@ class Channels {
 
  private:
   int64_t all_rows(Step at) const { return std::min(tile_, length_ - at.part * tile_); }
-  void blank(T* tile, Step at, int64_t n) const {
+  void blank(T* tile, Step at, int64_t n, bool past) const {  // past the caches, where that is worth a kernel
     const int64_t first = first_row(at);
-    gaps_->for_stretches(first, first + n, false,
-                         [&](int64_t row, int64_t rows) { std::fill_n(tile + row - first, rows, T()); });
+    gaps_->for_stretches(first, first + n, false, [&](int64_t row, int64_t rows) {
+      T* const to = tile + row - first;
+      const auto line = static_cast<int64_t>((-reinterpret_cast<uintptr_t>(to) & 63) / sizeof(T));  // ends there
+      if (past && rows >= 64 + line) {
+        std::fill_n(to, line, T());
+        multiply<T>({nullptr, 0}, {to + line, 0, 0, true}, 0, 1, rows - line, {});
+      } else {
+        std::fill_n(to, rows, T());
+      }
+    });
   }
   bool whole() const { return shape_.N == 1 || shape_.C == 1; }
   int64_t first_row(Step at) const { return at.piece * length_ + at.part * tile_; }
@@ -149,7 +158,11 @@ class Channels {
   Shape shape_;
   TileNoise noise_;
   const Gaps* gaps_;
-  int64_t length_;  // of a piece; a piece that is not contiguous in memory spans the channel
+  struct Counted {
+    int64_t rows, counting;
+  };
+  std::vector<Counted> counted_;  // of a channel's tiles, where rows do not count
+  int64_t length_;                // of a piece; a piece that is not contiguous in memory spans the channel
   int64_t tile_, tiles_per_piece_, tiles_;
   bool in_place_, outgrows_;
 };
@@ -232,12 +245,12 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
   const auto gather = [&](Step at, Step soon) {
     alignas(64) T buffer[kTile], out[kTile];
     const T* x = channels.load(p.x, at, buffer);
-    const int64_t rows = channels.rows(at), n = channels.counting(at, rows);
+    const int64_t rows = channels.rows(at), n = channels.counting(at);
     const double count = static_cast<double>(n);
     Statistics s{{count, 0, 0}, {count, 0, 0}};
     if (n == 0) return s;
     if (!before) {
-      kernels_for<T>().moments_run(channels.pack(x, at, rows, out), n, channels.distance(at, soon), &s.u.mean, &s.u.m2);
+      kernels_for<T>().moments_run(channels.pack(x, at, out), n, channels.distance(at, soon), &s.u.mean, &s.u.m2);
       return s;
     }
     alignas(64) A packed[kStageElements];
@@ -246,7 +259,7 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
     const Tile<T> tile = tile_of(at, noisy ? draw(at, drawn, {p.x, plan.once ? p.y : nullptr}) : Draws{});
     Stages<T> stages(plan, tile, workspace);
     const View<const A> u = stages.ahead({x, 0});
-    kernels_for<A>().moments_run(channels.pack(u.p, at, rows, packed), n, 0, &s.u.mean, &s.u.m2);
+    kernels_for<A>().moments_run(channels.pack(u.p, at, packed), n, 0, &s.u.mean, &s.u.m2);
     if constexpr (std::is_same_v<T, A>) {
       if (plan.once) {
         T* y = channels.target(p.y, at, out);
@@ -255,7 +268,7 @@ void forward_runs(const Call& call, const ForwardPointers<T>& p) {
       }
     }
     if (p.clean_mean) {
-      const A* clean = channels.pack(stages.ahead({x, 0}, false).p, at, rows, packed);
+      const A* clean = channels.pack(stages.ahead({x, 0}, false).p, at, packed);
       kernels_for<A>().moments_run(clean, n, 0, &s.clean.mean, &s.clean.m2);
     }
     return s;

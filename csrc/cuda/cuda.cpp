@@ -2,6 +2,9 @@
 // Ordinary C++: the kernels and their launches are in the .cu files, behind backend.h.
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/bitwise_left_shift.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <cuda_bf16.h>
@@ -101,7 +104,9 @@ class Beside {
       before_ = at::constant_pad_nd(eights.sum(1, false, at::kLong).cumsum(0), {1, 0});
     }
     if (strength.defined()) {
-      value_ = strength.to(at::kDouble);
+      // Nobody looks at it before: beyond its range, or no number, it is the nearest one, or 0.
+      value_ = strength.to(at::kDouble).nan_to_num().clamp_min(0);
+      if (chain.noise != Noise::gaussian) value_ = value_.clamp_max(1);
       strength_ = at::empty({sizeof(Strength)}, strength.options().dtype(at::kByte));
       realise(on.context(), {chain.noise, data<double>(value_), static_cast<Strength*>(strength_.data_ptr())});
     }

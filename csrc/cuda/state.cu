@@ -55,16 +55,15 @@ void update_statistics(const Context& context, const UpdateStatistics& p) {
   launch("update_statistics", Launch{grid, block, 0, 1, context.stream, 0, false}, update_statistics_kernel, p);
 }
 
-// What make_chain computes of a number (ops.cpp). A probability beyond its range is taken as the nearest one in it.
+// What make_chain computes of a number (ops.cpp), of one in its range.
 FN_KERNEL(32, 1)
 realise_kernel(RealiseStrength p) {
   if (threadIdx.x != 0) return;
-  double value = *p.p > 0 ? *p.p : 0;
+  const double value = *p.p;
   if (p.noise == Noise::gaussian) {
     *p.to = {0, static_cast<float>(sqrt(value)), 1};
     return;
   }
-  value = value < 1 ? value : 1;
   const uint32_t threshold = value > 0 ? math::keep_threshold(value) : kAllKept;
   *p.to = {threshold, static_cast<float>(value), value < 1 ? math::keep_scale(threshold) : 0};
 }

@@ -148,6 +148,8 @@ def _into(record: Record, weights: Sequence[Tensor], called: nn.Module, norm: An
         return "the model reads its tensors elsewhere, too"
     if ours and norm.drop is not None and norm.drop.training:
         return "its dropout is live"
+    if ours and norm.domains > 1:
+        return "it has several domains"
     order = norm.order.split("-") if ours else ["norm"]
     if "add" in order:
         return "it adds"

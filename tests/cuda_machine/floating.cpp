@@ -249,11 +249,18 @@ void f2f(Warp& w, I in, Mask active) {
 }
 
 void frnd(Warp& w, I in, Mask active) {
+  const auto to_whole = [&](auto v) {
+    return in.has(Mod::TRUNC)   ? std::trunc(v)
+           : in.has(Mod::FLOOR) ? std::floor(v)
+           : in.has(Mod::CEIL)  ? std::ceil(v)
+                                : std::rint(v);
+  };
+  if (in.has(Mod::F64)) {
+    const Pairs a = w.read_double(in.operands[1]);
+    return doubles(w, in, active, [&](int i) { return to_whole(as_double(a[i])); });
+  }
   const Lanes a = w.read_float(in.operands[1]);
-  singles(w, in, active, [&](int i) {
-    const float v = as_float(a[i]);
-    return in.has(Mod::TRUNC) ? truncf(v) : in.has(Mod::FLOOR) ? floorf(v) : in.has(Mod::CEIL) ? ceilf(v) : rintf(v);
-  });
+  singles(w, in, active, [&](int i) { return to_whole(as_float(a[i])); });
 }
 
 template <class T>

@@ -126,7 +126,8 @@ void lop3(Warp& w, I in, Mask active) {
   const uint32_t table = w.read(from.next())[0];
   const Lanes found = lanewise([&](int i) { return by_table(a[i], b[i], c[i], table); });
   w.write(to, found, active);
-  if (nonzero) w.set(*nonzero, where([&](int i) { return found[i] != 0; }), active);
+  // Or what an earlier one has found, of the lower words of pairs for instance.
+  if (nonzero) w.set(*nonzero, where([&](int i) { return found[i] != 0; }) | w.test(in.operands.back()), active);
 }
 
 void plop3(Warp& w, I in, Mask active) {
