@@ -120,13 +120,17 @@ class TestVectors:
     @pytest.mark.parametrize("alone", [True, False])
     @pytest.mark.parametrize("name", STATISTICS)
     def test_no_gradient_reaches_a_statistic(self, name, alone, training):
-        """Both refuse, and say which argument it is; under no_grad it does not matter."""
+        """Both refuse, and say which argument it is; under no_grad it does not matter. In evaluation ours gives one."""
         x = batch(6, 4).requires_grad_(not alone)
         vectors = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
         vectors[name].requires_grad_()
         for function in (F.batch_norm, functional.batch_norm_act_drop):
             with torch.no_grad():
                 function(x, **vectors, training=training)
+            if function is not F.batch_norm and not training:
+                function(x, **vectors, training=False).square().sum().backward()
+                assert vectors[name].grad.abs().sum() > 0
+                continue
             with pytest.raises(RuntimeError, match=name):
                 function(x, **vectors, training=training)
 
