@@ -265,6 +265,7 @@ def few_staged(dtype, other):
         layer((9, 3, 12), False, "prelu", "norm-drop-add-act", rows="holes", ghost=2),
         layer((3, 2, 200), False, "gelu", "act-norm-drop", rows="padding", live=True, machine=ONE_BLOCK),
         layer((9, 8, 13), True, "relu", "norm-add-act-drop", rows="holes", mask=True),
+        Layer((3, 2, 40), False, dtype, "gelu", 0.0, order="norm-drop-act", live=True),
         layer((5, 3, 49), True, "prelu", "drop-act-norm", kind="uniform", rows="holes", live=True, ghost=2),
         NoiseItself((2, 3, 300), dtype, 0.3, "gaussian", times_x=True),
         NoiseItself((9, 4, 13), dtype, 0.3, "uniform", "sample", last=True, times_x=True),
