@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 import fusednorm
