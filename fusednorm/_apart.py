@@ -49,14 +49,8 @@ def run(
         name = "process_group" if group is not None else "renorm"
         raise RuntimeError(f"{name}: expected none here ({reason}: {_plain.REASONS[reason]})")
     # Before anything is exchanged: who raises here leaves the others waiting for no longer than the group's timeout.
-    for name, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if vector is not None and vector.numel() != input.shape[1]:
-            raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {vector.numel()}")
+    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    _operators.check_vectors(input.shape[1], vectors)
     group = dist.group.WORLD if isinstance(group, str) else group
     seed = _operators.seed_for(chain, input, _operators.beside(input, seed))
     valid, strength = extras.valid, extras.strength
@@ -65,7 +59,7 @@ def run(
             seed = _numbered(seed, input.shape[0], group)
         count = _running.values(input, _plain.rows_of(valid))
         if reason:
-            m = _plain.multiplier(input, seed, chain, strength)
+            m = _plain.multiplier_ahead(input, seed, chain, strength)
             moments = [reference.moments(_plain.entering(tensors, chain, valid, m), _plain.rows_of(valid))]
         else:
             ahead = chain.order[: chain.order.index("norm") + 4]

@@ -205,10 +205,7 @@ def run_dropout(input, p, noise, granularity, seed, strength=None) -> Tensor:
     """input * m for an input (N, C, ...) of at most five dimensions, and p > 0."""
     reason = _plain.why_plain()
     if _plain.leaves_process(reason):
-        if strength is not None:
-            shape = _operators.noise_shape(input.shape, granularity)
-            return input * _plain.stock_noise_varying(input.new_ones(shape), strength, noise)
-        return _plain.stock_noise(input, p, noise, granularity)
+        return _plain.stock_noise(input, p if strength is None else strength, noise, granularity)
     if type(input) is not Tensor:
         seed = _operators.beside(input, seed)
     if not _operators.is_live(noise, p):

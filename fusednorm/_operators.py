@@ -67,6 +67,13 @@ def is_live(noise: str, p: float) -> bool:
     return 0 < p < 1 if noise == "bernoulli" else p > 0
 
 
+def check_vectors(channels: int, vectors: dict[str, Tensor | None]) -> None:
+    """Raises RuntimeError, as the operators do, for a per-channel vector of another size: where none has looked yet."""
+    for name, vector in vectors.items():
+        if vector is not None and vector.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
+
+
 def opmath(x: Tensor) -> torch.dtype:
     """The dtype that everything is computed in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -76,6 +76,11 @@ def multiplier(input: Tensor, seed: Tensor | None, chain: Chain, strength: Tenso
     return varying(seed, input.shape, strength, chain.noise, chain.granularity).to(dtype)
 
 
+def multiplier_ahead(input: Tensor, seed: Tensor | None, chain: Chain, strength: Tensor | None) -> Tensor | None:
+    """The same where a norm's statistics see it; None, and nothing drawn, where all noise is behind the norm."""
+    return multiplier(input, seed, chain, strength) if "drop" in reference.parse_order(chain.order)[0] else None
+
+
 def varying(seed: Tensor, shape: Sequence[int], strength: Tensor, kind: str, granularity: str) -> Tensor:
     """The kernels' noise at a strength that is a tensor, from that at the strength 1, in float64."""
     p = strength.double()
@@ -107,25 +112,11 @@ def entering(tensors: Sequence[Any], chain: Chain, valid: Tensor | None, m: Tens
 
 def exact(tensors, training, chain, eval_matched_stats, extras=NO_EXTRAS):
     """(output, mean, variance for the running statistics), differentiable any number of times in any mode."""
-    input, weight, bias, running_mean, running_var, residual, act_weight, seed = tensors
+    input, _, _, running_mean, running_var, *_, seed = tensors
     if not training and any(forward_ad.unpack_dual(t).tangent is not None for t in (running_mean, running_var)):
         raise RuntimeError("batch_norm is not differentiable wrt running_mean and running_var, but one has a tangent")
-    m, act = multiplier(input, seed, chain, extras.strength), act_of(chain, act_weight)
-    output = reference.batch_norm_act_drop(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        eps=chain.eps,
-        act=act,
-        order=chain.order,
-        residual=residual,
-        noise=m,
-        ghost_batch_size=chain.ghost_batch_size,
-        mask=rows_of(extras.valid),
-    )
+    m = multiplier(input, seed, chain, extras.strength)
+    output = _by_reference(tensors, training, chain, extras.valid, m)
     if not training or running_mean is None:
         return output, None, None
     with torch.no_grad():
@@ -133,6 +124,20 @@ def exact(tensors, training, chain, eval_matched_stats, extras=NO_EXTRAS):
         moments = [reference.moments(*group) for group in in_groups(u, extras.valid, chain)]
     moments = moments[0] if len(moments) == 1 else [torch.stack(parts) for parts in zip(*moments, strict=True)]
     return output, *(forward_ad.unpack_dual(t).primal for t in moments)  # no_grad lets tangents pass
+
+
+def _by_reference(tensors, training, chain, valid, m):
+    input, weight, bias, running_mean, running_var, residual, act_weight, _ = tensors
+    return reference.batch_norm_act_drop(
+        *(input, running_mean, running_var, weight, bias, training),
+        eps=chain.eps,
+        act=act_of(chain, act_weight),
+        order=chain.order,
+        residual=residual,
+        noise=m,
+        ghost_batch_size=chain.ghost_batch_size,
+        mask=rows_of(valid),
+    )
 
 
 def in_groups(u: Tensor, valid: Tensor | None, chain: Chain) -> list[tuple[Tensor, Tensor | None]]:
@@ -262,15 +267,12 @@ def stock(tensors, num_batches_tracked, training, momentum, chain, eval_matched_
 
 def _stock_extras(tensors, num_batches_tracked, training, momentum, chain, eval_matched_stats, extras):
     """What no stock layer has, by torch's operations and generators."""
-    input, weight, bias, running_mean, running_var, residual, act_weight, _ = tensors
-    valid, strength = extras.valid, extras.strength
-    ones = input.new_ones(_operators.noise_shape(input.shape, chain.granularity), dtype=_operators.opmath(input))
-    if not chain.drops():
-        m = None
-    elif strength is None:
-        m = stock_noise(ones, chain.p, chain.noise, chain.granularity)
-    else:
-        m = stock_noise_varying(ones, strength, chain.noise)
+    input, _, _, running_mean, running_var, *_ = tensors
+    valid, m = extras.valid, None
+    if chain.drops():
+        ones = input.new_ones(_operators.noise_shape(input.shape, chain.granularity), dtype=_operators.opmath(input))
+        p = chain.p if extras.strength is None else extras.strength
+        m = stock_noise(ones, p, chain.noise, chain.granularity)
     if training and running_mean is not None:
         with torch.no_grad():
             u = entering(tensors, chain, valid, None if eval_matched_stats else m)
@@ -278,36 +280,24 @@ def _stock_extras(tensors, num_batches_tracked, training, momentum, chain, eval_
                 mean, var = reference.moments(group, counting)
                 count = _running.values(group, counting)
                 _running.update_in_torch(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
-    return reference.batch_norm_act_drop(
-        *(input, running_mean, running_var, weight, bias, training),
-        eps=chain.eps,
-        act=act_of(chain, act_weight),
-        order=chain.order,
-        residual=residual,
-        noise=m,
-        ghost_batch_size=chain.ghost_batch_size,
-        mask=rows_of(valid),
-    )
+    return _by_reference(tensors, training, chain, valid, m)
 
 
-def stock_noise_varying(ones: Tensor, strength: Tensor, kind: str) -> Tensor:
-    """The multiplier at a strength that is a tensor, of the shape and dtype of `ones`."""
-    p = strength.to(ones.dtype)
-    if kind == "bernoulli":
-        kept = torch.where(p < 1, 1 / (1 - p).clamp_min(torch.finfo(p.dtype).tiny), 0)
-        return torch.where(torch.rand_like(ones) >= p, kept, 0)
-    if kind == "uniform":
-        return ones + p * (2 * torch.rand_like(ones) - 1)
-    return ones + p.sqrt() * torch.randn_like(ones)
-
-
-def stock_noise(v: Tensor, p: float, kind: str, granularity: str) -> Tensor:
+def stock_noise(v: Tensor, p: float | Tensor, kind: str, granularity: str) -> Tensor:
     """`v` times noise of torch's own generators: F.dropout's at the noise's granularity, torch.rand, torch.randn."""
-    if kind == "bernoulli" and granularity == "element":
+    if kind == "bernoulli" and granularity == "element" and not isinstance(p, Tensor):
         return F.dropout(v, p)
     ones = v.new_ones(_operators.noise_shape(v.shape, granularity))
+    if isinstance(p, Tensor):
+        p = p.to(v.dtype)
     if kind == "bernoulli":
-        return v * F.dropout(ones, p)
+        return v * (_kept(ones, p) if isinstance(p, Tensor) else F.dropout(ones, p))
     if kind == "uniform":
         return v * (ones + p * (2 * torch.rand_like(ones) - 1))
     return v * (ones + p**0.5 * torch.randn_like(ones))
+
+
+def _kept(ones: Tensor, p: Tensor) -> Tensor:
+    """F.dropout of ones at a probability that is a tensor."""
+    scale = torch.where(p < 1, 1 / (1 - p).clamp_min(torch.finfo(p.dtype).tiny), 0)
+    return torch.where(torch.rand_like(ones) >= p, scale, 0)

@@ -104,7 +104,7 @@ def weighted(
     """
     if forward_ad._current_level >= 0:
         raise RuntimeError("weights: expected None in forward mode, as the statistics carry tangents")
-    m = _plain.multiplier(input, seed, chain, strength)
+    m = _plain.multiplier_ahead(input, seed, chain, strength)
     u = _plain.entering((input, *[None] * 5, act_weight), chain, valid, m)
     weights = torch.where(valid, weights, 0).double()
     weights = weights / weights.amax().clamp_min(torch.finfo(torch.float64).tiny) if weights.numel() else weights

@@ -415,9 +415,8 @@ def _through_parameters(weight: Any, bias: Any, mean: Any, var: Any, eps: float,
     (u - mean) / std * w + b is a map of the same u by constants, with w' = w * (their std / std) and
     b' = b - w' * (mean - their mean) / their std.
     """
-    for name, vector in (("running_mean", mean), ("running_var", var), ("weight", weight), ("bias", bias)):
-        if vector is not None and vector.numel() != mean.numel():
-            raise RuntimeError(f"{name} should contain {mean.numel()} elements not {vector.numel()}")
+    vectors = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
+    _operators.check_vectors(mean.numel(), vectors)
     mean, var = mean.to(dtype), var.to(dtype)
     fixed, scale = mean.detach(), torch.rsqrt(var.detach() + eps)
     ratio = torch.rsqrt(var + eps) / scale

@@ -117,11 +117,6 @@ struct Program : Stages<A> {
   bool saves_pass, saves_keep;
   const Strength* live;  // in the place of threshold, multiplier and strength; or null
 };
-template <class A>
-FN_DEVICE A multiplier_of(const Program<A>& q) {
-  return q.live ? static_cast<A>(q.live->multiplier) : q.multiplier;
-}
-
 // Element i of a fragment belongs to channel i % V of the thread's V; `weight` is PReLU's, of those.
 template <int V, int N, class A>
 FN_DEVICE void activate(const Program<A>& q, const A (&weight)[V], A (&v)[N]) {
@@ -158,7 +153,7 @@ FN_DEVICE uint32_t passes(const Program<A>& q, const A (&v)[N]) {
 // The multipliers of decisions.
 template <int N, class A>
 FN_DEVICE void multipliers(const Program<A>& q, uint32_t keep, A (&m)[N]) {
-  const A multiplier = multiplier_of(q);
+  const A multiplier = q.live ? static_cast<A>(q.live->multiplier) : q.multiplier;
 #pragma unroll
   for (int i = 0; i < N; ++i) m[i] = keep >> i & 1u ? multiplier : A(0);
 }

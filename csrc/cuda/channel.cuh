@@ -43,7 +43,7 @@ struct Groups {
   FN_DEVICE unsigned block_x(Place place) const { return place.x % blocks_x; }
 };
 
-// Of rows [begin, end), how many count.
+// How many rows ahead of that one count; and of rows [begin, end).
 FN_DEVICE int64_t count_before(const Counting& counting, int64_t row) {
   uint32_t bits = row % 8 ? counting.bits[row / 8] & ((1u << row % 8) - 1u) : 0;
   bits -= bits >> 1 & 0x55u;
