@@ -178,7 +178,7 @@ MUTATIONS = (
         OVERFLOW,
     ),
     Mutation("rows_of_the_group_before", "rows.cuh", "i >= skip && i < left", "i < left"),
-    Mutation("no_row_of_the_group_before", "rows.cuh", "return skip == 0 && Tile::full();", "return Tile::full();"),
+    Mutation("no_row_of_the_group_before", "rows.cuh", "return skip == 0 && counting", "return counting"),
     Mutation("columns_of_the_group_before", "channels_last_staged.cuh", "i >= from && i < to", "i < to"),
     Mutation("all_groups_but_one", "channel.cuh", "int64_t group = first; group", "int64_t group = first + 1; group"),
     Mutation(
