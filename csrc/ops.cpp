@@ -277,11 +277,8 @@ Tensor parameter(const char* name, const OptionalTensor& v, const Tensor& x) {
   return x.is_cuda() ? vector : in_opmath(vector, x);
 }
 
-// A batch that is part of a larger one has its seed, and behind it the number of its first sample there.
-bool is_numbered(const OptionalTensor& seed) { return seed.has_value() && seed->defined() && seed->numel() == 2; }
-
 void check_seed(const Tensor& seed, c10::Device device) {
-  TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && (seed.numel() == 1 || (is_numbered(seed) && seed.is_cpu())),
+  TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && (seed.numel() == 1 || is_numbered(seed)),
                     "seed: expected an int64 scalar tensor, but got shape ", seed.sizes(), " of ", seed.scalar_type());
   TORCH_CHECK_VALUE(seed.device() == device, "seed: expected a tensor on ", device, ", but got one on ", seed.device());
 }

@@ -49,6 +49,9 @@ inline int64_t channels_of_block(const Shape& s) {
   return ((s.C + blocks - 1) / blocks + step - 1) / step * step;
 }
 
+// A batch that is part of a larger one has its seed, and behind it the number of its first sample there.
+inline bool is_numbered(const OptionalTensor& seed) { return seed && seed->defined() && seed->numel() == 2; }
+
 // The trailing arguments of the schemas, in their order.
 struct Settings {
   bool training;

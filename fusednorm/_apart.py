@@ -43,8 +43,6 @@ def run(
     input, weight, bias, running_mean, running_var, residual, act_weight = tensors
     assert input is not None
     reason = _plain.why_plain(True, chain.draws())
-    if extras.global_noise and group is not None and chain.draws() and not input.is_cpu:
-        raise RuntimeError(f"global_noise: expected False on {input.device}, whose kernels number samples from 0")
     if reason and (group is not None or _plain.leaves_process(reason)):
         name = "process_group" if group is not None else "renorm"
         raise RuntimeError(f"{name}: expected none here ({reason}: {_plain.REASONS[reason]})")

@@ -110,7 +110,8 @@ def _requires_grad(*tensors):
 
 def values_per_channel(input: Tensor, ghost_batch_size: int) -> tuple[int, int]:
     """In a group of the batch, and in the last one."""
-    samples, count = input.shape[0], math.prod(input.shape[2:], start=input.shape[0])
+    samples, _, *positions = input.shape  # asked once: a shape costs a third of a microsecond
+    count = math.prod(positions, start=samples)
     if not 0 < ghost_batch_size < samples:
         return count, count
     values = count // samples

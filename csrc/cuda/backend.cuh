@@ -48,7 +48,7 @@ inline bool is_plain(const Call& call) {
   const bool ordered = chain.before[0] == Stage::none && chain.after_at(Stage::add) < 0 &&
                        (chain.after_at(Stage::drop) < 0 || chain.after_at(Stage::drop) > chain.after_at(Stage::act));
   const bool decides = !chain.draws() || (chain.noise == Noise::bernoulli && chain.granularity != Granularity::sample);
-  const bool usual = !call.counting.bits && !call.strength;
+  const bool usual = !call.counting.bits && !call.live;
   return ordered && decides && usual && !chain.has_weight && call.groups == 1;
 }
 
@@ -80,7 +80,7 @@ void chain_of(const Call& call, Program<A>& q) {
   q.noisy = q.noisy_before || chain.after_at(Stage::drop) >= 0;
   q.saves_pass = chain.saves_pass();
   q.saves_keep = chain.saves_keep();
-  q.live = call.strength;
+  q.live = call.live;
 }
 
 // With one channel, samples follow one another: one long sample, unless its noise or its groups ask where each begins.

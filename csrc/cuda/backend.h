@@ -38,11 +38,13 @@ struct Counting {
   const int64_t* before;
 };
 
-// Noise of a strength that is known on the device only: what chains have as numbers.
-struct Strength {
+// What of a noise is known on the device only: its strength, as chains have it as numbers, and where draws begin of a
+// batch that is part of a larger one: at which row there, or sample.
+struct Live {
   uint32_t threshold;
   float strength;
   double multiplier;
+  int64_t first;
 };
 
 struct Call {
@@ -53,7 +55,7 @@ struct Call {
   int64_t ghost, groups;  // samples of a group whose statistics are its own; ghost >= N: one group
   const int64_t* seed;    // one value in device memory, or null: no live noise
   Counting counting;
-  const Strength* strength;  // in device memory; or null: it is the chain's
+  const Live* live;  // in device memory; or null: the strength is the chain's, and draws begin at 0
 };
 
 struct Vector {  // (C,) of any storage type, or null
@@ -123,13 +125,15 @@ struct UpdateStatistics {
 };
 void update_statistics(const Context& context, const UpdateStatistics& p);
 
-// The strength of a noise, from its value: all in device memory.
-struct RealiseStrength {
-  Noise noise;
+// That, from a strength's value and the number of the batch's first sample, both in device memory or null.
+struct Realise {
+  Chain chain;
   const double* p;
-  Strength* to;
+  const int64_t* sample;
+  int64_t draws;  // of a sample, in a channel
+  Live* to;
 };
-void realise(const Context& context, const RealiseStrength& p);
+void realise(const Context& context, const Realise& p);
 
 // One seed from the state of torch's generator: (seed, offset) are values, or under graph capture addresses.
 struct DrawSeed {

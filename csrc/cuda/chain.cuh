@@ -115,7 +115,7 @@ struct Program : Stages<A> {
   bool noisy, noisy_before;  // drop is a stage; one of `before`
   bool act_after;            // act is one behind the norm
   bool saves_pass, saves_keep;
-  const Strength* live;  // in the place of threshold, multiplier and strength; or null
+  const Live* live;  // in the place of threshold, multiplier and strength; or null
 };
 // Element i of a fragment belongs to channel i % V of the thread's V; `weight` is PReLU's, of those.
 template <int V, int N, class A>
@@ -160,8 +160,8 @@ FN_DEVICE void multipliers(const Program<A>& q, uint32_t keep, A (&m)[N]) {
 // What a Philox call's 8 rows draw: decisions, or else all ones and multipliers in m. Gaussian noise takes two calls,
 // of which a loop makes one code.
 template <class A>
-FN_DEVICE uint32_t draw_call(const Program<A>& q, Seed seed, uint64_t call, uint32_t c,
-                             float (&m)[math::kRowsPerCall]) {
+FN_DEVICE uint32_t draw_aligned(const Program<A>& q, Seed seed, uint64_t call, uint32_t c,
+                                float (&m)[math::kRowsPerCall]) {
 #pragma unroll 1
   for (uint32_t stage = 0; stage < 2; ++stage) {
     math::Counter x = math::counter(call, c, stage);
@@ -180,6 +180,32 @@ FN_DEVICE uint32_t draw_call(const Program<A>& q, Seed seed, uint64_t call, uint
     math::gaussian4(x.word, strength, m + 4);
   }
   return kKeepAll;
+}
+// The same of rows that begin elsewhere in a larger batch, perhaps within a call: then from two of them, the later one
+// first.
+template <class A>
+FN_DEVICE uint32_t draw_call(const Program<A>& q, Seed seed, uint64_t call, uint32_t c,
+                             float (&m)[math::kRowsPerCall]) {
+  const uint64_t first = q.live ? static_cast<uint64_t>(q.live->first) : 0;
+  const int over = first % math::kRowsPerCall;
+  float later[math::kRowsPerCall] = {};
+  uint32_t bits = 0;
+#pragma unroll 1
+  for (int i = over > 0; i >= 0; --i) {
+#pragma unroll
+    for (int row = 0; row < math::kRowsPerCall; ++row) later[row] = m[row];
+    bits = bits << math::kRowsPerCall | (draw_aligned(q, seed, call + first / math::kRowsPerCall + i, c, m) & 0xffu);
+  }
+#pragma unroll 1
+  for (int i = 0; i < over; ++i) {
+    constexpr int kLast = math::kRowsPerCall - 1;
+#pragma unroll
+    for (int row = 0; row < kLast; ++row) m[row] = m[row + 1];
+    m[kLast] = later[0];
+#pragma unroll
+    for (int row = 0; row < kLast; ++row) later[row] = later[row + 1];
+  }
+  return bits >> over & 0xffu;
 }
 
 // NaN and infinity stay visible forward; backward, a dropped element's gradient is 0 whatever comes in.

@@ -91,11 +91,12 @@ MutableVector mutable_vector(const Tensor& t) {
   return t.defined() ? MutableVector{t.data_ptr(), dtype(t)} : MutableVector{};
 }
 
-// Rows that count and a strength that is a tensor, as kernels take them: in device memory, for as long as the call
-// runs.
+// Rows that count, a strength that is a tensor and the number of the first sample, as kernels take them: in device
+// memory, for as long as the call runs.
 class Beside {
  public:
-  Beside(const On& on, const Chain& chain, const Tensor& valid, const Tensor& strength) {
+  Beside(const On& on, const Shape& shape, const Chain& chain, const Tensor& valid, const Tensor& strength,
+         const Tensor& seed) {
     if (valid.defined()) {
       const int64_t calls = (valid.numel() + 7) / 8;
       const Tensor rows = at::constant_pad_nd(valid.view({-1}).to(at::kByte), {0, 8 * calls - valid.numel()});
@@ -107,24 +108,27 @@ class Beside {
       // Nobody looks at it before: beyond its range, or no number, it is the nearest one, or 0.
       value_ = strength.to(at::kDouble).nan_to_num().clamp_min(0);
       if (chain.noise != Noise::gaussian) value_ = value_.clamp_max(1);
-      strength_ = at::empty({sizeof(Strength)}, strength.options().dtype(at::kByte));
-      realise(on.context(), {chain.noise, data<double>(value_), static_cast<Strength*>(strength_.data_ptr())});
+    }
+    const bool numbered = is_numbered(seed);
+    if (numbered || strength.defined()) {
+      live_ = at::empty({sizeof(Live)}, (numbered ? seed : strength).options().dtype(at::kByte));
+      const int64_t draws = chain.granularity == Granularity::element ? shape.S : 1;
+      const int64_t* sample = numbered ? data<int64_t>(seed) + seed.stride(-1) : nullptr;
+      realise(on.context(), {chain, data<double>(value_), sample, draws, static_cast<Live*>(live_.data_ptr())});
     }
   }
   Counting counting() const { return {data<uint8_t>(bits_), data<int64_t>(before_)}; }
-  const Strength* strength() const {
-    return strength_.defined() ? static_cast<const Strength*>(strength_.data_ptr()) : nullptr;
-  }
+  const Live* live() const { return data<Live>(live_); }
 
  private:
-  Tensor bits_, before_, value_, strength_;
+  Tensor bits_, before_, value_, live_;
 };
 
 void run_forward(const fusednorm::Forward& q) {
   const On on(q.x);
-  const Beside beside(on, q.chain, q.valid, q.strength);
+  const Beside beside(on, q.shape, q.chain, q.valid, q.strength, q.seed);
   const Call call{q.shape,           q.chain,          q.training, q.eps, q.ghost, q.groups, data<int64_t>(q.seed),
-                  beside.counting(), beside.strength()};
+                  beside.counting(), beside.live()};
   for_dtype(q.x, [&](auto zero) {
     using T = decltype(zero);
     forward<T>(
@@ -141,9 +145,9 @@ void run_backward(const fusednorm::Backward& q) {
   const auto wanted = [](const Tensor& t) { return t.defined(); };
   if (!wanted(q.grad_input) && !wanted(q.grad_weight) && !wanted(q.grad_residual) && !wanted(grad_act_weight)) return;
   const On on(q.x);
-  const Beside beside(on, q.chain, q.valid, q.strength);
+  const Beside beside(on, q.shape, q.chain, q.valid, q.strength, q.seed);
   const Call call{q.shape,           q.chain,          q.training, 0, q.ghost, q.groups, data<int64_t>(q.seed),
-                  beside.counting(), beside.strength()};
+                  beside.counting(), beside.live()};
   for_dtype(q.x, [&](auto zero) {
     using T = decltype(zero);
     backward<T>(on.context(), call,
@@ -156,8 +160,8 @@ void run_backward(const fusednorm::Backward& q) {
 
 void run_noise(const NoiseRequest& q, const Tensor& seed) {
   const On on(q.y);
-  const Beside beside(on, q.chain, Tensor(), q.strength);
-  const Call call{q.shape, q.chain, true, 0, q.shape.N, 1, data<int64_t>(seed), {}, beside.strength()};
+  const Beside beside(on, q.shape, q.chain, Tensor(), q.strength, seed);
+  const Call call{q.shape, q.chain, true, 0, q.shape.N, 1, data<int64_t>(seed), {}, beside.live()};
   for_dtype(q.y, [&](auto zero) {
     using T = decltype(zero);
     noise(on.context(), call, static_cast<const T*>(data<T>(q.x)), data<T>(q.y));

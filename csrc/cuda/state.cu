@@ -57,18 +57,23 @@ void update_statistics(const Context& context, const UpdateStatistics& p) {
 
 // What make_chain computes of a number (ops.cpp), of one in its range.
 FN_KERNEL(32, 1)
-realise_kernel(RealiseStrength p) {
+realise_kernel(Realise p) {
   if (threadIdx.x != 0) return;
-  const double value = *p.p;
-  if (p.noise == Noise::gaussian) {
-    *p.to = {0, static_cast<float>(sqrt(value)), 1};
-    return;
+  Live live{p.chain.threshold, p.chain.strength, p.chain.multiplier, p.sample ? *p.sample * p.draws : 0};
+  if (p.p) {
+    const double value = *p.p;
+    if (p.chain.noise == Noise::gaussian) {
+      live.strength = static_cast<float>(sqrt(value));
+    } else {
+      live.threshold = value > 0 ? math::keep_threshold(value) : kAllKept;
+      live.strength = static_cast<float>(value);
+      live.multiplier = value < 1 ? math::keep_scale(live.threshold) : 0;
+    }
   }
-  const uint32_t threshold = value > 0 ? math::keep_threshold(value) : kAllKept;
-  *p.to = {threshold, static_cast<float>(value), value < 1 ? math::keep_scale(threshold) : 0};
+  *p.to = live;
 }
 
-void realise(const Context& context, const RealiseStrength& p) {
+void realise(const Context& context, const Realise& p) {
   launch("realise", Launch{dim3(1), dim3(32), 0, 1, context.stream, 0, false}, realise_kernel, p);
 }
 

@@ -99,21 +99,26 @@ def oracle():
     return function
 
 
-def multipliers(shape, p, seed, granularity="element", kind="bernoulli"):
-    """m in float64, of the given shape."""
+def multipliers(shape, p, seed, granularity="element", kind="bernoulli", sample=0):
+    """m in float64, of the given shape; of a batch that begins at that sample of a larger one."""
+    shape = (shape[0] + sample, *shape[1:])
     m = np.full(shape, 1.0 - (p if kind == "bernoulli" else 0.0))
     if p != 0 and not (kind == "bernoulli" and p == 1):
         n, c, s = shape[0], shape[1], math.prod(shape[2:])
         oracle()(1 + KINDS.index(kind), GRANULARITIES.index(granularity), p, seed, n, c, s, m.ctypes.data)
-    return torch.from_numpy(m)
+    return torch.from_numpy(m[sample:])
 
 
 class Known(Problem):
     """A problem with that noise, which the CPU backend need not know."""
 
+    def __init__(self, *args, sample, **options):
+        self.sample = sample
+        super().__init__(*args, **options)
+
     def _exact(self, m, grad, dtype, grad_layout):
         o = self.options
-        self.m = multipliers(tuple(self.x.shape), o["p"], o["seed"], o["granularity"], o["noise"])
+        self.m = multipliers(tuple(self.x.shape), o["p"], o["seed"], o["granularity"], o["noise"], self.sample)
         super()._exact(self.m, grad, dtype, grad_layout)
 
     def stages(self):
@@ -147,14 +152,15 @@ def counting(kind, samples, length, seed):
 class Layer(Case):
     """Forward and, from what that saved, backward. act: as Problem has it, and "prelu". split: in four passes.
 
-    rows: a kind of `counting`. live: the strength of the noise is known in device memory only.
+    rows: a kind of `counting`. live: the strength of the noise is known in device memory only. sample: which one of a
+    larger batch is the first, known there too.
     """
 
     def __init__(
         self, shape, last, dtype, act=None, p=0.0, granularity="element", training=True, *, machine=STREAMING,
         mask=False, shift=0, param_dtype=None, stat_dtype=None, weight=True, bias=True, dx=True, dw=True, dr=True,
         da=True, seed=5, offset=0.0, order="norm-act-drop", kind="bernoulli", ghost=0, matched=False, split=False,
-        rows=None, live=False,
+        rows=None, live=False, sample=0,
     ):  # fmt: skip
         n, c, s = shape
         self.rows = None if rows is None else counting(rows, n, s, seed)
@@ -177,6 +183,7 @@ class Layer(Case):
             seed=seed,
             offset=offset,
             rows=self.rows,
+            sample=sample,
         )
         name, parameters = ("prelu", ()) if act == "prelu" else reference.resolve_activation(act)
         words = {
@@ -203,6 +210,8 @@ class Layer(Case):
             inputs["before"] = torch.nn.functional.pad(eights.sum(1).cumsum(0), (1, 0))
         if live:
             inputs["value"] = torch.tensor([p], dtype=torch.float64)
+        if sample:
+            inputs["sample"] = torch.tensor([sample])
         vectors = {"weight": q.weight, "bias": q.bias, "act_weight": q.act_weight}
         inputs |= {k: v for k, v in vectors.items() if v is not None}
         if q.residual is not None:

@@ -193,10 +193,13 @@ class Case {
     c.groups = (c.shape.N + c.ghost - 1) / c.ghost;
     c.seed = data<int64_t>("seed");
     c.counting = {data<uint8_t>("bits"), data<int64_t>("before")};
-    if (number("live") != 0) {
-      auto* strength = static_cast<Strength*>(context_.workspace(sizeof(Strength)));
-      realise(context_, {c.chain.noise, data<double>("value"), strength});
-      c.strength = strength;
+    const auto* value = data<double>("value");
+    const auto* sample = data<int64_t>("sample");
+    if (value || sample) {
+      auto* live = static_cast<Live*>(context_.workspace(sizeof(Live)));
+      const int64_t draws = c.chain.granularity == Granularity::element ? c.shape.S : 1;
+      realise(context_, {c.chain, value, sample, draws, live});
+      c.live = live;
       c.chain.threshold = 1;  // nobody looks
       c.chain.multiplier = 7;
       c.chain.strength = 9;
