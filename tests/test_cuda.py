@@ -213,6 +213,46 @@ class TestNoise:
         assert torch.equal(grad.cpu() != 0, m != 0)
 
 
+class TestFewCalls:
+    """What few calls have, on both devices: rows that do not count, a strength that is a tensor, numbered samples."""
+
+    @GRANULARITIES
+    @DTYPES
+    @BOTH
+    @pytest.mark.parametrize("shape", [(7, 33, 9), (4, 8, 130), (37, 16, 1)], ids=str)
+    @pytest.mark.parametrize("kind", ["bernoulli", "uniform", "gaussian"])
+    def test_results(self, kind, shape, layout, dtype, granularity):
+        draw = torch.Generator().manual_seed(len(kind))
+        x, g = (torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype) for _ in range(2))
+        counts = torch.rand(shape[0], shape[2], generator=draw) < 0.6
+        results = []
+        for device in ("cpu", GPU):
+            entering = leaf(lay_out(x.to(device), layout))
+            y = functional.batch_norm_act_drop(
+                *(entering, None, None, None, None, True), act="gelu", p=torch.tensor(0.4, device=device), noise=kind,
+                granularity=granularity, order="drop-norm-act", mask=counts.to(device), seed=5,
+            )  # fmt: skip
+            (grad,) = torch.autograd.grad(y, entering, g.to(device))
+            results.append([y.detach().cpu(), grad.cpu()])
+        for on_cpu, on_device in zip(*results, strict=True):
+            rows = counts.unsqueeze(1).expand(shape)
+            assert not on_device[~rows].any()
+            torch.testing.assert_close(on_device, on_cpu, rtol=10 * TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+
+    @GRANULARITIES
+    @BOTH
+    @pytest.mark.parametrize("sample", [1, 8, 10_003])
+    @pytest.mark.parametrize("kind", ["bernoulli", "uniform", "gaussian"])
+    def test_part_of_a_larger_batch(self, kind, sample, layout, granularity):
+        """The draws of samples that stand behind others."""
+        x = lay_out(torch.ones(5, 9, 7), layout)
+        drawn = [
+            torch.ops.fusednorm.dropout(x.to(device), torch.tensor([3, sample], device=device), 0.3, kind, granularity)
+            for device in ("cpu", GPU)
+        ]
+        assert same_bits(drawn[0], drawn[1].cpu())
+
+
 class TestValues:
     @DTYPES
     @pytest.mark.parametrize("layout", LAYOUTS)
