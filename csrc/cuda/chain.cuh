@@ -181,31 +181,41 @@ FN_DEVICE uint32_t draw_aligned(const Program<A>& q, Seed seed, uint64_t call, u
   }
   return kKeepAll;
 }
-// The same of rows that begin elsewhere in a larger batch, perhaps within a call: then from two of them, the later one
-// first.
+// The same of 8 rows that begin within a call, as they may in a part of a larger batch: one by one, which takes no more
+// registers than a call does.
+FN_DEVICE uint32_t draw_across(const Live& live, Noise noise, Seed seed, uint64_t call, uint32_t over, uint32_t c,
+                               float (&m)[math::kRowsPerCall]) {
+  uint32_t bits = 0;
+#pragma unroll 1
+  for (uint32_t i = 0; i < math::kRowsPerCall; ++i) {
+    const uint32_t lane = (over + i) % math::kRowsPerCall, stage = noise == Noise::gaussian ? lane / 4 : 0;
+    math::Counter x = math::counter(call + (lane < over), c, stage);
+    math::philox4x32<math::kPhiloxRounds>(x.word, {kept(seed.low), kept(seed.high)});  // or all rounds' keys would stay
+    float value = 0, next;
+    if (noise == Noise::gaussian) {
+      const bool second = lane % 4 >= 2;
+      math::gaussian_multipliers(static_cast<float>(second ? x.word[2] : x.word[0]),
+                                 static_cast<float>(second ? x.word[3] : x.word[1]), live.strength, value, next);
+      value = lane % 2 ? next : value;
+    } else {
+      const uint32_t low = lane < 2 ? x.word[0] : x.word[1], high = lane < 6 ? x.word[2] : x.word[3];
+      const uint32_t draw = (lane < 4 ? low : high) >> (16 * (lane % 2)) & 0xffffu;
+      bits = bits >> 1 | static_cast<uint32_t>(draw < live.threshold) << (math::kRowsPerCall - 1);
+      value = math::uniform_multiplier(static_cast<float>(draw), live.strength);
+    }
+#pragma unroll
+    for (int i = 0; i + 1 < math::kRowsPerCall; ++i) m[i] = m[i + 1];
+    m[math::kRowsPerCall - 1] = value;
+  }
+  return noise == Noise::bernoulli ? bits : kKeepAll;
+}
 template <class A>
 FN_DEVICE uint32_t draw_call(const Program<A>& q, Seed seed, uint64_t call, uint32_t c,
                              float (&m)[math::kRowsPerCall]) {
   const uint64_t first = q.live ? static_cast<uint64_t>(q.live->first) : 0;
-  const int over = first % math::kRowsPerCall;
-  float later[math::kRowsPerCall] = {};
-  uint32_t bits = 0;
-#pragma unroll 1
-  for (int i = over > 0; i >= 0; --i) {
-#pragma unroll
-    for (int row = 0; row < math::kRowsPerCall; ++row) later[row] = m[row];
-    bits = bits << math::kRowsPerCall | (draw_aligned(q, seed, call + first / math::kRowsPerCall + i, c, m) & 0xffu);
-  }
-#pragma unroll 1
-  for (int i = 0; i < over; ++i) {
-    constexpr int kLast = math::kRowsPerCall - 1;
-#pragma unroll
-    for (int row = 0; row < kLast; ++row) m[row] = m[row + 1];
-    m[kLast] = later[0];
-#pragma unroll
-    for (int row = 0; row < kLast; ++row) later[row] = later[row + 1];
-  }
-  return bits >> over & 0xffu;
+  const uint32_t over = first % math::kRowsPerCall;
+  call += first / math::kRowsPerCall;
+  return over ? draw_across(*q.live, q.noise, seed, call, over, c, m) : draw_aligned(q, seed, call, c, m);
 }
 
 // NaN and infinity stay visible forward; backward, a dropped element's gradient is 0 whatever comes in.

@@ -121,9 +121,10 @@ MUTATIONS = (
     Mutation(
         "strength_of_call", "chain.cuh", "q.live ? static_cast<A>(q.live->multiplier) : q.multiplier", "q.multiplier"
     ),
-    Mutation("first_row_within_call", "chain.cuh", "return bits >> over & 0xffu;", "return bits & 0xffu;"),
-    Mutation("numbers_within_call", "chain.cuh", "for (int i = 0; i < over; ++i)", "for (int i = 1; i < over; ++i)"),
-    Mutation("call_of_first_row", "chain.cuh", "call + first / math::kRowsPerCall + i", "call + i"),
+    Mutation("first_row_within_call", "chain.cuh", "lane = (over + i) % math::kRowsPerCall,", "lane = i,"),
+    Mutation("next_call_of_first_row", "chain.cuh", "call + (lane < over), c", "call, c"),
+    Mutation("call_of_first_row", "chain.cuh", "call += first / math::kRowsPerCall;", ""),
+    Mutation("numbers_within_call", "chain.cuh", "value = lane % 2 ? next : value;", ""),
     Mutation("threshold_of_call", "chain.cuh", "q.live ? q.live->threshold : q.threshold", "q.threshold"),
     Mutation("keeps_less_than_all", "chain.cuh", "threshold == kAllKept ? kKeepAll : math::", "math::"),
     # Packs and memory.

@@ -93,7 +93,7 @@ def counting_cases(draw):
                     kind=kind, ghost=ghost, matched=draw.random() < 0.5, seed=draw.randrange(100),
                     split=not ghost and p not in (0, 1) and draw.random() < 0.2, live=live,
                     rows=draw.choice(("padding", "holes", "holes", None if live else "padding")),
-                    sample=draw.choice((0, 0, 3, 10_003)),
+                    sample=draw.choice((0, 3, 8, 10_003)),
                 )
             )  # fmt: skip
     for shape, last in (((4, 3, 24), False), ((3, 8, 300), False), ((5, 8, 9), True)):
@@ -269,6 +269,7 @@ def few_staged(dtype, other):
         Layer((3, 2, 40), False, dtype, "gelu", 0.0, order="norm-drop-act", live=True),
         layer((5, 3, 49), True, "prelu", "drop-act-norm", kind="uniform", rows="holes", live=True, ghost=2, sample=3),
         layer((5, 3, 49), False, "relu", "norm-act-drop", mask=True, sample=3),
+        layer((9, 3, 12), False, "relu", "norm-act-drop", sample=8),
         layer((9, 3, 12), False, None, "norm-act-drop", "channel", kind="gaussian", sample=5),
         layer((9, 3, 13), True, None, "norm-act-drop", other, kind="gaussian", sample=5),
         NoiseItself((2, 3, 300), dtype, 0.3, "gaussian", times_x=True),
