@@ -127,7 +127,7 @@ class Beside {
 void run_forward(const fusednorm::Forward& q) {
   const On on(q.x);
   const Beside beside(on, q.shape, q.chain, q.valid, q.strength, q.seed);
-  const Call call{q.shape,           q.chain,          q.training, q.eps, q.ghost, q.groups, data<int64_t>(q.seed),
+  const Call call{q.shape,           q.chain,      q.training, q.eps, q.ghost, q.groups, data<int64_t>(q.seed),
                   beside.counting(), beside.live()};
   for_dtype(q.x, [&](auto zero) {
     using T = decltype(zero);
@@ -146,7 +146,7 @@ void run_backward(const fusednorm::Backward& q) {
   if (!wanted(q.grad_input) && !wanted(q.grad_weight) && !wanted(q.grad_residual) && !wanted(grad_act_weight)) return;
   const On on(q.x);
   const Beside beside(on, q.shape, q.chain, q.valid, q.strength, q.seed);
-  const Call call{q.shape,           q.chain,          q.training, 0, q.ghost, q.groups, data<int64_t>(q.seed),
+  const Call call{q.shape,           q.chain,      q.training, 0, q.ghost, q.groups, data<int64_t>(q.seed),
                   beside.counting(), beside.live()};
   for_dtype(q.x, [&](auto zero) {
     using T = decltype(zero);
