@@ -146,6 +146,7 @@ def of_onednn(rows: list[dict]) -> dict[str, str]:
 
 def of_census(rows: list[dict]) -> dict[str, str]:
     """Eager's time over ours, of the layers of public models."""
+
     def ratios(mode: str, *noise: bool) -> list[float]:
         return [row["ratio"]["eager"] for row in rows if row["mode"] == mode and (row["p"] > 0) in noise]
 
