@@ -6,7 +6,6 @@ results and on matplotlib's version alone: no date, and ids from a fixed salt.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,17 +40,15 @@ def _panel(axis, rows: list[dict], value: Callable[[dict, str], float], unit: st
 
 
 def _figure(result: dict, colours: tuple[str, str]):
-    names, rows = zip(*figures.shown(result["rows"]), strict=True)
+    shown = figures.shown(result["rows"])
+    rows = [row for _, row in shown]
     figure, axes = plt.subplots(1, len(PANELS), figsize=(9, 3.6), sharey=True, layout="constrained")
     for axis, (title, (value, unit)) in zip(axes, PANELS.items(), strict=True):
         _panel(axis, rows, value, unit, colours)
         axis.set_title(title, fontsize=10)
     noises = [f"dropout {row['p']:g}" if row["p"] else "no dropout" for row in rows]
-    axes[0].set_yticks(
-        range(len(rows)),
-        ["\n".join([*name.split(", ", 1), noise]) for name, noise in zip(names, noises, strict=True)],
-        fontsize=8,
-    )
+    names = ["\n".join([*name.split(", ", 1), noise]) for (name, _), noise in zip(shown, noises, strict=True)]
+    axes[0].set_yticks(range(len(rows)), names, fontsize=8)
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     figure.supxlabel(f"share of the stock layers; {machine.line(result['machine'])}", fontsize=8)
@@ -70,8 +67,3 @@ def draw(result: dict, folder: Path) -> list[Path]:
             figure.savefig(drawn[-1], transparent=True, metadata={"Date": None})
             plt.close(figure)
     return drawn
-
-
-def labels(picture: Path) -> list[str]:
-    """The words and figures in it: outlines are preceded by what they spell, and differ between versions."""
-    return re.findall(r"<!-- (.*?) -->", picture.read_text())

@@ -3,8 +3,12 @@
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -90,6 +94,17 @@ def test_check_sees_a_picture_of_other_figures(publish, figures, monkeypatch):
     }
     assert run(publish, monkeypatch, "new", *parts(figures).values()) == 0
     assert {path: path.read_bytes() for path in drawn} == drawn  # the same results, the same bytes
+
+
+def test_the_picture_speaks_of_layers_as_readers_do(benchmarks, figures, tmp_path):
+    publish = benchmarks("publish")
+    drawn = publish.draw(figures.load(NAME), tmp_path)
+    light, dark = map(publish.spelled, drawn)
+    assert light == dark
+    for name in figures.SHOWN.values():
+        assert set(name.split(", ", 1)) <= set(light)
+    for path in drawn:
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
 
 
 def test_an_unknown_figure_is_an_error(figures):
