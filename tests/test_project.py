@@ -87,6 +87,13 @@ def test_links_and_paths_lead_somewhere(page):
     assert not missing
 
 
+def test_every_file_of_the_package_has_a_room():
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "fusednorm").rglob("*.py")}
+    files = {path for path in files if not path.endswith(("__init__.py", "_built_for.py"))}
+    rooms = set(re.findall(r"`(fusednorm/[\w./]*)`", text("docs/how-it-works.md").partition("## The rooms")[2]))
+    assert files <= rooms
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_there(page):
     commands = re.findall(r"(?:^    |`)make ((?:[a-z][a-z-]* ?)+)", text(page), re.M)
