@@ -6,6 +6,7 @@ PYTHON = python3
 ARGS   =
 QUICK  =
 FAMILY =
+RESULTS  = cpu-epyc-genoa-2-cores
 SECONDS  = 60
 SEED     =
 CASES    =
@@ -42,9 +43,9 @@ say  = @echo "==> $(1)"
 need = @$(PY) -c "import sys, importlib.util as u; no = [m for m in '$(1)'.split() if not u.find_spec(m)]; \
 	no and sys.exit('$(PY) lacks ' + ', '.join(no) + ': install that, or leave VENV at its default.')"
 
-.PHONY: help wheel sdist packages clean-dist demo test fuzz sanitized bench rivals census models finetune gpu build cuda cuda-library lint format clean interpreter
+.PHONY: help wheel sdist packages clean-dist demo test fuzz sanitized bench readme rivals census models finetune gpu build cuda cuda-library lint lint-style lint-figures lint-types format clean interpreter
 help:
-	@echo "make demo | test | wheel | sdist | packages | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1 FAMILY=orders|census] | rivals | census | models | finetune | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
+	@echo "make demo | test | wheel | sdist | packages | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1 FAMILY=orders|census] | readme | rivals | census | models | finetune | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
 
 demo: build
 	$(call say,Running the demo)
@@ -77,6 +78,10 @@ BENCH_FAMILY := $(if $(FAMILY),$(or $(and $(filter orders,$(FAMILY)),--family),$
 bench: build
 	$(call say,Running the benchmarks)
 	@$(TIMED) $(PY) benchmarks/run.py $(if $(filter-out 0,$(QUICK)),--quick) $(BENCH_FAMILY) $(ARGS)
+
+# The figures, tables and picture of the README and of its like, from benchmarks/results; `make lint` checks them.
+readme: $(TOOLS)
+	@$(PY) benchmarks/publish.py $(RESULTS) $(ARGS)
 
 # Which layers public models run: writes benchmarks/census.json, the rows of `make bench FAMILY=census`.
 census: build $(if $(VENV),$(CENSUS_VENV)/.models-installed)
@@ -204,11 +209,20 @@ $(VENV)/.tools-installed: requirements-dev.txt $(TORCH_INSTALLED)
 	@$(PY) -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
-lint: $(TOOLS)
+# In parts, as .pre-commit-config.yaml runs them.
+lint: lint-style lint-figures lint-types
+
+lint-style: $(TOOLS)
 	$(call say,Checking style)
 	@$(BIN)ruff check .
 	@$(BIN)ruff format --check .
 	@find csrc tests benchmarks $(CODE) | xargs $(BIN)clang-format --dry-run -Werror
+
+lint-figures: $(TOOLS)
+	$(call say,Checking the figures of the README and its like)
+	@$(PY) benchmarks/publish.py $(RESULTS) --check
+
+lint-types: $(TOOLS)
 	$(call say,Checking types)
 	@$(PY) -m mypy
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath "$$($(PY) -c 'import sys; print(sys.executable)')"

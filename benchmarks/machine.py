@@ -116,3 +116,8 @@ def facts() -> dict:
         "commit": f"{commit}{'+changes' if changed else ''}" if commit else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def line(facts: dict) -> str:
+    """Those that stand beside every figure, in words."""
+    return f"{facts['cpu']}, {facts['threads']} threads, {facts['level']}, torch {facts['torch']}"

@@ -1,4 +1,4 @@
-"""The figures of the README: how many times faster, and how much is kept for backward."""
+"""Pictures of a run: how many times faster, and how much is kept for backward."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
 from matplotlib.patheffects import withStroke  # noqa: E402
 from matplotlib.ticker import FixedLocator, NullLocator  # noqa: E402
 
+from benchmarks import machine  # noqa: E402
 from benchmarks.census_classes import PATTERNS, pattern_class, pixels  # noqa: E402
 from benchmarks.workloads import BY_NAME, FAMILY  # noqa: E402
 
@@ -57,10 +58,6 @@ def _figure(rows):
     return plt.subplots(figsize=(8.5, 1.4 + 0.42 * len(rows)), layout="constrained")
 
 
-def _machine(facts: dict) -> str:
-    return f"{facts['cpu']}, {facts['threads']} threads, {facts['level']}, torch {facts['torch']}"
-
-
 def _save(figure, path: Path) -> Path:
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -73,7 +70,7 @@ def speed(rows: list[dict], facts: dict, path: Path) -> Path:
     _groups(axis, rows, ("eager", "compile"), lambda row, name: row["ratio"].get(name), "{:.1f}x")
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_xlabel("unfused time / fusednorm time (right of 1: fusednorm is faster)")
-    axis.set_title(f"Forward + backward\n{_machine(facts)}", fontsize=10)
+    axis.set_title(f"Forward + backward\n{machine.line(facts)}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return _save(figure, path)
 
@@ -87,7 +84,7 @@ def saved(rows: list[dict], facts: dict, path: Path) -> Path:
 
     _groups(axis, rows, ("fused", "eager", "compile"), value, "{:.2f}")
     axis.set_xlabel("bytes kept for backward, per element of the activation")
-    axis.set_title(f"Memory saved for backward\n{_machine(facts)}", fontsize=10)
+    axis.set_title(f"Memory saved for backward\n{machine.line(facts)}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return _save(figure, path)
 
@@ -114,7 +111,7 @@ def census(rows: list[dict], facts: dict, path: Path) -> Path:
         *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
     )
     axes[0][0].set_ylabel("eager time / fusednorm time")
-    figure.suptitle(f"Layers of public models\n{_machine(facts)}", fontsize=10)
+    figure.suptitle(f"Layers of public models\n{machine.line(facts)}", fontsize=10)
     return _save(figure, path)
 
 
@@ -127,7 +124,7 @@ def models(rows: list[dict], facts: dict, path: Path) -> Path:
     axis.margins(y=0.01)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xlabel("stock's training step / this one's (right of 1: faster; n/a: did not run)")
-    axis.set_title(f"Training steps of whole models\n{_machine(facts)}", fontsize=10)
+    axis.set_title(f"Training steps of whole models\n{machine.line(facts)}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return _save(figure, path)
 

@@ -40,6 +40,8 @@ def test_the_source_distribution_holds_all_that_building_and_testing_needs(tmp_p
     built = {p for p in needed if re.search(r"__pycache__|\.so$|_built_for\.py$", p)}
     assert needed - held == built
     assert {"Makefile", "setup.py", "pyproject.toml", "requirements-dev.txt", "LICENSE", "README.md"} <= held
+    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md", ".pre-commit-config.yaml"} <= held
+    assert {".github/ISSUE_TEMPLATE/bug.yml", "docs/pictures/before-after.svg", "docs/how-it-works.md"} <= held
 
 
 @pytest.mark.parametrize("place", ["checkout", "installed"])

@@ -1,9 +1,14 @@
-"""The README's tables: what the results files say, and what becomes of a new run."""
+"""Pages and their picture: what the results files say, and what becomes of a new run."""
 
 import json
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -14,14 +19,20 @@ pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not (RESULTS / f"{NAME}.json")
 
 @pytest.fixture
 def publish(benchmarks, tmp_path, monkeypatch):
-    """The module, at work on a copy of the README and without results."""
+    """The module, at work on copies of the pages and without results."""
     module = benchmarks("publish")
-    for attribute, page in (("README", ROOT / "README.md"), ("MODELS_PAGE", ROOT / "docs" / "models.md")):
-        copy = tmp_path / page.name
+    copies = tuple(tmp_path / page.name for page in module.PAGES)
+    for copy, page in zip(copies, module.PAGES, strict=True):
         copy.write_text(page.read_text())
-        monkeypatch.setattr(module, attribute, copy)
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "PAGES", copies)
+    monkeypatch.setattr(module, "PICTURES", tmp_path / "pictures")
+    monkeypatch.setattr(module.figures, "RESULTS", tmp_path)
     return module
+
+
+@pytest.fixture
+def figures(benchmarks):
+    return benchmarks("figures")
 
 
 def run(publish, monkeypatch, *arguments):
@@ -29,45 +40,99 @@ def run(publish, monkeypatch, *arguments):
     return publish.main()
 
 
-def parts(name=NAME):
-    return [RESULTS / f"{name}{suffix}.json" for suffix in ("", "-orders", "-census", "-models")]
+def parts(figures):
+    return {kind: RESULTS / f"{NAME}{suffix}.json" for kind, suffix in figures.KINDS.items()}
 
 
-def test_pages_are_up_to_date(benchmarks):
-    for page, text in benchmarks("publish").pages(NAME).items():
-        assert text == page.read_text()
+def test_pages_and_picture_are_up_to_date(benchmarks, figures):
+    assert benchmarks("publish").stale(figures.load(NAME)) == []
 
 
-def test_rows_find_their_files(publish, monkeypatch, tmp_path):
-    """One run with all rows, as a machine may well have made them, gives the same three files and the same tables."""
-    found = [json.loads(path.read_text()) for path in parts()]
+def test_rows_find_their_files(publish, figures, monkeypatch, tmp_path):
+    """One run with all rows, as a machine may well have made them, gives the same files and the same figures."""
+    found = {kind: json.loads(path.read_text()) for kind, path in parts(figures).items()}
+    machine = found["layers"]["machine"]
+    pages = {page: page.read_text() for page in publish.PAGES}
     everything = tmp_path / "run.json"
-    everything.write_text(
-        json.dumps({"machine": {"cpu": "x"}, "rows": [row for part in found for row in part["rows"]]})
-    )
+    rows = [row for part in found.values() for row in part["rows"]]
+    everything.write_text(json.dumps({"machine": machine, "rows": rows}))
     assert run(publish, monkeypatch, "new", everything) == 0
-    for suffix, part in zip(("", "-orders", "-census", "-models"), found, strict=True):
-        assert json.loads((tmp_path / f"new{suffix}.json").read_text()) == {
-            "machine": {"cpu": "x"},
-            "rows": part["rows"],
-        }
-    assert publish.README.read_text() == (ROOT / "README.md").read_text()
+    for kind, part in found.items():
+        written = json.loads((tmp_path / f"new{figures.KINDS[kind]}.json").read_text())
+        assert written == {"machine": machine, "rows": part["rows"]}
+    for page, text in pages.items():
+        assert page.read_text() == text
 
 
-def test_check(publish, monkeypatch):
-    assert run(publish, monkeypatch, "new", *parts()) == 0
+def test_check(publish, figures, monkeypatch, capsys):
+    assert run(publish, monkeypatch, "new", *parts(figures).values()) == 0
     assert run(publish, monkeypatch, "new", "--check") == 0
-    text = publish.README.read_text()
+    readme = publish.PAGES[0]
+    text = readme.read_text()
     stale = text.replace("| 0.1 | ", "| 0.1 | 9", 1)
-    publish.README.write_text(stale)
+    readme.write_text(stale)
     assert run(publish, monkeypatch, "new", "--check") == 1
-    assert publish.README.read_text() == stale
+    assert capsys.readouterr().out == "README.md is not what the results files say: make readme\n"
+    assert readme.read_text() == stale
     assert run(publish, monkeypatch, "new") == 0
-    assert publish.README.read_text() == text
+    assert readme.read_text() == text
     with pytest.raises(SystemExit):
-        run(publish, monkeypatch, "new", *parts(), "--check")
+        run(publish, monkeypatch, "new", *parts(figures).values(), "--check")
 
 
-def test_table_that_is_not_there(publish):
-    with pytest.raises(ValueError, match="not in list"):
-        publish.replace_table("no table\n", ["| a |", "|---|"])
+def test_check_sees_a_picture_of_other_figures(publish, figures, monkeypatch):
+    assert run(publish, monkeypatch, "new", *parts(figures).values()) == 0
+    drawn = {path: path.read_bytes() for path in sorted(publish.PICTURES.iterdir())}
+    assert [path.name for path in drawn] == ["before-after-dark.svg", "before-after.svg"]
+    layers = json.loads((figures.RESULTS / "new.json").read_text())
+    row = figures.of_layer(layers["rows"], "cnn_f32", False)[0]
+    row["providers"]["fused"]["median_ms"] *= 2
+    (figures.RESULTS / "new.json").write_text(json.dumps(layers))
+    assert {path.name for path in publish.stale(figures.load("new"))} == {
+        "README.md",
+        *(path.name for path in drawn),
+    }
+    assert run(publish, monkeypatch, "new", *parts(figures).values()) == 0
+    assert {path: path.read_bytes() for path in drawn} == drawn  # the same results, the same bytes
+
+
+def test_the_picture_speaks_of_layers_as_readers_do(benchmarks, figures, tmp_path):
+    publish = benchmarks("publish")
+    drawn = publish.draw(figures.load(NAME), tmp_path)
+    light, dark = map(publish.spelled, drawn)
+    assert light == dark
+    for name in figures.SHOWN.values():
+        assert set(name.split(", ", 1)) <= set(light)
+    for path in drawn:
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+
+
+def test_an_unknown_figure_is_an_error(figures):
+    with pytest.raises(KeyError, match="no-such"):
+        figures.fill("<!--= no-such -->1<!--/-->", {})
+
+
+def test_every_figure_is_on_a_page(benchmarks, figures):
+    text = "".join(page.read_text() for page in benchmarks("publish").PAGES)
+    assert {found[1] for found in figures.MARK.findall(text)} == set(figures.figures(figures.load(NAME)))
+
+
+def test_figures_move_with_the_rows(figures):
+    """Every ratio in prose is taken from the rows: with all times of ours doubled, all of them change."""
+    results = figures.load(NAME)
+    before = figures.figures(results)
+    for kind in ("layers", "census", "models"):
+        for row in results[kind]["rows"]:
+            row["ratio"] = {peer: ratio / 2 for peer, ratio in row.get("ratio", {}).items()}
+    after = figures.figures(results)
+    still = {"machine", "measured", "models", "census-plain", "census-noisy", "orders-table"}
+    assert {name for name in before if before[name] == after[name]} == still
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance-tables.md"])
+def test_no_figure_is_typed_by_hand(figures, page):
+    """A multiple, a share or a time is in a marked place; no line of prose begins with a mark, which would be HTML."""
+    text = (ROOT / page).read_text()
+    assert not re.findall(r"^\s*<!--= [\w-]+ -->.+", text, re.M)
+    prose = re.sub(r"```.*?```|^    .*$", "", figures.MARK.sub("", text), flags=re.S | re.M)
+    assert not re.findall(r"\d(?:\.\d+)?(?:x\b(?! is)| times| ms\b|%| MB\b)", prose)
