@@ -28,7 +28,7 @@ ENVIRONMENT = os.environ | {
 REPORTED = 3  # the exit code of scheduler.cpp's own reports
 
 
-def call(command, timeout=300, **options):
+def call(command, timeout=900, **options):  # who hangs; all cases take minutes on a machine that is busy
     return subprocess.run(
         [str(word) for word in command], capture_output=True, timeout=timeout, env=ENVIRONMENT, **options
     )
