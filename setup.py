@@ -17,11 +17,6 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # setuptools before 70
-    from wheel.bdist_wheel import bdist_wheel
-
 OLDEST_TORCH = (2, 11)
 VERSION = re.search(r'^__version__ = "(.+)"$', Path("fusednorm/__init__.py").read_text(), re.M)[1]
 INSTALL = "python -m pip install --no-build-isolation ."
@@ -163,11 +158,6 @@ class BuildLibrary(build_ext):
             Path(root, "fusednorm", "_built_for.py").write_text(record)
 
 
-class WheelForEveryPython(bdist_wheel):
-    def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
-
-
 def operators():
     sanitized = SANITIZED if os.environ.get("FUSEDNORM_SANITIZE") == "1" else []
     return Extension(
@@ -208,5 +198,7 @@ setup(
     install_requires=[required],
     license="MIT",
     ext_modules=[operators()],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": WheelForEveryPython},
+    cmdclass={"build_ext": BuildLibrary},
+    # Of Python's C interface the library uses nothing. Free-threaded Pythons take no wheel that says so: their own name.
+    options={} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

