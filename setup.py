@@ -19,7 +19,6 @@ from setuptools.command.build_ext import build_ext
 
 OLDEST_TORCH = (2, 11)
 VERSION = re.search(r'^__version__ = "(.+)"$', Path("fusednorm/__init__.py").read_text(), re.M)[1]
-INSTALL = "python -m pip install --no-build-isolation ."
 # Never -ffast-math: NaN, infinities and the order of additions are part of the contract, and multiply-adds fuse only
 # where the source says so. errno and floating-point traps are not, and without giving them up the plain loops do not
 # vectorise. No -std: torch knows what its headers need.
@@ -40,7 +39,10 @@ def load_torch():
         import torch
         from torch.utils import cpp_extension
     except ImportError as error:
-        sys.exit(f"fusednorm is compiled against the torch that will run it ({error}): install torch, then `{INSTALL}`")
+        sys.exit(
+            f"fusednorm is compiled against the torch that will run it, and finds none here ({error}): install torch, "
+            "then fusednorm with `python -m pip install --no-build-isolation ...`"
+        )
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         sys.exit(f"fusednorm needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer; this one is {torch.__version__}")
     return torch, cpp_extension
@@ -153,7 +155,7 @@ class BuildLibrary(build_ext):
             builder.run()
         except RuntimeError as error:  # the compiler has said why; torch's traceback would push that off the screen
             sys.exit(f"fusednorm: {error}")
-        record = f"TORCH = {str(torch.__version__)!r}\nCUDA = {cuda!r}\nCUDA_ARCHITECTURES = {archs!r}\n"
+        record = f"TORCH = {str(torch.__version__)!r}\nCUDA = {cuda!r}\nCUDA_ARCHITECTURES = {tuple(archs)!r}\n"
         for root in [self.build_lib] + ["."] * self.inplace:
             Path(root, "fusednorm", "_built_for.py").write_text(record)
 
@@ -199,6 +201,6 @@ setup(
     license="MIT",
     ext_modules=[operators()],
     cmdclass={"build_ext": BuildLibrary},
-    # Of Python's C interface the library uses nothing. Free-threaded Pythons take no wheel that says so: their own name.
+    # Of Python's C interface the library uses nothing. Free-threaded Pythons take no wheel that says so.
     options={} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -5,6 +5,7 @@ For `python -m fusednorm info`, benchmarks and tests. Through ctypes, so that no
 
 import ctypes
 import functools
+import importlib
 from typing import Any
 
 from . import _library
@@ -32,17 +33,17 @@ def build_info() -> dict[str, Any]:
     """torch's version, compiler, C++ standard, OpenMP's date, CPU levels; nvcc's CUDA (or None) and architectures."""
     hooks = library()
     try:
-        from . import _built_for as record
+        record = vars(importlib.import_module("._built_for", __package__))
     except ImportError:  # the library was put here by other means than setup.py
-        record = None
+        record = {}
     return {
-        "torch": getattr(record, "TORCH", None),
+        "torch": record.get("TORCH"),
         "compiler": hooks.fusednorm_compiler().decode(),
         "cxx_standard": hooks.fusednorm_cxx_standard(),
         "openmp": hooks.fusednorm_openmp(),
         "levels": hooks.fusednorm_cpu_levels_compiled().decode().split(","),
-        "cuda": getattr(record, "CUDA", None),
-        "cuda_architectures": getattr(record, "CUDA_ARCHITECTURES", []),
+        "cuda": record.get("CUDA"),
+        "cuda_architectures": list(record.get("CUDA_ARCHITECTURES", ())),
     }
 
 

@@ -15,6 +15,7 @@ import sysconfig
 import tarfile
 import tempfile
 import venv
+import zipfile
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ with open("/proc/self/maps") as maps:
 assert len(runtimes) == 1, f"OpenMP runtimes in this process: {{runtimes}}"
 """
 OTHER_TORCH = "9.9.9"
+BUILDERS = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])  # with a compiler and ninja
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -48,8 +50,8 @@ def attempt(*command, cwd, path):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=variables)
 
 
-def run(*command, cwd, path=os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])):
-    """The command's output; where `path` is not given, with a compiler and ninja on it."""
+def run(*command, cwd, path=BUILDERS):
+    """The command's output."""
     done = attempt(*command, cwd=cwd, path=path)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
@@ -92,8 +94,14 @@ def trains(python, elsewhere, **where):
 
 
 def check_wheel(wheel, folder, elsewhere):
-    run(sys.executable, ROOT / "tools" / "index.py", wheel.parent, cwd=elsewhere)
-    from_page = ["-m", "pip", "install", "--no-index", "--find-links", wheel.with_name("index.html"), "fusednorm"]
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if ".so" in name]
+    assert libraries == ["fusednorm/_ops.so"], f"a wheel of ours holds no other's library, but {libraries}"
+    alone = folder / "page"  # where pip finds no source distribution instead
+    alone.mkdir()
+    shutil.copy(wheel, alone)
+    run(sys.executable, ROOT / "tools" / "index.py", alone, cwd=elsewhere)
+    from_page = ["-m", "pip", "install", "--no-index", "--find-links", alone / "index.html", "fusednorm"]
 
     python = fresh_environment(folder / "of-wheel")
     bare = {"path": python.parent}  # of all programs, those of the environment

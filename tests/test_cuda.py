@@ -42,6 +42,7 @@ MAIN = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dty
 DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 GRANULARITIES = pytest.mark.parametrize("granularity", ["element", "channel"])
 
+
 @pytest.fixture
 def residency():
     if not set_residency("automatic"):

@@ -1,7 +1,8 @@
-"""Writes dist/index.html, a list of the wheels beside it that `pip install --find-links dist/index.html` takes.
+"""Writes dist/index.html, a list of the packages beside it that `pip install --find-links dist/index.html` takes.
 
-pip chooses among them by what each requires: a wheel requires the very torch that it was built for. The page works
-from a folder and from any web server, and carries each file's hash.
+pip chooses among them by what each requires: a wheel requires the very torch that it was built for. For a torch that
+has none the source distribution is left, if it is there: pip compiles it, or ends with what it takes to do so. The page
+works from a folder and from any web server, and carries each file's hash.
 """
 
 import argparse
@@ -12,13 +13,14 @@ from urllib.parse import quote
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"><title>fusednorm: wheels</title></head>
+<head><meta charset="utf-8"><title>fusednorm: packages</title></head>
 <body>
-<h1>fusednorm: wheels</h1>
-<p>Each is for one torch, which its name tells behind <code>+torch</code>, and for Python 3.11 and newer.</p>
-<pre>python -m pip install torch==VERSION fusednorm --find-links URL-OF-THIS-PAGE</pre>
-<p>For a torch that is not here: <code>python -m pip install --no-build-isolation SOURCES</code> with the source
-distribution or a checkout compiles it for the torch that is installed, and needs a C++ compiler.</p>
+<h1>fusednorm: packages</h1>
+<p>A wheel is for one torch, which its name tells behind <code>+torch</code>, and for Python 3.11 and newer.</p>
+<pre>python -m pip install --find-links URL-OF-THIS-PAGE torch==VERSION fusednorm</pre>
+<p>For another torch, once that is installed, this compiles the source distribution; it needs a C++ compiler.</p>
+<pre>python -m pip install --find-links URL-OF-THIS-PAGE \\
+    --no-build-isolation --no-deps --no-binary=fusednorm fusednorm</pre>
 {links}
 </body>
 </html>
@@ -31,12 +33,12 @@ def link(file):
 
 
 def write(folder):
-    """The page's path. Source distributions are left out: pip would compile one rather than say that no wheel fits."""
-    wheels = sorted(folder.glob("fusednorm-*.whl"))
-    if not wheels:
-        raise SystemExit(f"{folder} holds no wheel: make wheel")
+    """The page's path."""
+    packages = sorted([*folder.glob("fusednorm-*.whl"), *folder.glob("fusednorm-*.tar.gz")])
+    if not packages:
+        raise SystemExit(f"{folder} holds no package: make wheel sdist")
     page = folder / "index.html"
-    page.write_text(PAGE.format(links="\n".join(map(link, wheels))))
+    page.write_text(PAGE.format(links="\n".join(map(link, packages))))
     return page
 
 

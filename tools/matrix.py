@@ -62,12 +62,12 @@ class Row:
         return PLACE / f"torch-{self.torch}.log"
 
     def plan(self):
-        """Commands by name, in order; the wheel is in `place / "dist"` then. Three =: to two, 2.13.0+cpu is 2.13.0 too."""
+        """Commands by name, in order; the wheel is in `place / "dist"` then."""
         python, dist = str(self.place / "bin" / "python"), str(self.place / "dist")
         pip = [python, "-m", "pip", "install", "--quiet"]
         return {
             "environment": [sys.executable, "-m", "venv", str(self.place)],
-            "torch": [*pip, f"torch==={self.torch}"],
+            "torch": [*pip, f"torch==={self.torch}"],  # two = would take 2.13.0+cpu for 2.13.0
             "tools": [*pip, "--constraint", "requirements-dev.txt", *BUILD_TOOLS],
             "build": ["make", "wheel", f"PYTHON={python}", "VENV=", f"DIST={dist}"],
             "test": [python, "tests/check_packages.py", "--wheel-only", dist],

@@ -2,7 +2,7 @@
 
 Of ninja's lines the progress and the file, of setup.py's its own words. In a terminal the latest step is one line that
 is rewritten; elsewhere each of ninja's steps is a line, and other programs' lines are none. A command that fails ends
-with all that it said, behind what went well. For the Makefile, and before anything is installed: the standard library alone.
+with all that it said. For the Makefile, and before anything is installed: the standard library alone.
 """
 
 import os
