@@ -127,15 +127,17 @@ gpu: $(TOOLS)
 	@$(PY) benchmarks/gpu.py --out '$(OUT)' $(ARGS)
 
 # With the torch of the environment: a wheel's name says which. Not in isolation, where pip would fetch another. What an
-# earlier build left would be packed too. torch has its own libraries and the OpenMP runtime that both use, of which a
-# process must have one; its glibc is told by the name.
+# earlier build left in build/lib would be packed too. torch brings what is not ours, the OpenMP runtime among it, of which
+# a process must have one alone.
 NOT_OURS := libtorch*.so* libc10*.so* libgomp.so.1 libcudart.so.*
+SCRIPTS   = $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 wheel: $(TOOLS)
 	$(call need,build auditwheel)
 	$(call say,Building a wheel (some minutes the first time))
 	@rm -rf build/wheel build/lib.*
 	@$(QUIET) $(PY) -m build --wheel --no-isolation --outdir build/wheel $(ARGS) .
-	@PATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH" $(QUIET) $(PY) -m auditwheel repair $(NOT_OURS:%=--exclude '%') --wheel-dir $(DIST) build/wheel/*.whl
+	@PATH="$(SCRIPTS):$$PATH" $(QUIET) $(PY) -m auditwheel repair $(NOT_OURS:%=--exclude '%') \
+		--wheel-dir $(DIST) build/wheel/*.whl
 	@ls -t $(DIST)/*.whl | head -n 1
 sdist: $(TOOLS)
 	$(call need,build)
@@ -145,6 +147,7 @@ sdist: $(TOOLS)
 
 # A wheel for each torch of pip's index, each tested; ARGS=--dry-run says what that would be.
 wheels: $(TOOLS)
+	$(call need,packaging rich)
 	@$(PY) tools/matrix.py --dist $(DIST) $(ARGS)
 index: $(TOOLS)
 	@$(PY) tools/index.py $(DIST)

@@ -4,8 +4,10 @@
 Beside it `_built_for.py` records what was decided here.
 """
 
+import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -154,7 +156,7 @@ class BuildLibrary(build_ext):
         try:
             builder.run()
         except RuntimeError as error:  # the compiler has said why; torch's traceback would push that off the screen
-            sys.exit(f"fusednorm: {error}")
+            sys.exit(f"fusednorm's operators do not compile: {error}")
         record = f"TORCH = {str(torch.__version__)!r}\nCUDA = {cuda!r}\nCUDA_ARCHITECTURES = {tuple(archs)!r}\n"
         for root in [self.build_lib] + ["."] * self.inplace:
             Path(root, "fusednorm", "_built_for.py").write_text(record)
@@ -181,10 +183,11 @@ def named_after_torch():
     any_torch = VERSION, f"torch>={'.'.join(map(str, OLDEST_TORCH))}"
     if "sdist" in sys.argv:
         return any_torch
-    try:
-        from torch.version import __version__ as torch_version  # not all of torch, which takes seconds
-    except ImportError:  # reading the metadata needs none
+    found = importlib.util.find_spec("torch")
+    if not (found and found.origin):  # reading the metadata needs none
         return any_torch
+    # torch's own file of it and not torch, which takes seconds.
+    torch_version = runpy.run_path(str(Path(found.origin).with_name("version.py")))["__version__"]
     try:
         required = f"torch=={metadata.version('torch')}"  # pip's word: torch's own may have +cu130 behind it
     except metadata.PackageNotFoundError:
@@ -193,8 +196,6 @@ def named_after_torch():
 
 
 version, required = named_after_torch()
-
-
 setup(
     version=version,
     install_requires=[required],

@@ -87,7 +87,7 @@ class Row:
                     self.result = f"{name} failed: {self.log}"
                     break
         self.seconds = time.monotonic() - start
-        self.kernels = ", ".join(re.findall(r"^fusednorm: (building for .+?):", self.log.read_text(), re.M))
+        self.kernels = ", ".join(re.findall(r"^fusednorm: building for (.+?):", self.log.read_text(), re.M))
         if not self.result:
             (wheel,) = (self.place / "dist").glob("*.whl")
             dist.mkdir(exist_ok=True)

@@ -10,37 +10,53 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 STEP = re.compile(r"\[(\d+/\d+)\] (.*)")
 SOURCE = re.compile(r"\S+\.(?:cpp|cu)\b")
 OWN = "fusednorm: "  # setup.py's decisions
-EVERY = 0.1  # seconds between two pictures of the same line
+CLEAR = "\r\x1b[2K"
 
 
 class Screen:
-    """Where progress goes; `status` is forgotten as soon as there is more to say, `line` stays."""
+    """Where progress goes. In a terminal `status` is one line with the seconds so far, which tick; `line` stays."""
 
     def __init__(self, stream):
         self.stream, self.terminal = stream, stream.isatty()
-        self.start = self.drawn = time.monotonic()
+        self.start, self.text = time.monotonic(), ""
+        self.lock, self.closed = threading.Lock(), threading.Event()
+        if self.terminal:
+            threading.Thread(target=self.tick, daemon=True).start()
 
-    def status(self, text, force=False):
-        now = time.monotonic()
-        if self.terminal and (force or now - self.drawn > EVERY):
-            self.drawn = now
+    def tick(self):
+        while not self.closed.wait(1):
+            self.draw()
+
+    def draw(self):
+        with self.lock:
             width = shutil.get_terminal_size().columns - 1
-            self.stream.write("\r\x1b[2K" + f"    {text} ({now - self.start:.0f} s)"[:width])
+            text = f"    {self.text} ({time.monotonic() - self.start:.0f} s)"[:width] if self.text else ""
+            self.stream.write(CLEAR + text)
             self.stream.flush()
+
+    def status(self, text):
+        self.text = text
+        if self.terminal:
+            self.draw()
+
+    def step(self, text):
+        self.status(text)
+        if not self.terminal:
+            print("    " + text, file=self.stream, flush=True)
 
     def line(self, text):
-        self.clear()
+        self.status("")
         print(text, file=self.stream, flush=True)
 
-    def clear(self):
-        if self.terminal:
-            self.stream.write("\r\x1b[2K")
-            self.stream.flush()
+    def close(self):
+        self.status("")
+        self.closed.set()
 
 
 def step(line):
@@ -65,14 +81,12 @@ def run(command, screen):
             screen.line(line)
             continue
         progress = step(line)
-        if progress and screen.terminal:
-            screen.status(progress, force=True)
-        elif progress:
-            screen.line("    " + progress)
+        if progress:
+            screen.step(progress)
         else:
             said.append(line)
             screen.status(line)
-    screen.clear()
+    screen.close()
     status = process.wait()
     if status:
         screen.line("\n".join([*said, f"==> Failed with status {status}: {' '.join(command)}"]))
