@@ -19,6 +19,7 @@ CUDA_VENV  = $(if $(VENV),.venv-cuda)
 CUDA_BUILD = build/cuda
 TORCH_CUDA_ARCH_LIST ?= 8.0 9.0+PTX
 REPORT =
+DIST   = dist
 
 PY     := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 BIN    := $(if $(VENV),$(VENV)/bin/)
@@ -38,14 +39,16 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 WORKERS := $(shell cores=$$(nproc 2>/dev/null || echo 2); [ $$cores -lt 4 ] && echo $$cores || echo 4)
 SPREAD  := PYTHONHASHSEED=0 OMP_WAIT_POLICY=passive
 
+# V=1 shows all that compilers and pip say.
+QUIET = V='$(V)' $(PYTHON) $(CURDIR)/tools/quiet.py
 say  = @echo "==> $(1)"
 # $(call need,MODULES): stops with one sentence if the interpreter lacks one of them.
 need = @$(PY) -c "import sys, importlib.util as u; no = [m for m in '$(1)'.split() if not u.find_spec(m)]; \
 	no and sys.exit('$(PY) lacks ' + ', '.join(no) + ': install that, or leave VENV at its default.')"
 
-.PHONY: help wheel sdist packages clean-dist demo test fuzz sanitized bench readme rivals census models finetune gpu build cuda cuda-library lint lint-style lint-figures lint-types format clean interpreter
+.PHONY: help wheel wheels index sdist packages clean-dist demo test fuzz sanitized bench readme rivals census models finetune gpu build cuda cuda-library lint lint-style lint-figures lint-types format clean interpreter
 help:
-	@echo "make demo | test | wheel | sdist | packages | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1 FAMILY=orders|census] | readme | rivals | census | models | finetune | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON ARGS"
+	@echo "make demo | test | wheel | wheels | index | sdist | packages | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1 FAMILY=orders|census] | readme | rivals | census | models | finetune | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON DIST ARGS V=1"
 
 demo: build
 	$(call say,Running the demo)
@@ -70,8 +73,8 @@ endif
 # A package of its own in build/sanitized, compiled again only when a source has changed.
 sanitized: $(TOOLS)
 	$(call say,Compiling the operators with sanitizers (some minutes the first time))
-	@FUSEDNORM_CUDA=0 FUSEDNORM_SANITIZE=1 $(PY) setup.py --quiet build \
-		--build-lib build/sanitized --build-temp build/sanitized-objects >/dev/null
+	@FUSEDNORM_CUDA=0 FUSEDNORM_SANITIZE=1 $(QUIET) $(PY) setup.py --quiet build \
+		--build-lib build/sanitized --build-temp build/sanitized-objects
 
 BENCH_FAMILY := $(if $(FAMILY),$(or $(and $(filter orders,$(FAMILY)),--family),$(and $(filter census,$(FAMILY)),--census),\
 	$(error FAMILY: orders or census)))
@@ -103,7 +106,7 @@ $(CENSUS_VENV)/.models-installed: benchmarks/requirements-census.txt $(TOOLS)
 	@[ -x $(CENSUS_VENV)/bin/pip ] || $(PYTHON) -m venv $(CENSUS_VENV)
 	@$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> "$$($(CENSUS_PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
-	@$(CENSUS_PY) -m pip install --quiet --no-deps -r benchmarks/requirements-census.txt
+	@$(QUIET) $(CENSUS_PY) -m pip install --no-deps -r benchmarks/requirements-census.txt
 	@touch $@
 
 # oneDNN's batch normalisation as a library that `make bench ARGS=--rivals` times beside ours. Installs Debian's oneDNN
@@ -128,26 +131,44 @@ gpu: $(TOOLS)
 	$(call say,Testing and measuring on the GPU: minutes)
 	@$(PY) benchmarks/gpu.py --out '$(OUT)' $(ARGS)
 
-# Into dist/, with the torch of the environment: a wheel's name says which. Not in isolation, where pip would fetch another.
+# With the torch of the environment: a wheel's name says which. Not in isolation, where pip would fetch another. What an
+# earlier build left in build/lib would be packed too. torch brings what is not ours, the OpenMP runtime among it, of which
+# a process must have one alone.
+NOT_OURS := libtorch*.so* libc10*.so* libgomp.so.1 libcudart.so.*
+SCRIPTS   = $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 wheel: $(TOOLS)
-	$(call say,Building a wheel)
-	@$(PY) -m build --wheel --no-isolation $(ARGS) .
+	$(call need,build auditwheel)
+	$(call say,Building a wheel (some minutes the first time))
+	@rm -rf build/wheel build/lib.*
+	@$(QUIET) $(PY) -m build --wheel --no-isolation --outdir build/wheel $(ARGS) .
+	@PATH="$(SCRIPTS):$$PATH" $(QUIET) $(PY) -m auditwheel repair $(NOT_OURS:%=--exclude '%') \
+		--wheel-dir $(DIST) build/wheel/*.whl
+	@ls -t $(DIST)/*.whl | head -n 1
 sdist: $(TOOLS)
+	$(call need,build)
 	$(call say,Building a source distribution)
-	@$(PY) -m build --sdist --no-isolation $(ARGS) .
+	@$(QUIET) $(PY) -m build --sdist --no-isolation --outdir $(DIST) $(ARGS) .
+	@ls -t $(DIST)/*.tar.gz | head -n 1
+
+# A wheel for each torch of pip's index, each tested; ARGS=--dry-run says what that would be.
+wheels: $(TOOLS)
+	$(call need,packaging rich)
+	@$(PY) tools/matrix.py --dist $(DIST) $(ARGS)
+index: $(TOOLS)
+	@$(PY) tools/index.py $(DIST)
 
 # Both, installed into fresh environments as users would; the source distribution is compiled there: minutes.
 packages: clean-dist wheel sdist
 	$(call say,Installing the wheel and the source distribution)
-	@$(PY) tests/check_packages.py dist
+	@$(PY) tests/check_packages.py $(DIST)
 clean-dist:
-	@rm -rf dist
+	@rm -rf $(DIST)
 
-# The library is also stale when it was built for another torch or Python than the one at hand.
+# The library is also stale when it was built for another torch than the one at hand.
 build: $(TOOLS)
 	@$(PY) -c "import importlib.util as u, pathlib as p, runpy, sys; built = runpy.run_path('fusednorm/_built_for.py'); \
 	torch = runpy.run_path(str(p.Path(u.find_spec('torch').origin).with_name('version.py')))['__version__']; \
-	sys.exit([built['TORCH'], built['PYTHON']] != [torch, sys.implementation.cache_tag])" 2>/dev/null \
+	sys.exit(built['TORCH'] != torch)" 2>/dev/null \
 	|| rm -f fusednorm/_ops.so
 	@$(MAKE) -s fusednorm/_ops.so fusednorm.egg-info/entry_points.txt
 
@@ -159,7 +180,7 @@ fusednorm.egg-info/entry_points.txt: pyproject.toml
 fusednorm/_ops.so: $(SOURCES)
 	@command -v $${CXX:-c++} >/dev/null || { echo "A C++ compiler is needed: apt-get install g++"; exit 1; }
 	$(call say,Compiling the operators (some minutes the first time))
-	@$(PY) setup.py --quiet build_ext --inplace
+	@$(QUIET) $(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
 # Compiles the CUDA kernels and checks what can be checked without a GPU. The package in $(CUDA_BUILD) is complete.
@@ -171,7 +192,7 @@ cuda:
 cuda-library: $(TOOLS) $(if $(VENV),$(VENV)/.cuda-tools-installed)
 	$(call say,Compiling the operators with their CUDA kernels for $(TORCH_CUDA_ARCH_LIST))
 	@start=$$(date +%s); \
-	FUSEDNORM_CUDA=1 TORCH_CUDA_ARCH_LIST='$(TORCH_CUDA_ARCH_LIST)' $(PY) setup.py --quiet build \
+	FUSEDNORM_CUDA=1 TORCH_CUDA_ARCH_LIST='$(TORCH_CUDA_ARCH_LIST)' $(QUIET) $(PY) setup.py --quiet build \
 		--build-lib $(CUDA_BUILD) --build-temp $(CUDA_BUILD)-objects && echo "==> $$(($$(date +%s) - start)) seconds"
 	$(call say,Checking that library)
 	@PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH $(PY) tests/check_cuda_build.py \
@@ -184,7 +205,7 @@ cuda-library: $(TOOLS) $(if $(VENV),$(VENV)/.cuda-tools-installed)
 	wait $$counting; counted=$$?; cat $(CUDA_BUILD)/counts.txt; exit $$((tested || counted))
 
 $(VENV)/.cuda-tools-installed: requirements-cuda.txt $(TORCH_INSTALLED)
-	@$(PY) -m pip install --quiet -r requirements-cuda.txt
+	@$(QUIET) $(PY) -m pip install -r requirements-cuda.txt
 	@touch $@
 
 interpreter:
@@ -200,13 +221,13 @@ $(VENV)/bin/pip:
 # torch before the tools and on its own, so that nothing else can choose its version.
 $(TORCH_INSTALLED): | $(VENV)/bin/pip
 	$(call say,Installing $(TORCH) (a large download the first time))
-	@$(PY) -m pip install '$(TORCH)'
+	@$(QUIET) $(PY) -m pip install '$(TORCH)'
 	@rm -f $(VENV)/.torch-installed-*
 	@touch $@
 
 $(VENV)/.tools-installed: requirements-dev.txt $(TORCH_INSTALLED)
 	$(call say,Installing the pinned tools)
-	@$(PY) -m pip install --quiet -r requirements-dev.txt
+	@$(QUIET) $(PY) -m pip install -r requirements-dev.txt
 	@touch $@
 
 # In parts, as .pre-commit-config.yaml runs them.
@@ -234,4 +255,4 @@ format: $(TOOLS)
 	@find csrc tests benchmarks $(CODE) | xargs $(BIN)clang-format -i
 
 clean:  # all that was built; the virtual environment stays
-	rm -rf build dist *.egg-info fusednorm/_ops.so fusednorm/_build*.so fusednorm/_built_for.py
+	rm -rf build dist *.egg-info fusednorm/_ops.so fusednorm/_built_for.py

@@ -1,16 +1,19 @@
-"""Builds the two shared libraries; all else about the package is in pyproject.toml.
+"""Builds the operators' library; all else about the package is in pyproject.toml.
 
-`fusednorm/_ops.so` holds the operators and knows nothing of Python; `fusednorm/_build.so` is a small Python module
-with build facts and test hooks, which the package can do without.
+`fusednorm/_ops.so` belongs to one torch and knows nothing of Python: a wheel is for that torch, and for every Python.
+Beside it `_built_for.py` records what was decided here.
 """
 
+import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 from glob import glob
+from importlib import metadata
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,7 +21,6 @@ from setuptools.command.build_ext import build_ext
 
 OLDEST_TORCH = (2, 11)
 VERSION = re.search(r'^__version__ = "(.+)"$', Path("fusednorm/__init__.py").read_text(), re.M)[1]
-INSTALL = "python -m pip install --no-build-isolation ."
 # Never -ffast-math: NaN, infinities and the order of additions are part of the contract, and multiply-adds fuse only
 # where the source says so. errno and floating-point traps are not, and without giving them up the plain loops do not
 # vectorise. No -std: torch knows what its headers need.
@@ -27,7 +29,6 @@ FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=o
 NVCC_FLAGS = ["-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden"]
 # For `make fuzz SANITIZE=1`: what reads out of bounds or relies on undefined behaviour ends the process.
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1"]
-BUILD_INFO = "csrc/build_info.cpp"
 
 
 def log(message):
@@ -40,7 +41,10 @@ def load_torch():
         import torch
         from torch.utils import cpp_extension
     except ImportError as error:
-        sys.exit(f"fusednorm is compiled against the torch that will run it ({error}): install torch, then `{INSTALL}`")
+        sys.exit(
+            f"fusednorm is compiled against the torch that will run it, and finds none here ({error}): install torch, "
+            "then fusednorm with `python -m pip install --no-build-isolation ...`"
+        )
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         sys.exit(f"fusednorm needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer; this one is {torch.__version__}")
     return torch, cpp_extension
@@ -97,7 +101,8 @@ def architectures(torch, nvcc):
     return [f"{arch // 10}.{arch % 10}" for arch in sorted(both)[:-1]] + ["{}.{}+PTX".format(*divmod(max(both), 10))]
 
 
-def add_cuda(ops, build_info, torch, cpp_extension, nvcc, release):
+def add_cuda(ops, torch, cpp_extension, nvcc, release):
+    """Adds the CUDA kernels to the library; returns the architectures that they are compiled for."""
     archs = architectures(torch, nvcc)
     os.environ["TORCH_CUDA_ARCH_LIST"] = " ".join(archs)  # for torch; its own default needs a visible GPU
     log(f"CUDA architectures: {', '.join(archs)}")
@@ -119,35 +124,27 @@ def add_cuda(ops, build_info, torch, cpp_extension, nvcc, release):
     else:
         ops.library_dirs += sorted({str(path.parent) for path in wheels.glob(f"*/lib/{runtime}")})
         ops.libraries.append(f":{runtime}")
-    build_info.define_macros += [
-        ("FUSEDNORM_CUDA_VERSION", f'"{release}"'),
-        ("FUSEDNORM_CUDA_ARCHITECTURES", f'"{",".join(archs)}"'),
-    ]
+    return archs
 
 
-class BuildLibraries(build_ext):
+class BuildLibrary(build_ext):
     """Hands the work to torch's BuildExtension when it runs, and not before: reading the metadata needs no torch."""
 
     def get_ext_filename(self, fullname):
-        # One name for every Python, so that the operators need not be rebuilt and _library.py need not search.
+        # One name for every Python: the library holds none.
         return os.path.join(*fullname.split(".")) + ".so"
 
     def run(self):
         nvcc = find_nvcc()
         torch, cpp_extension = load_torch()
         cuda = decide_cuda(torch, nvcc)
-        if cuda:
-            add_cuda(*self.extensions, torch, cpp_extension, nvcc, cuda)
-        if not Path(sysconfig.get_path("include"), "Python.h").exists():
-            log("leaving out fusednorm._build, which needs Python.h (apt-get install python3-dev); all else works")
-            self.extensions = [ext for ext in self.extensions if BUILD_INFO not in ext.sources]
-        for ext in self.extensions:
-            ext.include_dirs += cpp_extension.include_paths()
-            ext.library_dirs += cpp_extension.library_paths()
-            ext.define_macros.append(("FUSEDNORM_TORCH_VERSION", f'"{torch.__version__}"'))
+        (ops,) = self.extensions
+        archs = add_cuda(ops, torch, cpp_extension, nvcc, cuda) if cuda else []
+        ops.include_dirs += cpp_extension.include_paths()
+        ops.library_dirs += cpp_extension.library_paths()
 
         class Builder(cpp_extension.BuildExtension):
-            get_ext_filename = BuildLibraries.get_ext_filename
+            get_ext_filename = BuildLibrary.get_ext_filename
 
         # ninja may be installed beside a python that runs from an environment that is not activated.
         os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath)
@@ -156,49 +153,55 @@ class BuildLibraries(build_ext):
         builder.force = True  # ninja knows what is out of date
         # That of another build, copied with the sources: it would vouch for a library that was never finished.
         Path(self.build_lib, "fusednorm", "_built_for.py").unlink(missing_ok=True)
-        builder.run()
-        record = f'TORCH = "{torch.__version__}"\nPYTHON = "{sys.implementation.cache_tag}"\n'
+        try:
+            builder.run()
+        except RuntimeError as error:  # the compiler has said why; torch's traceback would push that off the screen
+            sys.exit(f"fusednorm's operators do not compile: {error}")
+        record = f"TORCH = {str(torch.__version__)!r}\nCUDA = {cuda!r}\nCUDA_ARCHITECTURES = {tuple(archs)!r}\n"
         for root in [self.build_lib] + ["."] * self.inplace:
             Path(root, "fusednorm", "_built_for.py").write_text(record)
 
 
-def extension(name, sources, libraries=()):
+def operators():
     sanitized = SANITIZED if os.environ.get("FUSEDNORM_SANITIZE") == "1" else []
     return Extension(
-        name,
-        sources,
+        "fusednorm._ops",
+        sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
         depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
         include_dirs=[os.path.abspath("csrc")],  # ninja runs elsewhere
-        libraries=list(libraries),
+        libraries=["c10", "torch", "torch_cpu"],
         extra_compile_args=FLAGS + sanitized,
         extra_link_args=["-fopenmp"] + sanitized[:1],
         language="c++",
     )
 
 
-OPS = sorted({*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")} - {BUILD_INFO})
-
-
-def version():
-    """The package's own, and in anything built from it the torch that it was built for: 0.1.0+torch2.13.0.cpu.
-
-    A wheel runs with that torch alone. Named after it, no cache and no index can hand it to another.
-    """
+def named_after_torch():
+    """The package's version and what it requires. A wheel runs with the torch that it was built for alone: its version
+    tells that one (0.1.0+torch2.13.0.cpu), so that no cache can hand it to another, and so does what it requires, so
+    that pip picks among wheels."""
+    any_torch = VERSION, f"torch>={'.'.join(map(str, OLDEST_TORCH))}"
     if "sdist" in sys.argv:
-        return VERSION
+        return any_torch
+    found = importlib.util.find_spec("torch")
+    if not (found and found.origin):  # reading the metadata needs none
+        return any_torch
+    # torch's own file of it and not torch, which takes seconds.
+    torch_version = runpy.run_path(str(Path(found.origin).with_name("version.py")))["__version__"]
     try:
-        from torch.version import __version__ as torch_version  # not all of torch, which takes seconds
-    except ImportError:  # reading the metadata needs none
-        return VERSION
-    return f"{VERSION}+torch{torch_version.replace('+', '.')}"
+        required = f"torch=={metadata.version('torch')}"  # pip's word: torch's own may have +cu130 behind it
+    except metadata.PackageNotFoundError:
+        required = any_torch[1]
+    return f"{VERSION}+torch{torch_version.replace('+', '.')}", required
 
 
+version, required = named_after_torch()
 setup(
-    version=version(),
+    version=version,
+    install_requires=[required],
     license="MIT",
-    ext_modules=[
-        extension("fusednorm._ops", OPS, libraries=["c10", "torch", "torch_cpu"]),
-        extension("fusednorm._build", [BUILD_INFO]),
-    ],
-    cmdclass={"build_ext": BuildLibraries},
+    ext_modules=[operators()],
+    cmdclass={"build_ext": BuildLibrary},
+    # Of Python's C interface the library uses nothing. Free-threaded Pythons take no wheel that says so.
+    options={} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

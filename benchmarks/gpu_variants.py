@@ -5,10 +5,9 @@ saves bits for backward or backward draws the noise again. A switch that the lib
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from dataclasses import dataclass
 
-RESIDENCIES = ("automatic", "never", "always")
+from fusednorm._hooks import set_residency
 
 
 @dataclass(frozen=True)
@@ -22,25 +21,6 @@ class Variant:
 DEFAULT = Variant("fused")
 STREAMING = (Variant("streaming", "never", False), Variant("streaming+bits", "never", True))
 RESIDENT = (Variant("resident", "always", False), Variant("resident+bits", "always", True))
-
-
-def set_residency(name: str) -> bool:
-    """Whether the library took the choice. The Python module is for one Python version; the library has the same by
-    its C name."""
-    from fusednorm import _library
-
-    try:
-        from fusednorm import _build
-
-        _build.set_residency(name)
-        return True
-    except (ImportError, AttributeError, RuntimeError):
-        pass
-    try:
-        ctypes.CDLL(str(_library.ops_path)).fusednorm_cuda_set_residency(RESIDENCIES.index(name))
-        return True
-    except (OSError, AttributeError):
-        return False
 
 
 def mask_policy() -> dict | None:

@@ -45,14 +45,9 @@ def busy() -> str | None:
 
 def level() -> str:
     """The vector level of the fused layer's kernels."""
-    try:
-        from fusednorm import _build
+    from fusednorm import _hooks  # which brings torch
 
-        return _build.level()
-    except ImportError:
-        import torch
-
-        return torch.backends.cpu.get_cpu_capability().lower()
+    return _hooks.level()
 
 
 def _first(path: str, field: str) -> str | None:

@@ -1,7 +1,6 @@
 """`python -m fusednorm info`: what is installed, what is in use and why, what is missing and how to get it."""
 
 import argparse
-import ctypes
 import os
 import platform
 import shutil
@@ -10,7 +9,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from . import __version__, _library
+from . import __version__, _hooks, _library
 
 # What a level asks of the processor: the features that torch checks before it picks the level of the same name.
 LEVEL_NEEDS = {"avx2": {"avx2", "fma"}, "avx512": {"avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512dq"}}
@@ -29,14 +28,12 @@ def cpu_facts() -> tuple[str, set[str]]:
 
 def level_line(flags: set[str]) -> str:
     """The level in use and the three things that decide it."""
-    hooks = ctypes.CDLL(str(_library.ops_path))  # the library that is already loaded; works without fusednorm._build
-    hooks.fusednorm_cpu_level.restype = hooks.fusednorm_cpu_levels_compiled.restype = ctypes.c_char_p
     supported = ["default"] + [level for level, needs in LEVEL_NEEDS.items() if needs <= flags]
     override = os.environ.get("ATEN_CPU_CAPABILITY")
     return (
-        f"{hooks.fusednorm_cpu_level().decode()} (the CPU supports {', '.join(supported)}; ATEN_CPU_CAPABILITY "
+        f"{_hooks.level()} (the CPU supports {', '.join(supported)}; ATEN_CPU_CAPABILITY "
         + (f"asks for {override}" if override else "is not set")
-        + f"; compiled: {hooks.fusednorm_cpu_levels_compiled().decode().replace(',', ', ')})"
+        + f"; compiled: {', '.join(_hooks.build_info()['levels'])})"
     )
 
 
@@ -48,13 +45,8 @@ def cuda_line(torch: Any) -> str:
     """Whether the loaded library has CUDA kernels, for what, and which GPU there is to run them."""
     if not has_cuda_kernels(torch):
         return "no: built for the CPU only" + ("" if torch.version.cuda else ", as this torch is")
-    try:
-        from ._build import build_info
-
-        facts = build_info()
-        build = f"yes, by nvcc {facts['cuda']} for {', '.join(facts['cuda_architectures'])}"
-    except ImportError:
-        build = "yes"
+    facts = _hooks.build_info()
+    build = f"yes, by nvcc {facts['cuda']} for {', '.join(facts['cuda_architectures'])}"
     if not torch.cuda.is_available():
         return f"{build}; no GPU is visible"
     return "{}; GPU: {}, {}.{}".format(build, torch.cuda.get_device_name(), *torch.cuda.get_device_capability())
@@ -90,12 +82,7 @@ def info() -> int:
     line("backend CUDA", "no, see below" if failure else cuda_line(torch))
     if not failure:
         line("CPU level", level_line(flags))
-        try:
-            from ._build import build_info
-
-            line("built with", "{compiler}, C++{cxx_standard}, OpenMP {openmp}".format(**build_info()))
-        except ImportError as error:
-            missing.append(f"the test hooks ({error}): apt-get install python3-dev, then `{_library.BUILD}`")
+        line("built with", "{compiler}, C++{cxx_standard}, OpenMP {openmp}".format(**_hooks.build_info()))
 
     if not failure and torch.cuda.is_available() and not has_cuda_kernels(torch):
         missing.append(f"the CUDA kernels: nvcc of CUDA {torch.version.cuda}, then `FUSEDNORM_CUDA=1 {_library.BUILD}`")

@@ -16,7 +16,7 @@ from cuda_machine.building import tool
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm
-from fusednorm import _library, functional, reference
+from fusednorm import _hooks, _library, functional, reference
 
 # As they stand in a kernel's first template argument. A stack is forgiven where a type is there for completeness.
 TYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16", "double": "float64", "float": "float32"}
@@ -122,11 +122,7 @@ def check_architectures(architectures, asked):
     """`asked` in the words of TORCH_CUDA_ARCH_LIST, where 9.0+PTX means both."""
     expected = {word for arch in asked for word in (arch, arch.removesuffix("+PTX"))}
     assert architectures == expected, f"asked for {sorted(expected)}, the library has {sorted(architectures)}"
-    try:
-        from fusednorm._build import build_info
-    except ImportError:
-        return f"machine code for {', '.join(sorted(architectures))}"
-    info = build_info()
+    info = _hooks.build_info()
     assert info["cuda_architectures"] == asked, f"asked for {asked}, build_info() has {info['cuda_architectures']}"
     return f"machine code by nvcc {info['cuda']} for {', '.join(sorted(architectures))}"
 

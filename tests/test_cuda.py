@@ -6,7 +6,6 @@ name the device of every tensor themselves, as users do.
 
 import contextlib
 import copy
-import ctypes
 import json
 import math
 
@@ -29,7 +28,8 @@ from common import (
 )
 
 import fusednorm
-from fusednorm import _autograd, _library, functional, reference
+from fusednorm import _autograd, functional, reference
+from fusednorm._hooks import RESIDENCIES, set_residency
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -41,24 +41,6 @@ BOTH = pytest.mark.parametrize("layout", ["first", "last"])
 MAIN = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 GRANULARITIES = pytest.mark.parametrize("granularity", ["element", "channel"])
-
-RESIDENCIES = ("automatic", "never", "always")
-
-
-def set_residency(name):
-    """Which kernels channels-first calls get; False where the library cannot be told."""
-    try:
-        from fusednorm import _build
-
-        _build.set_residency(name)
-        return True
-    except (ImportError, AttributeError, RuntimeError):  # the module is for one version of Python, the library for all
-        pass
-    try:
-        ctypes.CDLL(str(_library.ops_path)).fusednorm_cuda_set_residency(RESIDENCIES.index(name))
-        return True
-    except (OSError, AttributeError):
-        return False
 
 
 @pytest.fixture

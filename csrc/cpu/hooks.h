@@ -1,5 +1,5 @@
-// What _ops.so exports by plain C name, for those that look inside: the Python module `fusednorm._build`
-// (build_info.cpp) and `python -m fusednorm info`. Defined in dispatch.cpp. Not an interface for users.
+// What _ops.so exports by plain C name, for those that look inside: `fusednorm/_hooks.py` and the tests. Defined in
+// dispatch.cpp and, how it was built, in ../build_facts.cpp. Not an interface for users.
 #pragma once
 
 #include <stdint.h>
@@ -11,6 +11,11 @@ FUSEDNORM_HOOK const char* fusednorm_cpu_level();
 
 // The levels in this build, comma-separated.
 FUSEDNORM_HOOK const char* fusednorm_cpu_levels_compiled();
+
+// The compiler with its version, the C++ standard (17, 20, ...) and OpenMP's date, all as of this build.
+FUSEDNORM_HOOK const char* fusednorm_compiler();
+FUSEDNORM_HOOK int fusednorm_cxx_standard();
+FUSEDNORM_HOOK int fusednorm_openmp();
 
 // One draw of the scalar template. `rounds` is 7 or 10.
 FUSEDNORM_HOOK void fusednorm_philox4x32(int rounds, const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
