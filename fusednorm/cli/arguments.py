@@ -109,10 +109,10 @@ examples:
 exit status: 0, or 1 if results are not eager's, or 2 for wrong arguments
 
 --json gives layer, shape, dtype, layout, order, mode, device, cpu, level,
-threads, torch, load_average, busy, rounds, contestants (of each name median_ms,
-p20_ms, p80_ms, rounds, kept_bytes_per_element), ratio (of each other name
-median, p20, p80: its time over ours), missing (name: why it could not run),
-decision (fuse, leave, even) and verdict.
+threads, torch, load_average, busy, rounds, contestants (of each name:
+median_ms, p20_ms, p80_ms, rounds, kept_bytes_per_element), ratio (of each
+other name: median, p20, p80 of its time over ours), missing (name: why it
+could not run), decision (fuse, leave, even) and verdict.
 """
 
 REPORT = """\
@@ -177,7 +177,7 @@ def _bench(add: Callable[..., Any]) -> None:
     add("--noise", choices=("bernoulli", "uniform", "gaussian"), default="bernoulli", help="(bernoulli)")
     add("--granularity", choices=("element", "channel", "sample"), default="element", help="of the noise (element)")
     add("--order", default="norm-act-drop", help="of norm, act, drop and add (norm-act-drop)")
-    add("--dtype", choices=DTYPES, default="float32", help="of the input (float32)")
+    add("--dtype", choices=DTYPES, default="float32", metavar="TYPE", help=f"{', '.join(DTYPES)} (float32)")
     add("--channels-last", action="store_true", help="channels innermost in memory")
     add("--eval", action="store_true", help="evaluation forwards, not training steps")
     add("--device", default="cpu", help="cpu, cuda or cuda:1 (cpu); the CUDA kernels were not run on a GPU yet")
@@ -192,6 +192,7 @@ def _report(add: Callable[..., Any]) -> None:
     add("factory", type=_name, metavar="package.module:factory", help="what gives the model")
     text = "shape of an input, of random values; once for each argument of the model"
     add("--example", type=sizes, action="append", metavar="N,C,...", help=text)
-    add("--dtype", choices=(*DTYPES, "int64"), help="of the examples, and of the model if floating (float32)")
+    text = f"of the examples, and unless it is int64 of the model: {', '.join(DTYPES)}, int64 (float32)"
+    add("--dtype", choices=(*DTYPES, "int64"), metavar="TYPE", help=text)
     text = "small tensors: time them, fuse always, or never (measure)"
     add("--small", choices=("measure", "always", "never"), default="measure", help=text)
