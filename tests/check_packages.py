@@ -1,7 +1,8 @@
 """Installs what `make wheel` and `make sdist` have put into dist/ as a user would: `make packages` runs this.
 
 Each goes into a fresh environment that has torch and nothing else of ours, is imported from another folder, trains a
-step, and has a command line that finds all well. The source distribution first runs tests of its own where it was unpacked, which compiles it.
+step, and has a command line that finds all well. The source distribution first runs tests of its own where it was
+unpacked, which compiles it.
 """
 
 import argparse
@@ -54,8 +55,9 @@ def check(python, package, elsewhere):
     """Installs `package` and trains with it from the folder `elsewhere`."""
     run(python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", package, cwd=elsewhere)
     run(python, "-c", TRAIN.format(environment=str(python.parents[1])), cwd=elsewhere)
-    run(python.with_name("fusednorm"), "doctor", cwd=elsewhere)
-    run(python.with_name("fusednorm"), *"bench --shape 32,8 --seconds 0.1 --no-compile".split(), cwd=elsewhere)
+    script = python.with_name("fusednorm")
+    run(script, "doctor", cwd=elsewhere)
+    run(script, "bench", "--shape", "32,8", "--seconds", "0.1", "--no-compile", cwd=elsewhere)
     version = run(python, "-c", "from importlib.metadata import version as v; print(v('fusednorm'))", cwd=elsewhere)
     told = f"+torch{torch.__version__.replace('+', '.')}"
     assert version.strip().endswith(told), f"version {version.strip()} does not end with {told}"

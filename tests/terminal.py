@@ -21,9 +21,14 @@ def environment(*places, **variables):
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TERM": "xterm"} | variables
 
 
-def run(*arguments, start=("-m", "fusednorm"), cwd=None, env=None):
+def words(command, *more):
+    """The arguments of a command line: `command` at its blanks, and then `more` as they are."""
+    return [*command.split(), *map(str, more)]
+
+
+def run(command, *more, start=("-m", "fusednorm"), cwd=None, env=None):
     """The finished process, what it wrote into pipes with it."""
-    command = [sys.executable, *start, *arguments]
+    command = [sys.executable, *start, *words(command, *more)]
     return subprocess.run(command, cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=300)
 
 
@@ -31,7 +36,7 @@ class Session:
     """What a terminal showed of a process: the exit `status`, the `lines` left at the end, all that was `written`, and
     the `widest` line that there was at any time."""
 
-    def __init__(self, columns, *arguments, cwd=None, env=None):
+    def __init__(self, columns, command, *more, cwd=None, env=None):
         import pyte
 
         # Wider than the terminal that the process is told of: a line that is too long shows, and does not wrap.
@@ -41,7 +46,7 @@ class Session:
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         env = {k: v for k, v in (env or environment()).items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "CI")}
-        command = [sys.executable, "-m", "fusednorm", *arguments]
+        command = [sys.executable, "-m", "fusednorm", *words(command, *more)]
         process = subprocess.Popen(
             command, cwd=cwd, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import _observe, functional, modules, noises
 from ..convert.compare import differ
@@ -122,7 +123,9 @@ def _layer(asked: argparse.Namespace, device: torch.device, noise: bool = True) 
         cls = getattr(modules, f"FusedBatchNorm{dims}d")
         # A name alone stays one: it may be that of an activation with a weight of its own.
         act = act[0] if act and len(act) == 1 else act
-        layer = cls(asked.shape[1], act=act, drop=drop, order=asked.order, device=device)
+        # Parameters in float32 beside 16-bit inputs, as under autocast.
+        dtype = torch.float64 if asked.dtype == "float64" else torch.float32
+        layer = cls(asked.shape[1], act=act, drop=drop, order=asked.order, device=device, dtype=dtype)
     except (TypeError, ValueError) as error:
         raise Refused(_in_its_words(error)) from error
     generator = torch.Generator().manual_seed(2)
@@ -167,7 +170,10 @@ def _results(module: nn.Module, inputs: tuple[Tensor, ...], training: bool) -> l
     leaves = [t.detach().requires_grad_() for t in inputs]
     y = module(*leaves)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-    gradients = torch.autograd.grad(y, [*leaves, *module.parameters()], grad)
+    # The norm's first: a PReLU ahead of it is ahead of it in stock modules' parameters.
+    norm: Any = next(m for m in module.modules() if isinstance(m, _BatchNorm))
+    others = [p for p in module.parameters() if p is not norm.weight and p is not norm.bias]
+    gradients = torch.autograd.grad(y, [*leaves, norm.weight, norm.bias, *others], grad)
     return [y.detach(), *gradients, *(b.detach().clone() for b in module.buffers())]
 
 
