@@ -294,11 +294,27 @@ def test_a_compiler_that_fails_is_named_and_the_rest_is_timed(called, monkeypatc
     assert out.splitlines()[-1].split(":")[0] in ("fuse it", "leave it") or "no difference" in out
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("CUDA out of memory.\nand more"), 2, "--shape: CUDA out of memory."),
+    ],
+)
+def test_what_ends_a_measurement(called, monkeypatch, error, status, said):
+    def take_turns(*_):
+        raise error
+
+    monkeypatch.setattr(timing, "take_turns", take_turns)
+    assert called("bench --shape 16,4 --no-compile") == (status, "", f"fusednorm bench: {said}\n")
+
+
 @pytest.mark.parametrize("load", [0.1, 3.25])
 def test_a_busy_machine_is_told_of(called, monkeypatch, load):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
     _, out, _ = called("bench", "--shape", "16,4", "--no-compile", *TINY)
-    assert ("The load average was 3.25 before" in out) == (load > 1)
+    assert f"load average {load:.2f}\n" in out
+    assert ("may be wrong by as much as a factor of two" in out) == (load > 1)
 
 
 def ratio(low, median, high):
@@ -498,6 +514,7 @@ HOSTILE = [
     ("bench", "--dtype: invalid choice: 'int8'", "--shape", "8,4", "--dtype", "int8"),
     ("bench", "--channels-last: expected a shape of three to five", "--shape", "8,4", "--channels-last"),
     ("bench", "--threads: expected an integer between 1 and 4096, but got '0'", "--shape", "8,4", "--threads", "0"),
+    ("bench", f"--threads: expected at most {os.cpu_count()}", "--shape", "8,4", "--threads", "4000"),
     ("bench", "--seconds: expected a number between 0.1 and 3600, but got 'inf'", "--shape", "8,4", "--seconds", "inf"),
     ("bench", "--device: expected cpu, cuda or cuda:0, but got 'moon'", "--shape", "8,4", "--device", "moon"),
     ("bench", "--plot: expected a name that ends with .png, .svg, .pdf, but got 'a'", "--shape", "8,4", "--plot", "a"),

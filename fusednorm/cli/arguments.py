@@ -74,7 +74,9 @@ for what is not known.
 DOCTOR = """\
 Each check says what was expected, what was found, and what to do if that is
 not the same. "absent" is what this machine has not, and fusednorm can do
-without; it is no failure.
+without; it is no failure. Where there is a GPU, and the library has CUDA
+kernels, the same answers are asked of it; those who made these kernels have
+not run them on one.
 
 examples:
   %(prog)s

@@ -26,7 +26,24 @@ def run(asked: argparse.Namespace) -> Outcome:
     plot.check(asked.plot)
     device = _device(asked.device)
     if asked.threads:
+        if asked.threads > (os.cpu_count() or 1):
+            raise Refused(
+                f"--threads: expected at most {os.cpu_count()}, the CPUs of this machine, but got {asked.threads}"
+            )
         torch.set_num_threads(asked.threads)
+    try:
+        facts = _measured(asked, device)
+    except RuntimeError as error:
+        if "memory" not in str(error):  # which torch has no class of its own for, on a CPU
+            raise
+        raise Refused(f"--shape: {first_line(error)}") from error
+    facts |= {"load_average": round(load, 2), "busy": load > QUIET}
+    if asked.plot:
+        plot.draw(facts, NAMES, "\n".join(_header(facts)), asked.plot)
+    return Outcome(0, facts, _lines(facts))
+
+
+def _measured(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
     inputs = _inputs(asked, device)
     layer = _layer(asked, device)
@@ -38,7 +55,7 @@ def run(asked: argparse.Namespace) -> Outcome:
     taken = timing.take_turns(steps, asked.seconds, clock)
     ratios = {name: timing.ratio(taken[name], taken["fused"]) for name in taken if name != "fused"}
     decision, verdict = judge(ratios, kept)
-    facts: dict[str, Any] = {
+    return {
         "layer": _described(layer),
         "shape": list(asked.shape),
         "dtype": asked.dtype,
@@ -50,8 +67,6 @@ def run(asked: argparse.Namespace) -> Outcome:
         "level": info.level()["in_use"],
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
-        "load_average": round(load, 2),
-        "busy": load > QUIET,
         "rounds": len(taken["fused"]),
         "contestants": {
             name: timing.summary(seconds) | {"kept_bytes_per_element": kept.get(name)}
@@ -62,9 +77,6 @@ def run(asked: argparse.Namespace) -> Outcome:
         "decision": decision,
         "verdict": verdict,
     }
-    if asked.plot:
-        plot.draw(facts, asked.plot)
-    return Outcome(0, facts, _lines(facts))
 
 
 # ---- what is asked for ----------------------------------------------------------------------------------------------
@@ -99,10 +111,7 @@ def _inputs(asked: argparse.Namespace, device: torch.device) -> tuple[Tensor, ..
         x = x.movedim(1, -1).contiguous().movedim(-1, 1) if asked.channels_last else x
         return x.requires_grad_(not asked.eval)
 
-    try:
-        return tuple(tensor() for _ in range(1 + ("add" in asked.order.split("-"))))
-    except RuntimeError as error:  # out of memory
-        raise Refused(f"--shape: {first_line(error)}") from error
+    return tuple(tensor() for _ in range(1 + ("add" in asked.order.split("-"))))
 
 
 def _available_bytes() -> int | None:
@@ -259,28 +268,35 @@ def _described(layer: Any) -> str:
     return f"{type(layer).__name__}({', '.join([str(layer.num_features), *children])}, order={layer.order!r})"
 
 
-def _lines(facts: dict[str, Any]) -> list[Line]:
+def _header(facts: dict[str, Any]) -> list[str]:
+    """What was timed, how and where."""
     where = facts["device"] if facts["device"] != "cpu" else f"{facts['cpu']}, {facts['level']}"
-    lines: list[Line] = [
-        ("", facts["layer"]),
-        ("", f"{facts['mode']} of ({', '.join(map(str, facts['shape']))}) {facts['dtype']}, {facts['layout']}"),
-        ("", f"{where}, {facts['threads']} threads, torch {facts['torch']}, {facts['rounds']} rounds"),
-        ("", ""),
-        ("", f"{'':13}  {'ms':>9}  {'20%..80%':>19}  {'over fused':>10}  {'bytes kept':>10}"),
+    threads = f"{facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
+    return [
+        facts["layer"],
+        f"{facts['mode']} of ({', '.join(map(str, facts['shape']))}) {facts['dtype']}, {facts['layout']}",
+        f"{where}, {threads}, torch {facts['torch']}, load average {facts['load_average']:.2f}",
     ]
+
+
+def _lines(facts: dict[str, Any]) -> list[Line]:
+    lines: list[Line] = [("", text) for text in _header(facts)]
+    lines.append(("", ""))
+    lines.append(("", f"{'':13}  {'ms':>9}  {'20%..80%':>19}  {'over fused':>10}  {'kept B/elem':>11}"))
     for name, row in facts["contestants"].items():
         between = f"{_ms(row['p20_ms'])}..{_ms(row['p80_ms'])}"
         ratio = f"{facts['ratio'][name]['median']:.2f}x" if name in facts["ratio"] else ""
         kept = row["kept_bytes_per_element"]
         kept = "" if kept is None else f"{kept:.2f}"
         lines.append(
-            ("", f"{NAMES[name]:13}  {_ms(row['median_ms']):>9}  {between:>19}  {ratio:>10}  {kept:>10}".rstrip())
+            ("", f"{NAMES[name]:13}  {_ms(row['median_ms']):>9}  {between:>19}  {ratio:>10}  {kept:>11}".rstrip())
         )
+    lines.append(("", f"medians of {facts['rounds']} rounds"))
     lines += [("", f"{NAMES[name]} could not run: {reason}") for name, reason in facts["missing"].items()]
     lines.append(("", ""))
     if facts["busy"]:
-        busy = f"The load average was {facts['load_average']:.2f} before: other programs took their share of the cores,"
-        lines.append(("", f"{busy} and these figures may be wrong by as much as a factor of two."))
+        busy = "The load average says that other programs took their share of the cores meanwhile: these figures"
+        lines.append(("", f"{busy} may be wrong by as much as a factor of two."))
     return [*lines, ("", facts["verdict"])]
 
 

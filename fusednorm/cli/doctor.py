@@ -36,7 +36,7 @@ def run(_: argparse.Namespace) -> Outcome:
 
 def _lines(check: Check) -> Iterator[Line]:
     front = f"{check.status:<7} {check.name:<21} "
-    yield front, check.got if check.status == OK else f"{check.got}; expected {check.expected}"
+    yield front, f"{check.got}; expected {check.expected}" if check.status == FAILED else check.got
     if check.advice:
         yield " " * len(front), check.advice
 

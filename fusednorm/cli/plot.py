@@ -24,29 +24,24 @@ def check(path: Path | None) -> None:
         ) from error
 
 
-def draw(facts: dict[str, Any], path: Path) -> None:
-    """Medians as bars, the 20th to the 80th percentile as whiskers."""
+def draw(facts: dict[str, Any], names: dict[str, str], title: str, path: Path) -> None:
+    """Medians as bars, the 20th to the 80th percentile as whiskers; `names` are what the contestants are called."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     for place, (name, row) in enumerate(facts["contestants"].items()):
         median = row["median_ms"]
         around = [[median - row["p20_ms"]], [row["p80_ms"] - median]]
         axes.barh(place, median, xerr=around, capsize=4, color="tab:blue" if name == "fused" else "tab:gray")
-        ratio = f"  {facts['ratio'][name]['median']:.1f}x" if name in facts["ratio"] else ""
-        axes.annotate(
-            f" {median:.3g} ms{ratio}", (row["p80_ms"], place), va="center", xytext=(4, 0), textcoords="offset points"
-        )
-    axes.set_yticks(range(len(facts["contestants"])), list(facts["contestants"]))
+        ratio = f", {facts['ratio'][name]['median']:.2f}x" if name in facts["ratio"] else ""
+        beside: dict[str, Any] = {"va": "center", "xytext": (6, 0), "textcoords": "offset points"}
+        axes.annotate(f"{median:.3g} ms{ratio}", (row["p80_ms"], place), **beside)
+    axes.set_yticks(range(len(facts["contestants"])), [names[name] for name in facts["contestants"]])
     axes.invert_yaxis()
     axes.margins(x=0.25)
-    axes.set_xlabel(f"milliseconds, {facts['mode']}: median, 20th to 80th percentile of {facts['rounds']} rounds")
-    shape = ", ".join(map(str, facts["shape"]))
-    where = f"{facts['device'] if facts['device'] != 'cpu' else facts['cpu']}, {facts['threads']} threads"
-    axes.set_title(
-        f"{facts['order']} of ({shape}) {facts['dtype']}, {facts['layout']}\n{where}", fontsize=10, loc="left"
-    )
+    axes.set_xlabel(f"milliseconds: median, 20th to 80th percentile of {facts['rounds']} rounds")
+    axes.set_title(title, fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     try:
         figure.savefig(path)
