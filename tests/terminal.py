@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import struct
@@ -13,6 +14,10 @@ from pathlib import Path
 import fusednorm
 
 PACKAGE = Path(fusednorm.__file__).parent
+# Of `bench`, where it is not the figures that count.
+TINY = ("--seconds", "0.1", "--threads", "1")
+# What pip writes for the console script, in short.
+SCRIPT = "import sys\nfrom fusednorm.cli import main\nsys.exit(main())\n"
 
 
 def environment(*places, **variables):
@@ -30,6 +35,13 @@ def run(command, *more, start=("-m", "fusednorm"), cwd=None, env=None):
     """The finished process, what it wrote into pipes with it."""
     command = [sys.executable, *start, *words(command, *more)]
     return subprocess.run(command, cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=300)
+
+
+def facts_of(result):
+    """(status, data) of (status, stdout, stderr), or of a process, that has nothing but one object on stdout."""
+    status, out = (result.returncode, result.stdout) if hasattr(result, "returncode") else result[:2]
+    assert out.count("\n") == 1, out
+    return status, json.loads(out)
 
 
 class Session:

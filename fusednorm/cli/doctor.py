@@ -114,7 +114,7 @@ def _answers(device: str, where: str) -> Iterator[Check]:
     def close(name: str, error: Callable[[], float], most: float, what: str) -> Check:
         found = error()
         right = found <= most
-        got = f"{what} to {found:.1e}"
+        got = f"{what} to {found:.1e}, at most {most:.0e}" if right else f"{what} to {found:.1e}"
         return Check(name, OK if right else FAILED, f"{most:.0e} or less", got, "" if right else REBUILD)
 
     checks: dict[str, Callable[[str], Check]] = {
