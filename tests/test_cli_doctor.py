@@ -83,7 +83,7 @@ def test_a_check_that_raises_has_failed(called, monkeypatch):
     monkeypatch.setattr(answers, "bernoulli", raises)
     status, out, _ = called("doctor")
     assert status == 1
-    assert "FAILED  Bernoulli noise       RuntimeError: an illegal instruction; expected a known answer" in out
+    assert "expected 64 known values to the last bit; got RuntimeError: an illegal instruction\n" in out
     assert "1 of" in out.splitlines()[-1]
 
 
@@ -91,7 +91,7 @@ def test_a_check_that_raises_has_failed(called, monkeypatch):
 def test_doctor_counts_the_threads_that_work():
     """torch says two, and OpenMP starts one."""
     found = broken(run("doctor --json", env=environment(OMP_NUM_THREADS="2", OMP_THREAD_LIMIT="1")))
-    assert found["threads at work"]["got"].startswith("1 of 2")
+    assert found["threads at work"]["got"].startswith("1, ")
     assert "OMP_THREAD_LIMIT" in found["threads at work"]["advice"]
 
 
@@ -99,7 +99,7 @@ def test_doctor_counts_the_threads_that_work():
 def test_one_thread_is_one_thread():
     _, facts = facts_of(run("doctor --json"))
     check = next(c for c in facts["checks"] if c["name"] == "threads at work")
-    assert check["status"] == "ok" and check["got"].startswith("1 of 1")
+    assert check["status"] == "ok" and check["got"].startswith("1, ")
     assert ("could give it" in check["advice"]) == (threads.processors() >= 2)
 
 

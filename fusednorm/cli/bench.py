@@ -34,8 +34,8 @@ def run(asked: argparse.Namespace) -> Outcome:
     try:
         facts = _measured(asked, device)
     except RuntimeError as error:
-        if "memory" not in str(error):  # which torch has no class of its own for, on a CPU
-            raise
+        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
+            raise  # only on a GPU has the other one a class of its own
         raise Refused(f"--shape: {first_line(error)}") from error
     facts |= {"load_average": round(load, 2), "busy": load > QUIET}
     if asked.plot:
@@ -99,6 +99,7 @@ def _device(name: str) -> torch.device:
 def _inputs(asked: argparse.Namespace, device: torch.device) -> tuple[Tensor, ...]:
     """The input, and what an order with "add" adds, in a layout that a model would have them in."""
     dtype, shape = getattr(torch, asked.dtype), torch.Size(asked.shape)
+    # Inputs and gradients, results, and what three contestants keep. A process that takes too much is killed, unasked.
     needed, there = 16 * shape.numel() * dtype.itemsize, _available_bytes() if device.type == "cpu" else None
     if there is not None and needed > there:
         sizes = f"about {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} are available"

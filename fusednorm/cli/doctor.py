@@ -36,7 +36,7 @@ def run(_: argparse.Namespace) -> Outcome:
 
 def _lines(check: Check) -> Iterator[Line]:
     front = f"{check.status:<7} {check.name:<21} "
-    yield front, f"{check.got}; expected {check.expected}" if check.status == FAILED else check.got
+    yield front, check.got if check.status == ABSENT else f"expected {check.expected}; got {check.got}"
     if check.advice:
         yield " " * len(front), check.advice
 
@@ -45,12 +45,11 @@ def _checks() -> Iterator[Check]:
     try:
         _library.load()
     except ImportError as error:
-        yield Check("library", FAILED, "operators that load", first_line(error))
+        yield Check("library", FAILED, "one that loads", first_line(error))
         return
     import torch
 
-    built = f"built for torch {_library.built_for() or 'unknown'}, running {torch.__version__}"
-    yield Check("library", OK, "operators that load", f"loaded; {built}")
+    yield Check("library", OK, f"one for torch {torch.__version__}", f"one for {_library.built_for() or 'unknown'}")
     yield _attempted("CPU level", "the best level", _level)
     yield _attempted("threads at work", "all that torch has", _threads)
     yield from _answers("cpu", "")
@@ -89,7 +88,7 @@ def _threads() -> Check:
         counted = threads.at_work(threads.large_call())
     except FileNotFoundError:
         return Check(name, ABSENT, str(wanted), "not counted, as there is no /proc/self/task")
-    got = f"{counted} of {wanted}, and {processors:g} processor{'s' if processors != 1 else ''} to run on"
+    got = f"{counted}, and {processors:g} processor{'s' if processors != 1 else ''} to run on"
     if counted != wanted:
         limit = "something limits them: OMP_THREAD_LIMIT, OMP_DYNAMIC, or a second OpenMP in this process"
         return Check(name, FAILED, str(wanted), got, limit)
@@ -106,31 +105,35 @@ def _answers(device: str, where: str) -> Iterator[Check]:
     """Known answers of everything that is computed, on one device; `where` goes behind their names."""
     from . import answers
 
-    def equal(name: str, wrong: Callable[[str], int], count: int) -> Check:
-        differ, expected = wrong(device), f"{count} known values, to the last bit"
-        got = f"{count - differ} of {count} known values, to the last bit"
-        return Check(name, FAILED if differ else OK, expected, got, REBUILD if differ else "")
-
-    def close(name: str, error: Callable[[], float], most: float, what: str) -> Check:
-        found = error()
-        right = found <= most
-        got = f"{what} to {found:.1e}, at most {most:.0e}" if right else f"{what} to {found:.1e}"
-        return Check(name, OK if right else FAILED, f"{most:.0e} or less", got, "" if right else REBUILD)
-
-    checks: dict[str, Callable[[str], Check]] = {
-        "Bernoulli noise": lambda name: equal(name, answers.bernoulli, 64),
-        "uniform noise": lambda name: equal(name, answers.uniform, len(answers.DRAWS)),
-        "Gaussian noise": lambda name: close(
-            name, lambda: answers.gaussian(device), answers.NORMAL_ERROR, f"{len(answers.NORMAL)} known values"
-        ),
-    }
+    yield _exact(f"Bernoulli noise{where}", partial(answers.bernoulli, device), 64)
+    yield _exact(f"uniform noise{where}", partial(answers.uniform, device), len(answers.DRAWS))
+    values = f"{len(answers.NORMAL)} known values"
+    yield _close(f"Gaussian noise{where}", partial(answers.gaussian, device), answers.NORMAL_ERROR, values)
     for layout, last in (("NCHW", False), ("NHWC", True)):
         error = partial(answers.gradients, device, last)
-        checks[f"gradients, {layout}"] = partial(
-            close, error=error, most=answers.GRADIENT_ERROR, what="those of float64"
-        )
-    for name, check in checks.items():
-        yield _attempted(name + where, "a known answer", partial(check, name + where))
+        yield _close(f"gradients, {layout}{where}", error, answers.GRADIENT_ERROR, "those of float64")
+
+
+def _exact(name: str, wrong: Callable[[], int], count: int) -> Check:
+    expected = f"{count} known values to the last bit"
+
+    def check() -> Check:
+        differ = wrong()
+        status, advice = (FAILED, REBUILD) if differ else (OK, "")
+        return Check(name, status, expected, str(count - differ), advice)
+
+    return _attempted(name, expected, check)
+
+
+def _close(name: str, error: Callable[[], float], most: float, what: str) -> Check:
+    expected = f"{what} to {most:.0e}"
+
+    def check() -> Check:
+        found = error()
+        status, advice = (OK, "") if found <= most else (FAILED, REBUILD)  # of a NaN, too
+        return Check(name, status, expected, f"{found:.1e}", advice)
+
+    return _attempted(name, expected, check)
 
 
 def _compile() -> Check:
@@ -138,7 +141,7 @@ def _compile() -> Check:
     expected, missing = "a C++ compiler and Python.h", info.compiling_missing(facts)
     if missing:
         return Check("torch.compile", ABSENT, expected, "not usable on the CPU", "missing: " + "; ".join(missing))
-    return Check("torch.compile", OK, expected, f"{facts['compiler']} and Python.h are here")
+    return Check("torch.compile", OK, expected, f"{facts['compiler']} and Python.h")
 
 
 def _gpu(torch: Any) -> Iterator[Check]:

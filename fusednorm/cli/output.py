@@ -47,6 +47,6 @@ def show(lines: Iterable[Line]) -> None:
 
 def wrapped(front: str, text: str, width: int) -> str:
     """`front` and `text` in lines of at most `width` characters."""
-    room = len(front) if len(front) <= width // 2 else 2
+    hanging = len(front) if 0 < len(front) <= width // 2 else 2
     # Paths and orders ("norm-act-drop") are to be copied, and stay whole where they fit into a line.
-    return textwrap.fill(front + text, width, subsequent_indent=" " * (room or 2), break_on_hyphens=False)
+    return textwrap.fill(front + text, width, subsequent_indent=" " * hanging, break_on_hyphens=False)
