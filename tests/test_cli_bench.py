@@ -49,6 +49,8 @@ def test_evaluation_keeps_nothing(called):
     assert status == 0 and facts["mode"] == "evaluation"
     assert all(row["kept_bytes_per_element"] is None for row in facts["contestants"].values())
     assert "bytes" not in facts["verdict"]
+    # What is too little for statistics is enough for this.
+    assert called("bench --shape 1,4 --eval --no-compile", *TINY)[0] == 0
 
 
 def test_a_layer_that_is_wrong_is_not_timed(called, monkeypatch):
