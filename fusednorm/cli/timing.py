@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -37,9 +38,7 @@ def gpu_events(run: Step) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
-def take_turns(
-    steps: Mapping[str, Step], seconds: float, clock: Clock = stopwatch, progress: bool = True
-) -> dict[str, list[float]]:
+def take_turns(steps: Mapping[str, Step], seconds: float, clock: Clock = stopwatch) -> dict[str, list[float]]:
     """The seconds of one step of each contestant, round by round; in all about `seconds`, or five rounds."""
     for step in steps.values():  # the first one meets compilers and fresh memory
         step()
@@ -48,10 +47,10 @@ def take_turns(
     of_a_round = sum((repeats[name] + 1) * t for name, t in single.items())
     rounds = min(ROUNDS[1], max(ROUNDS[0], int(seconds / of_a_round)))
     taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in _observe.shown(range(rounds), "Timing", progress, between=True):
+    for _ in _observe.shown(range(rounds), "Timing", True, between=True):
         for name, step in steps.items():
             step()
-            taken[name].append(clock(lambda step=step, name=name: _repeat(step, repeats[name])) / repeats[name])  # type: ignore[misc]
+            taken[name].append(clock(partial(_repeat, step, repeats[name])) / repeats[name])
     return taken
 
 
