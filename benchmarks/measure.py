@@ -19,6 +19,7 @@ import torch
 from benchmarks import cold, machine, rivals
 from benchmarks.case import Case
 from benchmarks.workloads import COLD
+from fusednorm.cli.timing import summary
 
 SHORTEST_TURN = 1e-3  # seconds
 ROUNDS = 5, 100
@@ -185,17 +186,6 @@ def _calibrate(turns: list[Turn], budget: float) -> int:
     if round_seconds > budget:
         least = 3  # the largest tensors take seconds per round and repeat well
     return min(most, max(least, int(budget / round_seconds)))
-
-
-def summary(seconds: Sequence[float]) -> dict:
-    """Median and spread: p20 and p80, in milliseconds."""
-    cuts = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 4
-    return {
-        "median_ms": statistics.median(seconds) * 1e3,
-        "p20_ms": cuts[0] * 1e3,
-        "p80_ms": cuts[3] * 1e3,
-        "rounds": len(seconds),
-    }
 
 
 def describe(workload, p: float, mode: str) -> dict:

@@ -12,35 +12,11 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fusednorm.cli.saved import saved_bytes as saved_bytes
+from fusednorm.cli.saved import vectors as vectors
+
 # The profiler announces each start and stop on stderr, through the progress display.
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")
-
-
-def vectors(channels: int) -> Callable[[torch.Tensor], bool]:
-    """Selects per-channel vectors and scalars (statistics, the seed): nothing beside the activations, not counted."""
-    return lambda tensor: tensor.numel() <= channels and sum(size != 1 for size in tensor.shape) <= 1
-
-
-def saved_bytes(module, *inputs, ignore: Callable[[torch.Tensor], bool] = lambda tensor: False) -> int:
-    """Bytes that one training forward keeps for its backward.
-
-    Storages are counted once, whole; the input counts when it is saved; parameters and buffers do not, nor `ignore`.
-    """
-    owned = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned and not ignore(tensor):
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        # Alive until the sum is taken: a freed block could come back as another tensor's and count once for two.
-        output = module(*inputs)
-    total = sum(kept.values())
-    del output
-    return total
 
 
 def peak_bytes(step: Callable[[], object], device=None) -> int | None:

@@ -50,6 +50,8 @@ def load() -> None:
 
 
 def reporting() -> bool:
-    """Whether `python -m fusednorm` is importing the package: it must come up to report that `load` fails."""
+    """Whether the command line is importing the package: it must come up to report that `load` fails."""
+    if Path(sys.argv[0]).name == "fusednorm":  # the console script
+        return True
     # While runpy imports the package, argv[0] is "-m" and the module's name is still where the interpreter found it.
     return sys.argv[0] == "-m" and sys.orig_argv[-len(sys.argv)].removeprefix("-m") == "fusednorm"

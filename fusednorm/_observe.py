@@ -154,8 +154,11 @@ def forward_of(model: nn.Module, forward: Callable[[Any], Any] | None, device: D
     return call
 
 
-def shown(batches: Iterable[Any], description: str, progress: bool) -> Any:
-    """`batches` with a progress bar on standard error, by rich or tqdm; without one where neither is installed."""
+def shown(batches: Iterable[Any], description: str, progress: bool, between: bool = False) -> Any:
+    """`batches` with a progress bar on standard error, by rich or tqdm; without one where neither is installed.
+
+    It is drawn by a thread of its own, or `between` the batches only, where that would disturb what is measured.
+    """
     if not progress:
         return batches
     with contextlib.suppress(ImportError):
@@ -164,7 +167,8 @@ def shown(batches: Iterable[Any], description: str, progress: bool) -> Any:
 
         console = Console(stderr=True)
         visible = console.is_terminal or console.is_jupyter
-        return track(batches, description, console=console, transient=True, disable=not visible)
+        options: dict[str, Any] = {"console": console, "transient": True, "disable": not visible}
+        return track(batches, description, auto_refresh=not between, **options)
     with contextlib.suppress(ImportError):
         from tqdm.auto import tqdm
 

@@ -1,7 +1,7 @@
 """Installs what `make wheel` and `make sdist` have put into dist/ as a user would: `make packages` runs this.
 
-Each goes into a fresh environment that has torch and nothing else of ours, is imported from another folder, and trains
-a step. The wheel does so from an index page and without a compiler, and refuses another torch. The source distribution
+Each goes into a fresh environment that has torch and nothing else of ours, is imported from another folder, trains a
+step, and has a command line that finds all well. The wheel does so from an index page and without a compiler, and refuses another torch. The source distribution
 first runs tests of its own where it was unpacked, which compiles it.
 """
 
@@ -86,6 +86,9 @@ def other_torch(folder):
 def trains(python, elsewhere, **where):
     """Trains a step with what is installed, from the folder `elsewhere`; the installed version."""
     run(python, "-c", TRAIN.format(environment=str(python.parents[1])), cwd=elsewhere, **where)
+    script = python.with_name("fusednorm")
+    run(script, "doctor", cwd=elsewhere, **where)
+    run(script, "bench", "--shape", "32,8", "--seconds", "0.1", "--no-compile", cwd=elsewhere, **where)
     asked = "from importlib.metadata import version as v; print(v('fusednorm'))"
     version = run(python, "-c", asked, cwd=elsewhere, **where).strip()
     told = f"+torch{torch.__version__.replace('+', '.')}"

@@ -14,8 +14,9 @@ if importlib.util.find_spec("fusednorm") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import DEVICE  # noqa: E402  (it imports the package)
+from terminal import words  # noqa: E402
 
-from fusednorm import _operators  # noqa: E402
+from fusednorm import _operators, cli  # noqa: E402
 
 # The compiler's cache on disk knows an operator by its name, and not by the fake kernel that told the sizes of its
 # results: graphs compiled with another one must not be found.
@@ -78,3 +79,18 @@ def models_python():
     if not (own / ".models-installed").is_file():
         pytest.skip("public models are not installed: make models does that")
     return str(own / "bin" / "python")
+
+
+@pytest.fixture
+def called(capfd, monkeypatch, threads):
+    """Calls the command line in this process, with the words of `command` and then `more`: (status, stdout, stderr)."""
+
+    def call(command, *more):
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        try:
+            status = cli.main(words(command, *more))
+        except SystemExit as error:
+            status = error.code
+        return status, *capfd.readouterr()
+
+    return call

@@ -9,6 +9,7 @@ import torch
 from common import Problem, dtype_id, lay_out, same_bits
 
 from fusednorm import functional
+from fusednorm.cli.threads import clock_of_threads
 
 pytestmark = pytest.mark.kernel
 
@@ -37,11 +38,6 @@ def test_same_bits(shape, p, dtype, layout, training, threads):
 def test_uneven_threads_are_right_too(layout, threads):
     threads(3)
     Problem((5, 2, 31, 33), torch.float32, layout, "relu", 0.5).check()
-
-
-def clock_of_threads():
-    """CPU seconds of every thread of this process; Linux tells them by the thread's id."""
-    return {int(tid): time.clock_gettime((~int(tid) << 3) | 6) for tid in os.listdir("/proc/self/task")}
 
 
 @pytest.mark.cpu
