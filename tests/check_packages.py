@@ -1,8 +1,8 @@
 """Installs what `make wheel` and `make sdist` have put into dist/ as a user would: `make packages` runs this.
 
 Each goes into a fresh environment that has torch and nothing else of ours, is imported from another folder, trains a
-step, and has a command line that finds all well. The wheel does so from an index page and without a compiler, and refuses another torch. The source distribution
-first runs tests of its own where it was unpacked, which compiles it.
+step, and has a command line that finds all well. The wheel does so from an index page and without a compiler, and
+refuses another torch. The source distribution first runs tests of its own where it was unpacked, which compiles it.
 """
 
 import argparse
