@@ -67,9 +67,9 @@ def environment(folder):
 def fresh_environment(folder):
     """The python of a new virtual environment that finds torch, and the build tools, where they are here."""
     python, own = environment(folder)
-    (own / "borrowed.pth").write_text(str(Path(torch.__file__).parents[1]))
     # Python 3.11 puts an old one there, which would hide the one that torch requires.
     run(python, "-m", "pip", "uninstall", "--yes", "setuptools", cwd=folder)
+    (own / "borrowed.pth").write_text(str(Path(torch.__file__).parents[1]))
     return python
 
 
