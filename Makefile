@@ -174,7 +174,7 @@ build: $(TOOLS)
 
 # By these torch finds the backend of torch.compile, in a checkout as in an installed package.
 fusednorm.egg-info/entry_points.txt: pyproject.toml
-	@$(PY) setup.py --quiet egg_info >/dev/null
+	@$(QUIET) $(PY) setup.py --quiet egg_info
 	@touch $@
 
 fusednorm/_ops.so: $(SOURCES)
