@@ -43,6 +43,7 @@ napoleon_use_rtype = False  # "Returns:" speaks of shapes, not of types
 
 html_theme = "furo"
 html_title = f"fusednorm {release}"
+html_favicon = "_static/icon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
