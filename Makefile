@@ -108,13 +108,14 @@ $(CENSUS_VENV)/.models-installed: benchmarks/requirements-census.txt $(TOOLS)
 	@touch $@
 
 # The site, into build/docs; a public name without a place in it, a broken link or a missing picture is an error.
-docs: build $(if $(VENV),$(DOCS_VENV)/.tools-installed)
+docs: build $(if $(VENV),$(DOCS_VENV)/.docs-installed)
+	$(if $(VENV),@:,$(call need,sphinx furo myst_parser))
 	$(call say,Building the documentation)
 	@$(DOCS_PY) -m sphinx -W --keep-going -n -q -b html docs build/docs $(ARGS)
 	@echo "build/docs/index.html"
 
 # Builds it anew and looks at every page in headless Chromium (Debian: chromium chromium-driver), where that is there.
-docs-test: build $(if $(VENV),$(DOCS_VENV)/.tools-installed)
+docs-test: build $(if $(VENV),$(DOCS_VENV)/.docs-installed)
 	$(call say,Looking at the documentation)
 	@$(DOCS_PY) -m pytest -q -rs tests/test_docs.py tests/test_site.py $(ARGS)
 
@@ -122,7 +123,7 @@ docs-test: build $(if $(VENV),$(DOCS_VENV)/.tools-installed)
 pictures: build
 	@$(PY) docs/_site/draw.py $(ARGS)
 
-$(DOCS_VENV)/.tools-installed: requirements-docs.txt $(TOOLS)
+$(DOCS_VENV)/.docs-installed: requirements-docs.txt $(TOOLS)
 	$(call say,Installing Sphinx into $(DOCS_VENV))
 	$(call environment,$(DOCS_VENV))
 	@$(DOCS_PY) -m pip install --quiet -r requirements-docs.txt

@@ -1,6 +1,6 @@
 """The site's configuration: `make docs`. Nothing is fetched while it is built.
 
-With TORCH_INVENTORY naming an objects.inv of torch's documentation, torch's names link there; without one they are plain.
+With TORCH_INVENTORY naming an objects.inv of torch's documentation, torch's names link there; else they are plain.
 """
 
 import os
@@ -17,7 +17,8 @@ author = "the fusednorm authors"
 copyright = f"{author}; MIT licence"
 release = fusednorm.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.intersphinx"]
+extensions = ["myst_parser"]
+extensions += [f"sphinx.ext.{name}" for name in ("autodoc", "napoleon", "viewcode", "intersphinx")]
 extensions += [f"_site.{name}" for name in ("results", "worked", "twins", "public")]
 exclude_patterns = ["_site"]
 if not (HERE.parent / "CHANGELOG.md").is_file():

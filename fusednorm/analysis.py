@@ -85,7 +85,7 @@ def variance_shift(
     cov: Tensor | Sequence[Sequence[float]] | None = None,
     granularity: str | None = None,
 ) -> Tensor:
-    """Predicts evaluation variance over training variance of what a norm sees behind `noise` (Delta of Li et al. 2018)::
+    """Predicts evaluation over training variance of what a norm sees behind `noise` (Delta of Li et al. 2018)::
 
         variance_shift(nn.Dropout(0.5))                        # 0.5: mean 0, noise directly before the norm
         variance_shift(nn.Dropout(0.5), x)                     # the same for a sample of the noise's input

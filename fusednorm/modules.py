@@ -646,7 +646,7 @@ class FusedBatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
             of the output. None: no correction.
         global_noise: with a `process_group`, while training, the noise that one process would draw for the whole batch,
             the first process's samples first: at equal seeds (or with the first one's) any number of processes drop the
-            same. On CPUs. False: each process draws its own.
+            same. False: each process draws its own.
         domains: how many sets of running statistics the layer has; each call says which one (`layer(x, domain=i)`).
             The first is the layer's own, :meth:`domain` gives each as a stock layer. Not of lazy layers.
         domain_affine: whether each domain has a weight and bias of its own, too.

@@ -7,6 +7,7 @@ Blocks of a page share their names, in the order in which they stand. What a rea
 import re
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -67,6 +68,15 @@ def test_pages_are_there():
 def test_pictures_are_there(page):
     missing = [name for name in PICTURE.findall(page.read_text()) if not (page.parent / name).is_file()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_to_elsewhere_have_a_form(page):
+    """No network is at hand to follow them."""
+    for link in re.findall(r"https?://[^\s)>\"\x60]+", page.read_text()):
+        address = urlsplit(link)
+        assert address.scheme == "https" and "." in address.netloc, link
+        assert address.netloc != "arxiv.org" or re.fullmatch(r"/abs/\d{4}\.\d{4,5}", address.path), link
 
 
 def test_pictures_say_what_the_results_say(tmp_path, monkeypatch):

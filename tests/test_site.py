@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,10 @@ SCHEMES = ("light", "dark")
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not (DOCS / "conf.py").is_file(), reason="needs the sources")]
 
 
-def build(source: Path, out: Path) -> subprocess.CompletedProcess:
+def build(source: Path, out: Path, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html", str(source), str(out)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +156,12 @@ def test_what_the_build_refuses(tmp_path):
     page = tmp_path / "docs" / "limits.md"
     more = "[a](nowhere.md) [b](why.md#nothing) ![c](pictures/none.svg)\n```{worked}\nassert False\n```\n"
     page.write_text(f"{page.read_text()}\n{more}")
-    built = build(page.parent, tmp_path / "out")
+    inventory = tmp_path / "objects.inv"
+    inventory.write_bytes(
+        b"# Sphinx inventory version 2\n# Project: torch\n# Version: 0\n# The rest is compressed with zlib.\n"
+        + zlib.compress(b"torch.nn.BatchNorm1d py:class 1 generated/torch.nn.BatchNorm1d.html#$ -\n")
+    )
+    built = build(page.parent, tmp_path / "out", TORCH_INVENTORY=str(inventory))
     assert built.returncode != 0
     for said in (
         "lacks the public name fusednorm.fold",
@@ -164,3 +171,6 @@ def test_what_the_build_refuses(tmp_path):
         "worked: AssertionError",
     ):
         assert said in built.stderr, built.stderr
+    # torch's names lead to its documentation where an inventory of it is at hand.
+    linked = "https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm1d.html#torch.nn.BatchNorm1d"
+    assert linked in (tmp_path / "out" / "reference.html").read_text()

@@ -1,8 +1,8 @@
 """Draws the pictures of the site: `python docs/_site/draw.py`, or `make pictures`.
 
 Measured ones come from benchmarks/results and examples/results, by the functions that draw them for a run; two are
-drawings. Each is one drawing in two colourings, NAME.svg for light pages and NAME-dark.svg for dark ones, and depends on
-nothing but the results and matplotlib's version.
+drawings. Each is drawn once and coloured twice, NAME.svg for light pages and NAME-dark.svg for dark ones, and depends
+on nothing but the results and matplotlib's version.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ def draw(folder: Path, names: tuple[str, ...] = tuple(DRAWN)) -> None:
         path = folder / f"{name}.svg"
         with plt.rc_context(STYLE):
             DRAWN[name](path)
-        # Not the day on which it was drawn.
-        svg = re.sub(r"\s*<dc:date>.*?</dc:date>", "", path.read_text())
+        svg = re.sub(r"\s*<dc:date>.*?</dc:date>", "", path.read_text())  # the day on which it was drawn
         path.write_text(svg)
         path.with_name(f"{name}-dark.svg").write_text(dark(svg))
 

@@ -31,16 +31,19 @@ ORDERS = (
 )
 
 
+def _square(axis, x: float, y: float, width: float, height: float, face: str, edge: str) -> None:
+    axis.add_patch(Rectangle((x, y), width, height, facecolor=face, edgecolor=edge, linewidth=1.6))
+
+
 def passes(path: Path) -> None:
     """A square a pass over the activation, where a channel stays in cache."""
     figure, axis = plt.subplots(figsize=(8.5, 3.6), layout="constrained")
-    for y, (name, steps) in enumerate(PASSES):
+    for y, (_, steps) in enumerate(PASSES):
         x = 0.0
         for stage, words, tensors in steps:
             for i, way in enumerate(tensors):
                 filled = COLOURS[stage] if way == "w" else "none"
-                box = Rectangle((x + i, y - 0.22), 0.86, 0.44, facecolor=filled, edgecolor=COLOURS[stage], linewidth=1.8)
-                axis.add_patch(box)
+                _square(axis, x + i, y - 0.22, 0.86, 0.44, filled, COLOURS[stage])
             axis.text(x, y - 0.34, words, fontsize=8, va="bottom")
             x += len(tensors) + 0.5
         count = sum(len(tensors) for _, _, tensors in steps)
@@ -50,7 +53,7 @@ def passes(path: Path) -> None:
     axis.tick_params(axis="y", length=0)
     axis.spines[:].set_visible(False)
     for x, (facecolor, words) in enumerate((("none", "a tensor read"), ("#8c8c8c", "a tensor written"))):
-        axis.add_patch(Rectangle((7.2 + 3.2 * x, 1.0), 0.3, 0.2, facecolor=facecolor, edgecolor="#8c8c8c", linewidth=1.5))
+        _square(axis, 7.2 + 3.2 * x, 1.0, 0.3, 0.2, facecolor, "#8c8c8c")
         axis.text(7.65 + 3.2 * x, 1.1, words, fontsize=8, va="center")
     figure.savefig(path)
     plt.close(figure)
@@ -66,7 +69,8 @@ def orders(path: Path) -> None:
             axis.add_patch(box)
             axis.text(x * 1.35 + 0.5, y, stage, color="#fffffe", ha="center", va="center", fontsize=9)
             if x:
-                axis.annotate("", (x * 1.35, y), (x * 1.35 - 0.35, y), arrowprops={"arrowstyle": "->", "color": "#8c8c8c"})
+                arrow = {"arrowstyle": "->", "color": "#8c8c8c"}
+                axis.annotate("", (x * 1.35, y), (x * 1.35 - 0.35, y), arrowprops=arrow)
         axis.text(5.6, y, words, va="center", fontsize=9)
     axis.set(xlim=(-0.1, 11), ylim=(len(ORDERS) - 0.5, -0.5), xticks=[], yticks=[])
     axis.spines[:].set_visible(False)

@@ -40,7 +40,10 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 def ratio(value: float | None) -> str:
     """Theirs over ours; in bold where we lose."""
-    return "-" if value is None else f"**{value:.2f}x**" if value < LOSS else f"{value:.2f}x" if value < 2 else f"{value:.1f}x"
+    if value is None:
+        return "-"
+    text = f"{value:.2f}x" if value < 2 else f"{value:.1f}x"
+    return f"**{text}**" if value < LOSS else text
 
 
 def milliseconds(value: float) -> str:
@@ -91,7 +94,8 @@ def _class(rows: list[dict]) -> str:
     if not ratios:
         return "-"
     lost = sum(value < LOSS for value in ratios)
-    return f"{len(ratios)}: {ratio(statistics.median(ratios))}, {ratio(min(ratios))}" + (f", {lost} lost" if lost else "")
+    text = f"{len(ratios)}: {ratio(statistics.median(ratios))}, {ratio(min(ratios))}"
+    return f"{text}, {lost} lost" if lost else text
 
 
 def census() -> list[str]:
@@ -181,9 +185,10 @@ def summary() -> list[str]:
         for noise, having in ((False, "without dropout"), (True, "with dropout")):
             ratios = [r["ratio"]["eager"] for r in of("-census") if r["mode"] == mode and (r["p"] > 0) == noise]
             lost = sum(value < LOSS for value in ratios)
+            middle, lowest = statistics.median(ratios), min(ratios)
             lines.append(
-                f"- {words}, {len(ratios)} layers {having}: {statistics.median(ratios):.1f} times as fast in the median, "
-                f"{min(ratios):.2f} at worst, {lost} below {LOSS:g}."
+                f"- {words}, {len(ratios)} layers {having}: {middle:.1f} times as fast in the median, "
+                f"{lowest:.2f} times at worst, {lost} below {LOSS:g}."
             )
     return lines
 
