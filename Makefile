@@ -117,7 +117,7 @@ docs: build $(if $(VENV),$(DOCS_VENV)/.docs-installed)
 # Builds it anew and looks at every page in headless Chromium (Debian: chromium chromium-driver), where that is there.
 docs-test: build $(if $(VENV),$(DOCS_VENV)/.docs-installed)
 	$(call say,Looking at the documentation)
-	@$(DOCS_PY) -m pytest -q -rs tests/test_docs.py tests/test_site.py $(ARGS)
+	@$(DOCS_PY) -m pytest -q -rs tests/test_site.py $(ARGS)
 
 # Of the site, from benchmarks/results.
 pictures: build

@@ -87,6 +87,7 @@ return {
     of_light: shown.filter(i => i.classList.contains("only-light")).map(i => i.src),
     of_dark: shown.filter(i => i.classList.contains("only-dark")).map(i => i.src),
     too_wide: frames.filter(f => f.scrollWidth > f.clientWidth).map(f => f.className || f.tagName),
+    elsewhere: performance.getEntriesByType("resource").map(r => r.name).filter(n => !n.startsWith(location.origin)),
     background: getComputedStyle(document.body).backgroundColor,
 };
 """
@@ -131,6 +132,8 @@ def test_a_wrong_page_is_seen(site, address, browser, width):
     assert {*wrong("console", "</article>", "<script>nothing.at.all()</script>")} == {"console"}
     dark = '<img class="only-dark" style="display: block !important" src="_static/icon.svg">'
     assert {*wrong("foreign", "</article>", dark)} == {"foreign"}
+    other = '<img src="http://localhost:1/a.png">'
+    assert "elsewhere" in wrong("elsewhere", "</article>", other)
     white = "<style>body { background: white !important }</style>"
     assert {*wrong("white", "</head>", white, "dark")} == {"scheme"}
 

@@ -8,7 +8,6 @@ on nothing but the results and matplotlib's version.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -24,12 +23,10 @@ matplotlib.use("Agg")  # writes files; there may be no display
 import orderings  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 
-from _site import drawings  # noqa: E402
+from _site import drawings, tables  # noqa: E402
 from benchmarks import plot  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
-RESULTS = ROOT / "benchmarks" / "results"
-MACHINE = "cpu-epyc-genoa-2-cores"
 INK = "#1f2328"
 # What a light page's colours become on a dark one; those that are not here are seen on both.
 DARK = {INK: "#e6edf3", "#000000": "#e6edf3", "#ffffff": "#131416", "#555555": "#b0b8c0", "#2b4a80": "#8fb0dc"}
@@ -40,7 +37,7 @@ STYLE |= {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verda
 
 
 def _of(kind: str) -> tuple[list[dict], dict]:
-    found = json.loads((RESULTS / f"{MACHINE}{kind}.json").read_text())
+    found = tables.load(tables.MACHINE + kind)
     return found["rows"], found["machine"]
 
 
