@@ -27,6 +27,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from . import _observe, functional
 
+__all__ = ["VarianceShift", "alpha_of", "measure_variance_shift", "variance_shift", "variances"]
+
 # Kind -> variance of the multiplier of mean 1. The names and units are those of the functional's `noise` and `p`;
 # "alpha" is any noise of that variance.
 _ALPHA: dict[str, Callable[[float], float]] = {

@@ -20,6 +20,8 @@ from ._operators import NO_EXTRAS as NO_EXTRAS
 from ._operators import Chain as Chain
 from ._operators import Extras as Extras
 
+__all__ = ["activations", "batch_norm_act_drop", "dropout", "noise"]
+
 Device: TypeAlias = torch.device | str | int | None
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 

@@ -14,6 +14,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from . import _operators, functional
 
+__all__ = ["ConcreteDropout", "DropPath", "Dropout", "GaussianDropout", "UniformDropout", "at_alpha"]
+
 
 class _Noise(nn.Dropout):
     """`kind` and `strength` as the functional takes them, and `granularity`.

@@ -17,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import _observe, functional
 from .analysis import Moment, Noise, alpha_of, variances
 
+__all__ = ["recalibrate", "restore_running_var"]
+
 
 def recalibrate(
     model: nn.Module,

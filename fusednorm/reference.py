@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = ["activation", "batch_norm_act_drop"]
+
 Activation: TypeAlias = str | tuple[str | float | Tensor, ...] | None
 
 # torch.nn.functional twin and default parameters of every activation of csrc/math/activations.h.

@@ -16,6 +16,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from . import _observe, functional, reference
 
+__all__ = ["Prediction", "batch_statistics", "effective_batch_size", "predict"]
+
 # {layer's name: (means, variances)} of as many batches for every layer.
 Bank: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
 

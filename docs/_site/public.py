@@ -2,8 +2,7 @@
 
 Docstrings call a function by the module that defines it, or by its bare name; the reference has it where users find it.
 
-Public are the names of `fusednorm.__all__`, and the functions and classes without an underscore that the public modules
-define.
+Public is what `__all__` of the package and of its public modules has.
 """
 
 from __future__ import annotations
@@ -15,24 +14,16 @@ from collections.abc import Iterator
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
-import fusednorm
-
 MODULES = ("analysis", "convert", "functional", "noises", "recalibration", "reference", "uncertainty")
 logger = logging.getLogger(__name__)
 
 
 def names() -> Iterator[tuple[str, object]]:
-    """Every public name with its object. `convert` is what it exports, as its files are rooms of its own."""
-    for name in fusednorm.__all__:
-        yield f"fusednorm.{name}", getattr(fusednorm, name)
-    for module in MODULES:
-        found = importlib.import_module(f"fusednorm.{module}")
-        exported = getattr(found, "__all__", None)
-        for name, value in vars(found).items():
-            defined = inspect.isfunction(value) or inspect.isclass(value)
-            here = name in exported if exported is not None else getattr(value, "__module__", "") == found.__name__
-            if defined and here and not name.startswith("_"):
-                yield f"{found.__name__}.{name}", value
+    """Every public name with its object; some objects have two."""
+    for module in ("fusednorm", *(f"fusednorm.{name}" for name in MODULES)):
+        found = importlib.import_module(module)
+        for name in found.__all__:
+            yield f"{module}.{name}", getattr(found, name)
 
 
 def check(app: Sphinx, env) -> None:
