@@ -13,6 +13,8 @@ CASES    =
 SANITIZE =
 # `make census`, `make models` and `make finetune` have public models in an environment of their own, which sees the torch of the one above.
 CENSUS_VENV = $(if $(VENV),.venv-census)
+# `make docs` has Sphinx in an environment of its own, likewise.
+DOCS_VENV = $(if $(VENV),.venv-docs)
 # `make cuda` has an environment and a library of its own, so that the ones above stay for the CPU.
 CUDA_TORCH = torch==2.11.0
 CUDA_VENV  = $(if $(VENV),.venv-cuda)
@@ -24,6 +26,7 @@ DIST   = dist
 PY     := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 BIN    := $(if $(VENV),$(VENV)/bin/)
 CENSUS_PY = $(if $(VENV),$(CENSUS_VENV)/bin/python,$(PYTHON))
+DOCS_PY   = $(if $(VENV),$(DOCS_VENV)/bin/python,$(PYTHON))
 TOOLS  := $(if $(VENV),$(VENV)/.tools-installed,interpreter)
 # Named after the request, so that another TORCH= installs another torch.
 TORCH_INSTALLED := $(VENV)/.torch-installed-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
@@ -46,9 +49,9 @@ say  = @echo "==> $(1)"
 need = @$(PY) -c "import sys, importlib.util as u; no = [m for m in '$(1)'.split() if not u.find_spec(m)]; \
 	no and sys.exit('$(PY) lacks ' + ', '.join(no) + ': install that, or leave VENV at its default.')"
 
-.PHONY: help wheel wheels index sdist packages clean-dist demo test fuzz sanitized bench readme rivals census models finetune gpu build cuda cuda-library lint lint-style lint-figures lint-types format clean interpreter
+.PHONY: help docs docs-test pictures wheel wheels index sdist packages clean-dist demo test fuzz sanitized bench readme rivals census models finetune gpu build cuda cuda-library lint lint-style lint-figures lint-types format clean interpreter
 help:
-	@echo "make demo | test | wheel | wheels | index | sdist | packages | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1 FAMILY=orders|census] | readme | rivals | census | models | finetune | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON DIST ARGS V=1"
+	@echo "make demo | test | wheel | wheels | index | sdist | packages | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1 FAMILY=orders|census] | readme | docs | docs-test | pictures | rivals | census | models | finetune | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON DIST ARGS V=1"
 
 demo: build
 	$(call say,Running the demo)
@@ -100,13 +103,38 @@ models: build $(if $(VENV),$(CENSUS_VENV)/.models-installed)
 finetune: build $(if $(VENV),$(CENSUS_VENV)/.models-installed)
 	@$(TIMED) $(CENSUS_PY) examples/finetune.py $(ARGS)
 
+# $(call environment,VENV): an environment of its own, which sees the packages of the project's.
+environment = @[ -x $(1)/bin/pip ] || $(PYTHON) -m venv $(1); \
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+
 # Without their dependencies, which would bring another torch: the list is complete.
 $(CENSUS_VENV)/.models-installed: benchmarks/requirements-census.txt $(TOOLS)
 	$(call say,Installing public models into $(CENSUS_VENV))
-	@[ -x $(CENSUS_VENV)/bin/pip ] || $(PYTHON) -m venv $(CENSUS_VENV)
-	@$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-		> "$$($(CENSUS_PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+	$(call environment,$(CENSUS_VENV))
 	@$(QUIET) $(CENSUS_PY) -m pip install --no-deps -r benchmarks/requirements-census.txt
+	@touch $@
+
+# The site, into build/docs; a public name without a place in it, a broken link or a missing picture is an error.
+docs: build $(if $(VENV),$(DOCS_VENV)/.docs-installed)
+	$(if $(VENV),@:,$(call need,sphinx furo myst_parser))
+	$(call say,Building the documentation)
+	@$(DOCS_PY) -m sphinx -W --keep-going -n -q -b html docs build/docs $(ARGS)
+	@echo "build/docs/index.html"
+
+# Builds it anew and looks at every page in headless Chromium (Debian: chromium chromium-driver), where that is there.
+docs-test: build $(if $(VENV),$(DOCS_VENV)/.docs-installed)
+	$(call say,Looking at the documentation)
+	@$(DOCS_PY) -m pytest -q -rs tests/test_site.py $(ARGS)
+
+# Of the site, from benchmarks/results.
+pictures: build
+	@$(PY) docs/_site/draw.py $(ARGS)
+
+$(DOCS_VENV)/.docs-installed: requirements-docs.txt $(TOOLS)
+	$(call say,Installing Sphinx into $(DOCS_VENV))
+	$(call environment,$(DOCS_VENV))
+	@$(QUIET) $(DOCS_PY) -m pip install -r requirements-docs.txt
 	@touch $@
 
 # oneDNN's batch normalisation as a library that `make bench ARGS=--rivals` times beside ours. Installs Debian's oneDNN

@@ -9,10 +9,9 @@ import matplotlib
 matplotlib.use("Agg")  # writes files; there may be no display
 
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
-from matplotlib.patheffects import withStroke  # noqa: E402
 from matplotlib.ticker import FixedLocator, NullLocator  # noqa: E402
 
-from benchmarks import machine  # noqa: E402
+from benchmarks import labels, machine  # noqa: E402
 from benchmarks.census_classes import PATTERNS, pattern_class, pixels  # noqa: E402
 from benchmarks.workloads import BY_NAME, FAMILY  # noqa: E402
 
@@ -33,10 +32,7 @@ def _pick(rows: list[dict]) -> list[dict]:
 
 
 def _title(row: dict) -> str:
-    shape = "x".join(map(str, row["shape"]))
-    act = row["act"][0] if isinstance(row["act"], (list, tuple)) else row["act"] or "no act"
-    level = "" if row["level"] == "avx512" else f", at level {row['level']}"
-    return f"{row['workload']}{level}\n{shape} {row['dtype']} {row['layout']} {act} p={row['p']:g}"
+    return f"{labels.layer(row)}\n{labels.noise(row)}"
 
 
 def _groups(axis, rows, names, value, form, title=_title) -> None:
@@ -45,9 +41,9 @@ def _groups(axis, rows, names, value, form, title=_title) -> None:
         positions = [j + (i - (len(names) - 1) / 2) * height for j in range(len(rows))]
         values = [value(row, name) for row in rows]
         bars = axis.barh(positions, [v or 0 for v in values], height, label=NAMES.get(name, name), color=COLOURS[name])
-        labels = ["n/a" if v is None else form.format(v) for v in values]
-        edge = withStroke(linewidth=2, foreground="white")  # where a line crosses them
-        axis.bar_label(bars, labels, padding=2, fontsize=7, path_effects=[edge])
+        texts = ["n/a" if v is None else form.format(v) for v in values]
+        behind = {"facecolor": "white", "linewidth": 0, "pad": 0}  # where a line crosses them
+        axis.bar_label(bars, texts, padding=2, fontsize=7, bbox=behind)
     axis.set_yticks(range(len(rows)), [title(row) for row in rows], fontsize=7)
     axis.invert_yaxis()
     axis.margins(x=0.12)

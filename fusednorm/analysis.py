@@ -3,7 +3,7 @@
 Noise of mean 1 and variance alpha leaves the mean of what it multiplies alone and raises the variance; at evaluation
 the noise is gone and the variance falls back. The ratio of the two, evaluation over training, is the Delta of Li, Chen,
 Hu & Yang, "Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift" (arXiv 1801.05134,
-CVPR 2019). They derive it for Bernoulli noise and equal, equally correlated inputs; here it is exact for any inputs:
+CVPR 2019). They derive it for Bernoulli noise and equal, equally correlated inputs; here it is exact for any inputs::
 
     noise, norm          train = v + alpha (v + c^2)                       evaluation = v      (their eq. 8 and 15)
     noise, linear, norm  train = w'S w + alpha sum_i w_i^2 (S_ii + c_i^2)  evaluation = w'S w  (their eq. 12)
@@ -87,7 +87,7 @@ def variance_shift(
     cov: Tensor | Sequence[Sequence[float]] | None = None,
     granularity: str | None = None,
 ) -> Tensor:
-    """Predicts evaluation variance over training variance of what a norm sees behind `noise` (Delta of Li et al. 2018).
+    """Predicts evaluation over training variance of what a norm sees behind `noise` (Delta of Li et al. 2018)::
 
         variance_shift(nn.Dropout(0.5))                        # 0.5: mean 0, noise directly before the norm
         variance_shift(nn.Dropout(0.5), x)                     # the same for a sample of the noise's input
@@ -302,17 +302,17 @@ class VarianceShift:
 
     @property
     def ratio(self) -> Tensor:
-        """(C,) evaluation over training: what :func:`variance_shift` predicts."""
+        """(C,) evaluation over training, as :func:`variance_shift` predicts it."""
         return _observe.quotient(self.evaluation, self.training)
 
     @property
     def ratio_to_running(self) -> Tensor:
-        """(C,) evaluation over running: real_var / moving_var of Li et al. 2018; 1 is no harm done."""
+        """(C,) evaluation over running, real_var / moving_var of Li et al. 2018; 1 is no harm done."""
         return _observe.quotient(self.evaluation, self.running)
 
     @property
     def shift(self) -> float:
-        """Their number for a layer, at least 1: the larger of the two quotients of the channels' averages."""
+        """Their number for a layer, at least 1, the larger of the two quotients of the channels' averages."""
         quotient = float(_observe.quotient(self.evaluation.mean(), self.running.mean()))
         return max(quotient, 1 / quotient) if quotient > 0 else math.inf
 

@@ -16,7 +16,7 @@ def keep_act_keys(parent: nn.Module, layer: str, slot: str) -> None:
     """Keeps the state dict's keys of an activation that moved from `parent.slot` into the fused `parent.layer`.
 
     From now on `parent.state_dict()` has `slot.weight` where it had `layer.act.weight`, and loads either. Optimizers go
-    by the order of parameters: an activation behind the norm keeps its place, one ahead of it comes behind the norm.
+    by the order of parameters: an activation behind the norm keeps its place, one ahead of it comes behind the norm::
 
         net[1] = FusedBatchNorm2d.from_torch(net[1], act=net[2])   # net[2] is an nn.PReLU
         net[2] = nn.Identity()

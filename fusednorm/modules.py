@@ -290,8 +290,8 @@ class _FusedBatchNorm(_BatchNorm):
         Args:
             bn: an instance of the torch class that this class extends, or, for a lazy class, of the lazy one.
             act, drop, order: as in the constructor; typically the modules that stood around `bn`.
-            ghost_batch_size, even_ghost_batches, eval_matched_stats, allow_single_value, update_when_recomputed,
-                process_group, renorm, global_noise: as in the constructor.
+            ghost_batch_size, even_ghost_batches, eval_matched_stats, allow_single_value: as in the constructor.
+            update_when_recomputed, process_group, renorm, global_noise: as in the constructor.
 
         Raises:
             TypeError: `bn` is of another class (or a subclass with behaviour of its own, as SyncBatchNorm).

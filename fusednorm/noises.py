@@ -310,7 +310,7 @@ _AnyNoise = TypeVar("_AnyNoise", bound=_DropoutNd)
 
 
 def at_alpha(noise: type[_AnyNoise], alpha: float, **arguments: Any) -> _AnyNoise:
-    """A noise of the given class whose multiplier has variance `alpha`: the same shift of variances for every class.
+    """A noise of the given class whose multiplier has variance `alpha`: the same shift of variances for every class::
 
         at_alpha(nn.Dropout2d, 0.25)         # p = 0.2
         at_alpha(UniformDropout, 0.25)       # beta = 0.866

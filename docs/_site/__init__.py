@@ -1,0 +1,1 @@
+"""What the site is made with: Sphinx extensions of its own, and its pictures."""
