@@ -1,17 +1,15 @@
 """Results into the repository: `python benchmarks/publish.py NAME [RUN.json ...]`.
 
-Rows of these runs become benchmarks/results/NAME.json, NAME-orders.json, NAME-census.json and NAME-models.json,
-whichever they have rows for. Then the figures and tables of the pages below are written again from those files, and
-the README's picture is drawn. `--check` writes nothing, and fails where a page or the picture says something else.
+Rows of these runs become benchmarks/results/NAME.json, NAME-orders.json and the like, whichever they have rows for.
+Then the figures and tables of the pages below are written again from those files. `--check` writes nothing, and fails
+where a page says something else. Pictures: `make pictures`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import figures  # noqa: E402  (found through the line above)
 
-PAGES = tuple(ROOT / page for page in ("README.md", "docs/performance-tables.md", "docs/models.md"))
-PICTURES = ROOT / "docs" / "pictures"
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("why", "performance", "models", "batches")))
+NAME = "cpu-epyc-genoa-2-cores"  # of the machine that they speak of
 
 
 def pages(results: dict[str, dict]) -> dict[Path, str]:
@@ -29,26 +27,9 @@ def pages(results: dict[str, dict]) -> dict[Path, str]:
     return {page: figures.fill(page.read_text(), known) for page in PAGES}
 
 
-def draw(results: dict[str, dict], folder: Path) -> list[Path]:
-    from benchmarks import before_after  # and with it matplotlib, which those who come for `compact` may lack
-
-    return before_after.draw(results["layers"], folder)
-
-
-def spelled(picture: Path) -> list[str]:
-    """The words and figures in a picture: outlines, which differ between versions, follow comments that spell them."""
-    return re.findall(r"<!-- (.*?) -->", picture.read_text()) if picture.is_file() else []
-
-
 def stale(results: dict[str, dict]) -> list[Path]:
-    """Pages and pictures that say something else than these results."""
-    found = [page for page, text in pages(results).items() if page.read_text() != text]
-    with tempfile.TemporaryDirectory() as folder:
-        for drawn in draw(results, Path(folder)):
-            there = PICTURES / drawn.name
-            if spelled(there) != spelled(drawn):
-                found.append(there)
-    return found
+    """Pages that say something else than these results."""
+    return [page for page, text in pages(results).items() if page.read_text() != text]
 
 
 def kind(row: dict) -> str:
@@ -57,6 +38,8 @@ def kind(row: dict) -> str:
 
     if "model" in row:
         return "models"
+    if "workload" not in row:
+        return "whose-statistics"
     if row["workload"] in {workload.name for workload in workloads.CENSUS}:
         return "census"
     return "orders" if row["workload"] in {workload.name for workload in workloads.FAMILY} else "layers"
@@ -69,7 +52,9 @@ def write_results(name: str, runs: list[str]) -> None:
         for row in run["rows"]:
             files.setdefault(kind(row), {"machine": run["machine"], "rows": []})["rows"].append(row)
     for of, result in files.items():
-        text = compact(result) if of in ("census", "models") else json.dumps(result, indent=1) + "\n"
+        text = (
+            compact(result) if of in ("census", "models", "whose-statistics") else json.dumps(result, indent=1) + "\n"
+        )
         (figures.RESULTS / f"{name}{figures.KINDS[of]}.json").write_text(text)
 
 
@@ -96,7 +81,6 @@ def main() -> int:
         return int(bool(found))
     for page, text in pages(results).items():
         page.write_text(text)
-    draw(results, PICTURES)
     return 0
 
 

@@ -19,8 +19,8 @@ release = fusednorm.__version__
 
 extensions = ["myst_parser"]
 extensions += [f"sphinx.ext.{name}" for name in ("autodoc", "napoleon", "viewcode", "intersphinx")]
-extensions += [f"_site.{name}" for name in ("results", "worked", "twins", "public")]
-exclude_patterns = ["_site", "performance-tables.md"]  # code; what performance.md says, for readers of the sources
+extensions += [f"_site.{name}" for name in ("worked", "twins", "public")]
+exclude_patterns = ["_site"]  # code
 if not (HERE.parent / "CHANGELOG.md").is_file():
     exclude_patterns.append("changelog.md")
 

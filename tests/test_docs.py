@@ -91,14 +91,11 @@ def test_pictures_say_what_the_results_say(tmp_path, monkeypatch):
         assert not re.search(r"\bcnn_|_f32|_bf16", " ".join(words)), drawn.name
 
 
-def test_tables_are_made_of_the_results(benchmarks, monkeypatch):
-    """Rows that lose are in them, in bold."""
-    monkeypatch.setattr(sys, "path", [str(DOCS), *sys.path])
-    from _site import tables
-
-    layers = tables.layers()
-    assert len(layers) == 2 + len(tables.of(""))
+def test_rows_that_lose_are_in_the_tables(benchmarks):
+    """In bold, and once more by themselves."""
+    tables, results = benchmarks("page_tables"), benchmarks("figures").load("cpu-epyc-genoa-2-cores")
+    layers = tables.layers(results)
+    assert len(layers) == 2 + len(results["layers"]["rows"])
     assert any("**" in line for line in layers)
-    measured = [row for kind in ("", "-orders", "-census") for row in tables.of(kind)]
-    lost = sum(row["ratio"]["eager"] < tables.LOSS for row in measured)
-    assert len(tables.losses()) == 2 + lost
+    measured = [row for kind in ("layers", "orders", "census") for row in results[kind]["rows"]]
+    assert len(tables.losses(results)) == 2 + sum(row["ratio"]["eager"] < tables.LOSS for row in measured)

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
@@ -25,7 +24,6 @@ def publish(benchmarks, tmp_path, monkeypatch):
     for copy, page in zip(copies, module.PAGES, strict=True):
         copy.write_text(page.read_text())
     monkeypatch.setattr(module, "PAGES", copies)
-    monkeypatch.setattr(module, "PICTURES", tmp_path / "pictures")
     monkeypatch.setattr(module.figures, "RESULTS", tmp_path)
     return module
 
@@ -44,7 +42,7 @@ def parts(figures):
     return {kind: RESULTS / f"{NAME}{suffix}.json" for kind, suffix in figures.KINDS.items()}
 
 
-def test_pages_and_picture_are_up_to_date(benchmarks, figures):
+def test_pages_are_up_to_date(benchmarks, figures):
     assert benchmarks("publish").stale(figures.load(NAME)) == []
 
 
@@ -80,33 +78,6 @@ def test_check(publish, figures, monkeypatch, capsys):
         run(publish, monkeypatch, "new", *parts(figures).values(), "--check")
 
 
-def test_check_sees_a_picture_of_other_figures(publish, figures, monkeypatch):
-    assert run(publish, monkeypatch, "new", *parts(figures).values()) == 0
-    drawn = {path: path.read_bytes() for path in sorted(publish.PICTURES.iterdir())}
-    assert [path.name for path in drawn] == ["before-after-dark.svg", "before-after.svg"]
-    layers = json.loads((figures.RESULTS / "new.json").read_text())
-    row = figures.of_layer(layers["rows"], "cnn_f32", False)[0]
-    row["providers"]["fused"]["median_ms"] *= 2
-    (figures.RESULTS / "new.json").write_text(json.dumps(layers))
-    assert {path.name for path in publish.stale(figures.load("new"))} == {
-        "README.md",
-        *(path.name for path in drawn),
-    }
-    assert run(publish, monkeypatch, "new", *parts(figures).values()) == 0
-    assert {path: path.read_bytes() for path in drawn} == drawn  # the same results, the same bytes
-
-
-def test_the_picture_speaks_of_layers_as_readers_do(benchmarks, figures, tmp_path):
-    publish = benchmarks("publish")
-    drawn = publish.draw(figures.load(NAME), tmp_path)
-    light, dark = map(publish.spelled, drawn)
-    assert light == dark
-    for name in figures.SHOWN.values():
-        assert set(name.split(", ", 1)) <= set(light)
-    for path in drawn:
-        assert ElementTree.parse(path).getroot().tag.endswith("svg")
-
-
 def test_an_unknown_figure_is_an_error(figures):
     with pytest.raises(KeyError, match="no-such"):
         figures.fill("<!--= no-such -->1<!--/-->", {})
@@ -121,15 +92,15 @@ def test_figures_move_with_the_rows(figures):
     """Every ratio in prose is taken from the rows: with all times of ours doubled, all of them change."""
     results = figures.load(NAME)
     before = figures.figures(results)
-    for kind in ("layers", "census", "models"):
+    for kind in ("layers", "orders", "census", "models"):
         for row in results[kind]["rows"]:
             row["ratio"] = {peer: ratio / 2 for peer, ratio in row.get("ratio", {}).items()}
     after = figures.figures(results)
-    still = {"machine", "measured", "models", "census-plain", "census-noisy", "orders-table"}
+    still = {"machine", "models", "census-plain", "whose-statistics-table", "predicted-table"}
     assert {name for name in before if before[name] == after[name]} == still
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/performance-tables.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/why.md"])
 def test_no_figure_is_typed_by_hand(figures, page):
     """A multiple, a share or a time is in a marked place; no line of prose begins with a mark, which would be HTML."""
     text = (ROOT / page).read_text()

@@ -23,8 +23,8 @@ matplotlib.use("Agg")  # writes files; there may be no display
 import orderings  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 
-from _site import drawings, tables  # noqa: E402
-from benchmarks import plot  # noqa: E402
+from _site import drawings  # noqa: E402
+from benchmarks import before_after, figures, plot, publish  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
 INK = "#1f2328"
@@ -37,7 +37,7 @@ STYLE |= {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verda
 
 
 def _of(kind: str) -> tuple[list[dict], dict]:
-    found = tables.load(tables.MACHINE + kind)
+    found = figures.load(publish.NAME)[kind]
     return found["rows"], found["machine"]
 
 
@@ -46,12 +46,13 @@ def _orderings(path: Path) -> None:
 
 
 DRAWN: dict[str, Callable[[Path], object]] = {
+    "before-after": lambda path: before_after.draw(*_of("layers"), path),
     "passes": drawings.passes,
     "orders": drawings.orders,
-    "speed": lambda path: plot.speed(*_of(""), path),
-    "saved": lambda path: plot.saved(*_of(""), path),
-    "census": lambda path: plot.census(*_of("-census"), path),
-    "models": lambda path: plot.models(*_of("-models"), path),
+    "speed": lambda path: plot.speed(*_of("layers"), path),
+    "saved": lambda path: plot.saved(*_of("layers"), path),
+    "census": lambda path: plot.census(*_of("census"), path),
+    "models": lambda path: plot.models(*_of("models"), path),
     "orderings": _orderings,
 }
 

@@ -1,29 +1,17 @@
-"""Tables and sentences of benchmarks/results, in Markdown, losses included."""
+"""Tables of the pages in docs/, in Markdown, losses included: from the results files, as `figures.load` has them."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 
 from benchmarks import labels, models_table
 from benchmarks.census_classes import PATTERNS, PIXELS, pattern_class, pixel_class
 from benchmarks.census_table import LOSS
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-MACHINE = "cpu-epyc-genoa-2-cores"
 PREDICTED_ON = "H100"
 WORDS = {"bare": "norm alone", "act": "with an activation", "add": "with an addition", "dropout": "with dropout"}
 MODES = {"both": "training", "eval": "evaluation"}
-
-
-def load(kind: str) -> dict:
-    return json.loads((RESULTS / f"{kind}.json").read_text())
-
-
-def of(kind: str) -> list[dict]:
-    return load(MACHINE + kind)["rows"]
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -48,7 +36,7 @@ def _onednn(row: dict) -> float | None:
     return min((value for name, value in row["ratio"].items() if name.startswith("onednn")), default=None)
 
 
-def layers() -> list[str]:
+def layers(results: dict[str, dict]) -> list[str]:
     def cells(row: dict) -> list[str]:
         eager, fused = (row["providers"][name] for name in ("eager", "fused"))
         return [
@@ -62,10 +50,10 @@ def layers() -> list[str]:
 
     heads = ["layer", "dropout", "ms: stock → ours", "stock / ours", "torch.compile / ours", "oneDNN / ours", "copies"]
     heads += ["bytes kept: stock → ours"]
-    return table(heads, map(cells, of("")))
+    return table(heads, map(cells, results["layers"]["rows"]))
 
 
-def orders() -> list[str]:
+def orders(results: dict[str, dict]) -> list[str]:
     def cells(row: dict) -> list[str]:
         fused, eager = (row["providers"][name]["saved_bytes_per_element"] for name in ("fused", "eager"))
         noise = {"element": row["noise"], "channel": f"{row['noise']}, per channel", "sample": "drop path"}
@@ -81,7 +69,7 @@ def orders() -> list[str]:
 
     heads = ("order", "noise", "layout", "of the default order", "stock / ours", "torch.compile / ours")
     heads += ("bytes kept: stock → ours",)
-    return table(heads, map(cells, of("-orders")))
+    return table(heads, map(cells, results["orders"]["rows"]))
 
 
 def _class(rows: list[dict]) -> str:
@@ -93,10 +81,10 @@ def _class(rows: list[dict]) -> str:
     return f"{text}, {lost} lost" if lost else text
 
 
-def census() -> list[str]:
+def census(results: dict[str, dict]) -> list[str]:
     lines = []
     for mode, words in MODES.items():
-        rows = [row for row in of("-census") if row["mode"] == mode and "failed" not in row]
+        rows = [row for row in results["census"]["rows"] if row["mode"] == mode and "failed" not in row]
         heads = [words, *(f"{end} or less" for end in PIXELS), f"more than {PIXELS[-1]}", "all"]
         lines += table(
             heads,
@@ -111,8 +99,9 @@ def census() -> list[str]:
     return lines
 
 
-def losses() -> list[str]:
-    rows = [row for row in of("-census") + of("") + of("-orders") if row.get("ratio", {}).get("eager", LOSS) < LOSS]
+def losses(results: dict[str, dict]) -> list[str]:
+    measured = [row for kind in ("census", "layers", "orders") for row in results[kind]["rows"]]
+    rows = [row for row in measured if row.get("ratio", {}).get("eager", LOSS) < LOSS]
     return table(
         ("layer", "of", "in", "stock / ours", "our ms"),
         (
@@ -128,22 +117,21 @@ def losses() -> list[str]:
     )
 
 
-def models() -> list[str]:
-    return models_table.markdown(of("-models"))
+def models(results: dict[str, dict]) -> list[str]:
+    return models_table.markdown(results["models"]["rows"])
 
 
-def whose_statistics() -> list[str]:
+def whose_statistics(results: dict[str, dict]) -> list[str]:
     """Two processes, padding, renormalisation, a p that is a tensor, stochastic passes: ours first in each."""
     rows = []
-    for row in of("-whose-statistics"):
-        what = row.pop("row")
-        for contestant, seconds in row.items():
-            rows.append((what, contestant, milliseconds(1e3 * seconds)))
-            what = ""
+    for row in results["whose-statistics"]["rows"]:
+        times = [(name, seconds) for name, seconds in row.items() if name != "row"]
+        for i, (contestant, seconds) in enumerate(times):
+            rows.append(("" if i else row["row"], contestant, milliseconds(1e3 * seconds)))
     return table(("what", "who", "ms"), rows)
 
 
-def predicted() -> list[str]:
+def predicted(results: dict[str, dict]) -> list[str]:
     """Nothing of it was measured."""
     heads = ("layer", "kernel", "instructions an element", "registers", "predicted µs", "bound by", "of the floor")
     return table(
@@ -158,24 +146,21 @@ def predicted() -> list[str]:
                 gpu["bound"],
                 f"{gpu['of_floor']:.2f}",
             ]
-            for row in load("cuda-report-sm_90")["rows"]
+            for row in results["predicted"]["rows"]
             for gpu in [row["gpus"].get(PREDICTED_ON)]
             if gpu
         ),
     )
 
 
-def machine() -> list[str]:
-    facts = load(MACHINE)["machine"]
-    return [f"Measured on {facts['cpu']}, {facts['threads']} threads, {facts['level']}, torch {facts['torch']}."]
-
-
-def summary() -> list[str]:
+def summary(results: dict[str, dict]) -> list[str]:
     """How many of the census's layers gain, in sentences."""
     lines = []
     for mode, words in MODES.items():
         for noise, having in ((False, "without dropout"), (True, "with dropout")):
-            ratios = [r["ratio"]["eager"] for r in of("-census") if r["mode"] == mode and (r["p"] > 0) == noise]
+            ratios = [
+                r["ratio"]["eager"] for r in results["census"]["rows"] if r["mode"] == mode and (r["p"] > 0) == noise
+            ]
             lost = sum(value < LOSS for value in ratios)
             middle, lowest = statistics.median(ratios), min(ratios)
             lines.append(
@@ -185,5 +170,4 @@ def summary() -> list[str]:
     return lines
 
 
-KINDS = {f.__name__.replace("_", "-"): f for f in (layers, orders, census, losses, models, machine, summary)}
-KINDS |= {f.__name__.replace("_", "-"): f for f in (whose_statistics, predicted)}
+TABLES = (layers, orders, census, losses, models, whose_statistics, predicted, summary)
