@@ -29,6 +29,8 @@ def options(story: str) -> argparse.Namespace:
     found = parser(story)
     found.add_argument("--seed", type=int, default=0, help="of data, weights and noise; the same one gives the same")
     found.add_argument("--quick", action="store_true", help="a few steps only, to see it work: seconds")
+    # Two threads would wait for one another longer than these small nets work, and round sums in another order.
+    torch.set_num_threads(1)
     return found.parse_args()
 
 

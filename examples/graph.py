@@ -31,7 +31,7 @@ KINDS = {
     "alone": "features alone, FusedBatchNorm1d",
 }
 COMMUNITIES, FEATURES, WIDTH, DROP = 5, 16, 32, 0.5
-INSIDE, BETWEEN = 0.02, 0.006  # the chances of an edge
+INSIDE, BETWEEN = 0.03, 0.006  # the chances of an edge
 SIGNAL = 0.25  # of a community in each feature, in deviations of its noise
 LABELLED = 0.1  # of the nodes
 
@@ -57,7 +57,7 @@ def generate(seed: int, nodes: int) -> Graph:
     centres = SIGNAL * torch.randn(COMMUNITIES, FEATURES, generator=draw)
     features = centres[community] + torch.randn(nodes, FEATURES, generator=draw)
     known = torch.rand(nodes, generator=draw) < LABELLED
-    return Graph(adjacency, (scale[:, None] * linked * scale).to_sparse_csr(), features, community, known)
+    return Graph(adjacency, (scale[:, None] * linked * scale).to_sparse(), features, community, known)
 
 
 def block(channels: int, kind: str, drop: float) -> nn.Module:
@@ -104,7 +104,7 @@ def run(kind: str, graph: Graph, seed: int, epochs: int) -> list[float]:
 
 def fused_against_stock(graph: Graph, seed: int) -> float:
     """Largest difference of the two nets' outputs in training, dropout off, in float64, beside the largest output."""
-    weights = graph.weights.to_dense().double().to_sparse_csr()
+    weights = graph.weights.to_dense().double().to_sparse()
     graph = Graph(graph.adjacency, weights, graph.features.double(), graph.community, graph.known)
     stock, fused = (Net(kind, seed, drop=0.0).double()(graph) for kind in ("stock", "fused"))
     return ((stock - fused).abs().max() / stock.abs().max()).item()
@@ -133,7 +133,7 @@ def draw(figure, graph: Graph, found: dict) -> None:
 
 def main() -> int:
     arguments = common.options(__doc__)
-    seeds, epochs, nodes = (3, 15, 500) if arguments.quick else (5, 100, 1500)
+    seeds, epochs, nodes = (3, 40, 600) if arguments.quick else (8, 100, 1500)
     graphs = [generate(arguments.seed + i, nodes) for i in range(seeds)]
     graph = graphs[0]
     degree = graph.adjacency.sum(1).mean()
