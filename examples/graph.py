@@ -124,7 +124,8 @@ def draw(figure, graph: Graph, found: dict) -> None:
         curves.plot(epochs, values.mean(0), line, lw=width, color=colour, label=name)
         curves.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
     curves.axhline(1 / COMMUNITIES, color="C3", lw=0.8, ls=":")
-    curves.annotate("by chance", (0, 1 / COMMUNITIES), xytext=(0, 2), textcoords="offset points", fontsize="small")
+    above = {"xytext": (0, 2), "textcoords": "offset points", "ha": "right", "fontsize": "small"}
+    curves.annotate("by chance", (epochs[-1], 1 / COMMUNITIES), **above)
     curves.yaxis.set_major_formatter("{x:.0%}")
     curves.set(xlabel="epoch", ylabel="right on people without a label", ylim=(0, None))
     curves.set_title(f"mean and range of {len(found['fused'])} nets")

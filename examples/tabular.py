@@ -4,10 +4,10 @@
 
 A large batch keeps the hardware busy, but its statistics carry less noise, and that noise regularises (Hoffer et al.
 2017). TabNet (Arik & Pfister 2021) therefore normalises large batches in groups: with `ghost_batch_size=32` a layer
-takes the mean and variance of 32 rows at a time, as a BatchNorm called chunk by chunk would, in one call. The net here is
-made as TabNet is: steps that each choose columns by a mask, gated blocks, and a sum of what the steps decide. Three
+takes the mean and variance of 32 rows at a time, as a BatchNorm called chunk by chunk would, in one call. The net here
+is made as TabNet is: steps that each choose columns by a mask, gated blocks, and a sum of what the steps decide. Three
 ways see the same number of rows in every epoch; small batches make more steps of it, and ghosts do not change that.
-The tables are those that scikit-learn ships: breast cancer (30 columns), and the digits taken as 64 columns.
+The tables are two that scikit-learn ships: breast cancer (30 columns), and the digits taken as 64 columns.
 """
 
 from __future__ import annotations

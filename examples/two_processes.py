@@ -115,7 +115,7 @@ def draw(figure, found: dict) -> None:
             # An equal loss has no place on such an axis: it is drawn at the spacing of float64.
             gap = np.maximum(apart(found, way), np.finfo(float).eps)
             gaps.plot(np.arange(1, len(losses) + 1), gap, lw=1, color=colour)
-    curves.set(xlabel="step", ylabel="training loss of the whole batch", yscale="log")
+    curves.set(xlabel="step", ylabel="training loss of the whole batch", ylim=(0, None))
     gaps.set(xlabel="step", yscale="log", ylim=(1e-17, 10))
     gaps.set_ylabel("difference from one process, of its loss")
     gaps.grid(axis="y")

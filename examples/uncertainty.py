@@ -83,7 +83,12 @@ def predictions(model, bank, images, passes: int, seed: int) -> dict[str, fusedn
 def seen(found, labels) -> list[float]:
     """QUANTITIES, means over the images."""
     loss = nll_loss(found.mean.clamp_min(1e-12).log(), labels).item()
-    return [common.accuracy(found.mean, labels), loss, found.entropy.mean().item(), found.mutual_information.mean().item()]
+    return [
+        common.accuracy(found.mean, labels),
+        loss,
+        found.entropy.mean().item(),
+        found.mutual_information.mean().item(),
+    ]
 
 
 def study(seed: int, quick: bool) -> tuple[dict, dict]:
