@@ -49,13 +49,18 @@ say  = @echo "==> $(1)"
 need = @$(PY) -c "import sys, importlib.util as u; no = [m for m in '$(1)'.split() if not u.find_spec(m)]; \
 	no and sys.exit('$(PY) lacks ' + ', '.join(no) + ': install that, or leave VENV at its default.')"
 
-.PHONY: help docs docs-test pictures wheel wheels index sdist packages clean-dist demo test fuzz sanitized bench readme rivals census models finetune gpu build cuda cuda-library lint lint-style lint-figures lint-types format clean interpreter
+.PHONY: help examples docs docs-test pictures wheel wheels index sdist packages clean-dist demo test fuzz sanitized bench readme rivals census models finetune gpu build cuda cuda-library lint lint-style lint-figures lint-types format clean interpreter
 help:
-	@echo "make demo | test | wheel | wheels | index | sdist | packages | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1 FAMILY=orders|census] | readme | docs | docs-test | pictures | rivals | census | models | finetune | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON DIST ARGS V=1"
+	@echo "make demo | examples | test | wheel | wheels | index | sdist | packages | fuzz [SECONDS= SEED= CASES= SANITIZE=1] | bench [QUICK=1 FAMILY=orders|census] | readme | docs | docs-test | pictures | rivals | census | models | finetune | gpu OUT=dir | build | cuda | lint | format | clean     variables: TORCH VENV PYTHON DIST ARGS V=1"
 
 demo: build
 	$(call say,Running the demo)
 	@$(TIMED) $(PY) examples/demo.py $(ARGS)
+
+# Those that need nothing else; `make finetune` is the other one. Committed pictures: ARGS='--out examples/gallery'.
+examples: build
+	@for name in uncertainty tabular graph padded two_processes; do \
+		echo "==> examples/$$name.py"; $(PY) examples/$$name.py --out build/examples $(ARGS) || exit 1; done
 
 test: build
 	$(call need,pytest)

@@ -17,7 +17,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import figures  # noqa: E402  (found through the line above)
 
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("why", "performance", "models", "batches")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{page}.md" for page in ("index", "why", "performance", "models", "batches")),
+)
 NAME = "cpu-epyc-genoa-2-cores"  # of the machine that they speak of
 
 

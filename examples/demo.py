@@ -6,13 +6,12 @@ The data are the 8x8 handwritten digits that scikit-learn ships. Both nets of a 
 the same batches in the same order; only their dropped units differ, as those of any two runs do. So the learning curves
 must agree within the noise of the seeds, and whether they do is computed. The tensors of this net are small and its
 convolutions take their share: what the layer itself gains shows in the three lines of the benchmark that follow. All of
-it runs under the allocator settings of the benchmarks (benchmarks/machine.py), for both nets alike.
+it runs under the allocator settings of the benchmarks (benchmarks/machine.py), for both nets alike. Where another
+program was at work when it began, every ratio of times says "busy", and the picture shows no times.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
 import statistics
 import sys
 import time
@@ -20,18 +19,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import machine  # noqa: E402  (found through the line above)
+import numpy as np  # noqa: E402  (what follows is found through the line above, or by it)
+import torch  # noqa: E402
+from rich.markup import escape  # noqa: E402
+from rich.progress import Progress  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.functional import cross_entropy  # noqa: E402
+
+import fusednorm  # noqa: E402
+from benchmarks import machine, table  # noqa: E402
+from benchmarks.case import Case  # noqa: E402
+from benchmarks.measure import time_row  # noqa: E402
+from benchmarks.memory import saved_bytes  # noqa: E402
+from benchmarks.workloads import BY_NAME  # noqa: E402
+from examples import common  # noqa: E402
 
 NAMES = {"stock": "BatchNorm2d + ReLU + Dropout", "fused": "FusedBatchNorm2d"}
-COLOURS = {"stock": "#8c8c8c", "fused": "#4c72b0"}
+COLOURS = {"stock": "C3", "fused": "C0"}
 P = 0.2
 BATCH = 64
 BENCH = ("pointnet_head", "dense", "cnn_f32")
 
 
 def options():
-    parser = argparse.ArgumentParser(description="Train on digits with the stock layers and with the fused layer.")
-    parser.add_argument("--out", default=".", metavar="DIR", help="where demo.png goes")
+    parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="pairs of nets (at least 3)")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the benchmark: faster")
@@ -43,10 +54,6 @@ def options():
 
 def block(channels: int, kind: str):
     """What this library replaces: three layers by one."""
-    from torch import nn
-
-    import fusednorm
-
     if kind == "fused":
         return fusednorm.FusedBatchNorm2d(channels, act="relu", drop=P)
     return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), nn.Dropout(P))
@@ -54,9 +61,6 @@ def block(channels: int, kind: str):
 
 def net(kind: str, seed: int):
     """Layers draw their initial weights in the same order for both kinds: the same seed gives the same weights."""
-    import torch
-    from torch import nn
-
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1, bias=False),
@@ -72,35 +76,16 @@ def net(kind: str, seed: int):
     )
 
 
-def digits():
-    """Training images, training labels, test images, test labels; images are (N, 1, 8, 8), standardised."""
-    import torch
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    found = load_digits()
-    parts = train_test_split(found.images, found.target, test_size=0.3, random_state=0, stratify=found.target)
-    train, test = (torch.tensor(part, dtype=torch.float32).unsqueeze(1) for part in parts[:2])
-    mean, std = train.mean(), train.std()
-    labels = [torch.tensor(part) for part in parts[2:]]
-    return (train - mean) / std, labels[0], (test - mean) / std, labels[1]
-
-
 class Run:
     """One net in training."""
 
     def __init__(self, kind: str, seed: int):
-        import torch
-
         self.net = net(kind, seed)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
         self.order = torch.Generator().manual_seed(seed)  # of the batches: alike in a pair, whatever dropout draws
         self.loss, self.accuracy, self.seconds = [], [], []
 
     def epoch(self, images, labels, test_images, test_labels) -> None:
-        import torch
-        from torch.nn.functional import cross_entropy
-
         batches = torch.randperm(len(images), generator=self.order).split(BATCH)
         self.net.train()
         start = time.perf_counter()
@@ -113,15 +98,12 @@ class Run:
         with torch.no_grad():
             scores = self.net(test_images)
         self.loss.append(cross_entropy(scores, test_labels).item())
-        self.accuracy.append((scores.argmax(1) == test_labels).float().mean().item())
+        self.accuracy.append(common.accuracy(scores, test_labels))
 
 
 def train(seeds: int, epochs: int, console) -> dict[str, list[Run]]:
     """Every pair epoch by epoch, one after the other, so that the machine's noise falls on both."""
-    import torch
-    from rich.progress import Progress
-
-    data = digits()
+    data = common.digits()
     runs = {kind: [] for kind in NAMES}
     with Progress(console=console) as progress:
         task = progress.add_task("training", total=seeds * epochs)
@@ -147,41 +129,29 @@ def agreement(runs: dict[str, list[Run]], what: str, form: str) -> tuple[bool, s
     The difference must be within the 99 % interval of Student's t around zero: of a hundred comparisons of a layer with
     itself, one falls outside.
     """
-    from scipy.stats import t
 
     def final(run):
         values = getattr(run, what)
         return statistics.mean(values[-max(1, len(values) // 3) :])
 
     pairs = [(final(stock), final(fused)) for stock, fused in zip(runs["stock"], runs["fused"], strict=True)]
-    differences = [fused - stock for stock, fused in pairs]
-    mean = statistics.mean(differences)
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    limit = float(t.ppf(0.995, len(differences) - 1)) * error
-    agree = abs(mean) <= limit
-    stock, fused = (statistics.mean(column) for column in zip(*pairs, strict=True))
+    stock, fused = np.array(pairs).T
+    mean, low, high = common.interval(fused - stock, level=0.99)
+    agree = low <= 0 <= high
     verdict = "agree within seed noise" if agree else "DIFFER by more than seed noise"
     return agree, (
-        f"test {what}: stock {stock:{form}}, fused {fused:{form}}, difference {mean:+{form}} "
-        f"(standard error {error:{form}}, 99 % limit {limit:{form}}): {verdict}"
+        f"test {what}: stock {stock.mean():{form}}, fused {fused.mean():{form}}, difference {mean:+{form}} "
+        f"(99 % interval {low:+{form}} to {high:+{form}}): {verdict}"
     )
 
 
 def saved_kb(kind: str) -> float:
     """Memory that one training step keeps between forward and backward, in kB: the whole net's."""
-    import torch
-
-    from benchmarks.memory import saved_bytes
-
     return saved_bytes(net(kind, 0).train(), torch.randn(BATCH, 1, 8, 8)) / 1e3
 
 
 def benchmark(compiled: bool, console) -> list[dict]:
     """Three rows of the benchmark: a tiny, a medium and a large tensor, forward + backward."""
-    from benchmarks.case import Case
-    from benchmarks.measure import time_row
-    from benchmarks.workloads import BY_NAME
-
     providers = ("eager", "compile", "fused") if compiled else ("eager", "fused")
     rows = []
     with console.status("benchmark") as status:
@@ -192,45 +162,31 @@ def benchmark(compiled: bool, console) -> list[dict]:
     return rows
 
 
-def plot(runs, epoch_ms, saved, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (curves, times, memory) = plt.subplots(
-        1, 3, figsize=(10, 3.6), width_ratios=(2.4, 1, 1), layout="constrained"
-    )
+def draw(figure, runs, saved: dict[str, float], epoch_ms: dict[str, float] | None) -> None:
+    """`epoch_ms`: None where times are not to be shown."""
+    bars = {"kept for the backward pass\nof a step, kB": saved}
+    if epoch_ms is not None:
+        bars[f"time of an epoch, ms\n{machine.facts()['cpu']}"] = epoch_ms
+    curves, *axes = figure.subplots(1, 1 + len(bars), width_ratios=(2.4, *[1] * len(bars)))
     for kind, name in NAMES.items():
-        columns = list(zip(*(run.loss for run in runs[kind]), strict=True))
-        epochs = range(1, len(columns) + 1)
-        mean = [statistics.mean(column) for column in columns]
-        spread = [statistics.stdev(column) for column in columns]
+        losses = np.array([run.loss for run in runs[kind]])
+        epochs, mean, spread = range(1, losses.shape[1] + 1), losses.mean(0), losses.std(0, ddof=1)
         curves.plot(epochs, mean, color=COLOURS[kind], label=name)
-        low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
-        curves.fill_between(epochs, low, high, color=COLOURS[kind], alpha=0.25, linewidth=0)
-    curves.set(xlabel="epoch", ylabel="test loss", yscale="log")
-    curves.set_title(f"{len(runs['stock'])} seeds, mean and standard deviation", fontsize=9)
-    curves.legend(frameon=False, fontsize=8)
-    for axis, values, title in ((times, epoch_ms, "ms per epoch (median)"), (memory, saved, "kB kept per step")):
-        bars = axis.bar(list(NAMES), [values[kind] for kind in NAMES], color=list(COLOURS.values()))
-        axis.bar_label(bars, fmt="{:.0f}", fontsize=8)
-        axis.set_title(title, fontsize=9)
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        curves.fill_between(epochs, mean - spread, mean + spread, color=COLOURS[kind], alpha=0.25, linewidth=0)
+    curves.set(xlabel="epoch", ylabel="loss on the test images", yscale="log")
+    curves.set_title(f"mean and standard deviation of {len(runs['stock'])} nets")
+    curves.legend()
+    for axis, (title, values) in zip(axes, bars.items(), strict=True):
+        drawn = axis.bar(["three layers", "one layer"], [values[kind] for kind in NAMES], color=list(COLOURS.values()))
+        axis.bar_label(drawn, fmt="{:.0f}", fontsize="small")
+        axis.set_title(title)
 
 
 def main() -> int:
     arguments = options()
     if not machine.tuned():
         machine.restart_tuned(sys.argv)
-    from rich.markup import escape
-
-    from benchmarks import table
-
-    console = table.console()
+    console = table.console(piped=100)
     started = time.perf_counter()
     # Asked here: soon the load is our own.
     busy = machine.busy()
@@ -242,20 +198,23 @@ def main() -> int:
     # The first epoch of each net also pays for one-time set-up.
     epoch_ms = {kind: statistics.median(s for run in runs[kind] for s in run.seconds[1:]) * 1e3 for kind in NAMES}
     saved = {kind: saved_kb(kind) for kind in NAMES}
-    for text, values, unit in (("time per epoch", epoch_ms, "ms"), ("kept for backward per step", saved, "kB")):
+    for text, values, unit, form in (
+        ("time per epoch", epoch_ms, "ms", table.Form(busy=bool(busy))),
+        ("kept for backward per step", saved, "kB", table.Form()),
+    ):
         line = f"{text}: stock {values['stock']:.0f} {unit}, fused {values['fused']:.0f} {unit}"
-        console.print(f"   {line} ({values['stock'] / values['fused']:.2f}x; convolutions included)", highlight=False)
+        ratio = form.ratio(values["stock"] / values["fused"], "x")
+        console.print(f"   {line} ({ratio}; convolutions included)", highlight=False)
 
     console.print("2. Three lines of the benchmark, forward + backward (make bench for all)", style="bold")
     rows = benchmark(not arguments.no_compile, console)
-    table.show(rows, machine.facts(), console)
+    table.show(rows, machine.facts(), console, busy=bool(busy))
     if busy:
         console.print(f"   not a quiet machine: when this began, {busy.partition(' (')[0]}", style="yellow")
 
-    path = Path(arguments.out) / "demo.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plot(runs, epoch_ms, saved, path)
-    console.print(f"wrote {path} ({time.perf_counter() - started:.0f} s)", highlight=False)
+    shown = None if busy else epoch_ms
+    common.pictures("demo", arguments.out, (9, 3.6), lambda figure: draw(figure, runs, saved, shown))
+    console.print(f"{time.perf_counter() - started:.0f} s in all", highlight=False)
     return 0
 
 

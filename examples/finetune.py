@@ -10,12 +10,12 @@ and what is left is exported to ONNX and run by onnxruntime. At each stop the ou
 The data are the 8x8 handwritten digits that scikit-learn ships, enlarged. Nothing is downloaded, so the weights are
 random; with pretrained ones all is done in the same way. Most of a step of such a net is convolutions, which nobody
 touches here, and the gain is the layers' part of it. Times are medians of steps that the contestants take in turns, on
-this machine, under the allocator settings of the benchmarks (benchmarks/machine.py).
+this machine, under the allocator settings of the benchmarks (benchmarks/machine.py). Where another program was at work
+when it began, every ratio of times says "busy", and the picture shows no times.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import math
@@ -36,8 +36,10 @@ from torch.nn.functional import cross_entropy, interpolate  # noqa: E402
 
 import fusednorm  # noqa: E402
 from benchmarks import machine  # noqa: E402
+from benchmarks.table import Form  # noqa: E402
+from examples import common  # noqa: E402
 
-COLOURS = {"stock": "#8c8c8c", "fused": "#4c72b0", "folded": "#55a868", "onnxruntime": "#dd8452"}
+COLOURS = {"stock": "C3", "fused": "C0", "folded": "C2", "onnxruntime": "C1"}
 NEEDED = "torchvision", "sklearn", "onnxscript", "onnxruntime", "matplotlib"
 BATCH = 64
 ROUNDS = 15
@@ -46,8 +48,7 @@ EXPORTED = 1e-3  # the same for kernels that may add up in another order
 
 
 def options():
-    parser = argparse.ArgumentParser(description="Convert a torchvision model, train it and deploy it.")
-    parser.add_argument("--out", default=".", metavar="DIR", help="where finetune.png goes")
+    parser = common.parser(__doc__)
     parser.add_argument("--model", default="resnet18", metavar="NAME", help="a classifier of torchvision's")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--size", type=int, default=48, help="height and width of the images; some models need more")
@@ -69,18 +70,6 @@ def torchvision_models():
     return torchvision.models
 
 
-def digits(samples: int):
-    """Training images, test images, (N, 1, 8, 8) and standardised; training labels, test labels."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    found = load_digits()
-    images, labels = found.images[:samples, None].astype("float32"), found.target[:samples]
-    images = (images - images.mean()) / images.std()
-    parts = train_test_split(images, labels, test_size=0.3, random_state=0, stratify=labels)
-    return [torch.from_numpy(part) for part in parts]
-
-
 def enlarged(images, size: int):
     """In the shape that the models want: (N, 3, size, size)."""
     return interpolate(images, (size, size), mode="bilinear").expand(-1, 3, -1, -1).contiguous()
@@ -89,10 +78,6 @@ def enlarged(images, size: int):
 def scores(model, images, size: int):
     with torch.inference_mode():
         return torch.cat([model(enlarged(part, size)) for part in images.split(BATCH)])
-
-
-def accuracy(scores, labels) -> float:
-    return (scores.argmax(1) == labels).float().mean().item()
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -121,13 +106,13 @@ class Run:
         self.schedule.step()
 
     def test(self, images, labels, size: int, steps: int) -> None:
-        right = accuracy(scores(self.model.eval(), images, size), labels)
+        right = common.accuracy(scores(self.model.eval(), images, size), labels)
         self.epochs.append((statistics.mean(self.losses[-steps:]), right, sum(self.seconds[-steps:])))
 
 
 def train(models: dict, data, size: int, epochs: int) -> dict[str, Run]:
     """Both step by step on the same batches, so that the machine's noise falls on both."""
-    images, test_images, labels, test_labels = data
+    images, labels, test_images, test_labels = data
     steps = len(images) // BATCH  # whole batches: a step costs what another does
     runs = {kind: Run(model, epochs * steps) for kind, model in models.items()}
     batches = [batch for _ in range(epochs) for batch in torch.randperm(len(images)).split(BATCH)[:steps]]
@@ -192,12 +177,12 @@ def learned(runs: dict[str, Run]) -> Table:
     return result
 
 
-def timed(rows: list[tuple[str, str, float, float]]) -> Table:
+def timed(rows: list[tuple[str, str, float, float]], form: Form) -> Table:
     result = Table("", "model", "ms", "stock / this", title="Times, medians")
     for what, kind, ms, gain in rows:
         if kind == "stock":
             result.add_section()
-        result.add_row(what if kind == "stock" else "", kind, f"{ms:.1f}", f"{gain:.2f}x")
+        result.add_row(what if kind == "stock" else "", kind, f"{ms:.1f}", form.ratio(gain, "x"))
     return result
 
 
@@ -209,8 +194,8 @@ def curves(axis, runs: dict[str, Run], at: int, label: str) -> None:
         axis.plot(epochs, [epoch[at] for epoch in run.epochs], color=COLOURS[kind], label=kind, **styles[kind])
     axis.set(xlabel="epoch", ylabel=label)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(axis="y", alpha=0.25)
-    axis.legend(frameon=False, fontsize=9)
+    axis.grid(axis="y")
+    axis.legend()
 
 
 def bars(axis, rows: list[tuple[str, str, float, float]]) -> None:
@@ -218,31 +203,23 @@ def bars(axis, rows: list[tuple[str, str, float, float]]) -> None:
     places = [i + 0.5 * (what != whats[0]) for i, what in enumerate(whats)]
     drawn = axis.barh(places, times, color=[COLOURS[kind] for kind in kinds])
     labels = [f"{ms:.0f} ms ({gain:.2f}x)" for ms, gain in zip(times, gains, strict=True)]
-    axis.bar_label(drawn, labels, padding=3, fontsize=8)
-    axis.set_yticks(places, [f"{what}\n{kind}" for what, kind in zip(whats, kinds, strict=True)], fontsize=8)
+    axis.bar_label(drawn, labels, padding=3, fontsize="small")
+    axis.set_yticks(places, [f"{what}\n{kind}" for what, kind in zip(whats, kinds, strict=True)], fontsize="small")
     axis.invert_yaxis()
     axis.margins(x=0.45)
     axis.set(xlabel="ms, median (stock's time over this one's)")
 
 
-def plot(runs: dict[str, Run], rows: list[tuple[str, str, float, float]], title: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (loss, right, times) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+def draw(figure, runs: dict[str, Run], rows: list[tuple[str, str, float, float]], title: str) -> None:
+    """No `rows`, no times."""
+    loss, right, *times = figure.subplots(1, 2 + bool(rows))
     curves(loss, runs, 0, "training loss, mean of the epoch")
     loss.set_yscale("log")
-    curves(right, runs, 1, "test accuracy")
+    curves(right, runs, 1, "right answers on test images")
     right.yaxis.set_major_formatter("{x:.0%}")
-    bars(times, rows)
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    for axis in times:
+        bars(axis, rows)
+    figure.suptitle(title, fontsize="medium")
 
 
 # ---- the way there and back ------------------------------------------------------------------------------------------
@@ -255,7 +232,7 @@ class Tour:
             sys.exit(f"{name} is none of torchvision's classifiers.")
         torch.manual_seed(0)
         self.size, self.failed = size, []
-        self.data = images, self.images, _, self.labels = digits(samples)
+        self.data = images, _, self.images, self.labels = common.digits(samples)
         self.example = enlarged(images[:BATCH], size)  # as in training: fuse may try what pays at this size
         self.stock, self.back = (models.get_model(name, weights=None, num_classes=10) for _ in range(2))
 
@@ -279,7 +256,7 @@ class Tour:
         found = scores(model, self.images, self.size)
         difference = ((found - self.trained).abs().max() / self.trained.abs().max()).item()
         line = f"{what}: outputs differ from the trained model's by {difference:.1e} of the largest"
-        print(f"{line}, accuracy {accuracy(found, self.labels):.1%}")
+        print(f"{line}, accuracy {common.accuracy(found, self.labels):.1%}")
         if not difference <= limit:  # so that NaN fails
             self.failed.append(f"{line}, more than {limit:g}.")
 
@@ -323,15 +300,16 @@ def main() -> int:
     training = {kind: statistics.median(run.seconds) * 1e3 for kind, run in runs.items()}
     groups = ("training step", training), ("inference", inference)
     rows = [(what, kind, ms, times["stock"] / ms) for what, times in groups for kind, ms in times.items()]
-    cpu, size = machine.facts()["cpu"], arguments.size
-    here = f"{size}x{size} images, batches of {BATCH}, {cpu}, {torch.get_num_threads()} threads"
-    Console().print(timed(rows))
-    print(f"medians of steps taken in turns, on this machine: {here}")
+    images = f"{arguments.size}x{arguments.size} images, batches of {BATCH}"
+    here = f"{machine.facts()['cpu']}, {torch.get_num_threads()} threads"
+    Console().print(timed(rows, Form(busy=bool(busy))))
+    print(f"medians of steps taken in turns, on this machine: {images}, {here}")
     if busy:
         print(f"not a quiet machine: when this began, {busy.partition(' (')[0]}")
-    path = Path(arguments.out) / "finetune.png"
-    plot(runs, rows, f"{arguments.model}, {here}", path)
-    print(f"wrote {path} ({time.perf_counter() - started:.0f} s)")
+    title = f"{arguments.model}, {images}" + ("" if busy else f", {here}")
+    shown = [] if busy else rows
+    common.pictures("finetune", arguments.out, (10, 3.6), lambda figure: draw(figure, runs, shown, title))
+    print(f"{time.perf_counter() - started:.0f} s in all")
     for sentence in tour.failed:
         print(sentence, file=sys.stderr)
     return int(bool(tour.failed))

@@ -48,6 +48,7 @@ from torch import nn  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
 import fusednorm  # noqa: E402
+from examples.common import interval  # noqa: E402
 
 # Number in the original table: the order behind the convolution, in the words of a fused layer, and the original loss.
 ORDERS = {
@@ -318,14 +319,6 @@ def study(runs: Runs, seeds: int, settings: Settings, jobs: int) -> bool:
 
 
 # ---- what the runs say -----------------------------------------------------------------------------------------------
-def interval(values: np.ndarray, comparisons: int = 1) -> tuple[float, float, float]:
-    """Mean and its 95 % interval by Student's t; all of `comparisons` intervals hold at once (Bonferroni)."""
-    from scipy.stats import t
-
-    half = t.ppf(1 - 0.025 / comparisons, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return values.mean(), values.mean() - half, values.mean() + half
-
-
 def rank_correlation(rows: np.ndarray, column: np.ndarray) -> np.ndarray:
     """Spearman's, of each row with `column`, or with the row of the same place."""
     from scipy.stats import rankdata

@@ -2,7 +2,7 @@
 
 from . import _library
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 try:
     _library.load()

@@ -45,7 +45,10 @@ def nets(tmp_path, monkeypatch):
 def test_report_of_a_row_needs_no_example(called, nets):
     status, out, err = called("report", f"{nets}:row")
     assert status == 0
-    assert "norm-act-drop with 2, 3" in out and "1 of 1 BatchNorms fused (1 norm-act-drop)" in out
+    assert (
+        "norm-act-drop with 2, 3" in out
+        and "1 of 1 BatchNorms fused, 1 with what stands beside them (1 norm-act-drop)" in out
+    )
     assert "said while it is imported" in err and "said" not in out
 
 

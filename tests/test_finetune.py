@@ -25,7 +25,7 @@ def test_there_and_back(models_python, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     # How many are fused hangs on what fuse finds faster at this size.
     assert "of 20 BatchNorms fused" in done.stdout and "20 of 20 BatchNorms folded" in done.stdout
-    assert (tmp_path / "finetune.png").read_bytes().startswith(b"\x89PNG")
+    assert all("</svg>" in (tmp_path / f"finetune{variant}.svg").read_text() for variant in ("", "-dark"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")

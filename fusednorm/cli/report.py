@@ -54,7 +54,7 @@ def _summary(report: Report, facts: dict[str, Any], why: str) -> str:
     if not report.rows:
         return str(report)
     orders = ", ".join(f"{count} {order}" for order, count in facts["orders"].items())
-    text = f"{facts['fused']} of {facts['norms']} BatchNorms fused" + (f" ({orders})" if orders else "")
+    text = report.counted + (f" ({orders})" if orders else "")
     left = Counter(row.reason for row in report.rows if row.order is None)
     if left:
         reason, count = left.most_common(1)[0]

@@ -89,7 +89,7 @@ def fold(model: nn.Module, example: Any = None, *, inplace: bool = False) -> nn.
         into = found[id(norm)]
         name = names[id(norm)]
         rows.append(Row(name, None, (), into) if isinstance(into, str) else Row(name, "folded", (names[id(into[0])],)))
-    model.fusednorm_report = Report(rows)  # type: ignore[assignment]
+    model.fusednorm_report = Report(rows, done="folded")  # type: ignore[assignment]
     return model
 
 

@@ -25,10 +25,10 @@ class Row:
 
 
 class Report:
-    """What :func:`fusednorm.fuse` did, or :func:`fusednorm.backend`; `print` it, or take :meth:`to_dict`."""
+    """What :func:`fusednorm.fuse` did, :func:`fusednorm.backend` or :func:`fusednorm.fold`: `print` it, or take :meth:`to_dict`."""
 
-    def __init__(self, rows: Iterable[Row] = (), dropouts: Iterable[str] = ()) -> None:
-        self.rows = list(rows)
+    def __init__(self, rows: Iterable[Row] = (), dropouts: Iterable[str] = (), done: str = "fused") -> None:
+        self.rows, self.done = list(rows), done
         self.dropouts = list(dropouts)  # names of those outside any chain that have this package's noise now
 
     def add(self, other: "Report") -> None:
@@ -42,6 +42,16 @@ class Report:
         """Those that took something along, or are one call of ours by themselves."""
         return [row for row in self.rows if row.order is not None]
 
+    @property
+    def counted(self) -> str:
+        """How many, in words; what norms alone gain is little."""
+        if not self.rows:
+            return "no BatchNorm in this model"
+        with_others = sum(bool(row.taken) for row in self.rows)
+        return (
+            f"{len(self.fused)} of {len(self.rows)} BatchNorms {self.done}, {with_others} with what stands beside them"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         names = "name", "order", "taken", "reason"
@@ -52,11 +62,8 @@ class Report:
         return json.dumps(self.to_dict())
 
     def __str__(self) -> str:
-        counted = (
-            f"{len(self.fused)} of {len(self.rows)} BatchNorms fused" if self.rows else "no BatchNorm in this model"
-        )
         width = max((len(row.name) for row in self.rows), default=0)
-        lines = [counted]
+        lines = [self.counted]
         for row in self.rows:
             what = row.order or "left as it is"
             taken = f" with {', '.join(row.taken)}" if row.taken else ""
@@ -67,4 +74,4 @@ class Report:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {len(self.fused)} of {len(self.rows)} BatchNorms fused>"
+        return f"<{type(self).__name__}: {self.counted}>"
