@@ -25,7 +25,10 @@ class Row:
 
 
 class Report:
-    """What :func:`fusednorm.fuse` did, :func:`fusednorm.backend` or :func:`fusednorm.fold`: `print` it, or take :meth:`to_dict`."""
+    """What a conversion did; `print` it, or take :meth:`to_dict`.
+
+    Of :func:`fusednorm.fuse`, :func:`fusednorm.backend` or :func:`fusednorm.fold`, which is `done`.
+    """
 
     def __init__(self, rows: Iterable[Row] = (), dropouts: Iterable[str] = (), done: str = "fused") -> None:
         self.rows, self.done = list(rows), done
