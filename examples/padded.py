@@ -138,7 +138,7 @@ def draw(figure, data: tuple, found: dict) -> None:
             right.errorbar(index + 0.38 * (place - 0.5), mean, mean - low, color="C3", capsize=2)
             right.bar_label(bar, [f"{mean:.1%}"], label_type="center", color="white", fontsize="small")
     variances.axhline(1, color="C3", lw=0.8)
-    variances.set_xticks(range(2), [])
+    variances.set_xticks([])
     variances.set(title="running variance of a channel\nover that of the sequences", ylim=(0, None), xlim=(-0.5, 1.5))
     right.set_xticks(range(2), ASKED)
     right.set(title="right answers", ylim=(0, 1))
