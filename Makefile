@@ -43,7 +43,7 @@ WORKERS := $(shell cores=$$(nproc 2>/dev/null || echo 2); [ $$cores -lt 4 ] && e
 SPREAD  := PYTHONHASHSEED=0 OMP_WAIT_POLICY=passive
 
 # V=1 shows all that compilers and pip say.
-QUIET = V='$(V)' $(PYTHON) $(CURDIR)/tools/quiet.py
+QUIET = V='$(V)' $(PYTHON) tools/quiet.py
 say  = @echo "==> $(1)"
 # $(call need,MODULES): stops with one sentence if the interpreter lacks one of them.
 need = @$(PY) -c "import sys, importlib.util as u; no = [m for m in '$(1)'.split() if not u.find_spec(m)]; \
@@ -73,7 +73,7 @@ fuzz: $(if $(filter-out 0,$(SANITIZE)),sanitized,build)
 	$(call say,Random calls for $(SECONDS) seconds)
 ifneq ($(filter-out 0,$(SANITIZE)),)
 	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitized $(PY) $(FUZZ)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$(CURDIR)/build/sanitized" $(PY) $(FUZZ)
 else
 	@$(PY) $(FUZZ)
 endif
@@ -191,11 +191,12 @@ index: $(TOOLS)
 	@$(PY) tools/index.py $(DIST)
 
 # Both, installed into fresh environments as users would; the source distribution is compiled there: minutes.
-packages: clean-dist wheel sdist
+packages: clean-dist
+	@$(MAKE) -s wheel sdist
 	$(call say,Installing the wheel and the source distribution)
 	@$(PY) tests/check_packages.py $(DIST)
 clean-dist:
-	@rm -rf $(DIST)
+	@rm -f "$(DIST)"/fusednorm-*.whl "$(DIST)"/fusednorm-*.tar.gz
 
 # The library is also stale when it was built for another torch than the one at hand.
 build: $(TOOLS)
@@ -228,10 +229,10 @@ cuda-library: $(TOOLS) $(if $(VENV),$(VENV)/.cuda-tools-installed)
 	FUSEDNORM_CUDA=1 TORCH_CUDA_ARCH_LIST='$(TORCH_CUDA_ARCH_LIST)' $(QUIET) $(PY) setup.py --quiet build \
 		--build-lib $(CUDA_BUILD) --build-temp $(CUDA_BUILD)-objects && echo "==> $$(($$(date +%s) - start)) seconds"
 	$(call say,Checking that library)
-	@PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH $(PY) tests/check_cuda_build.py \
+	@PYTHONPATH="$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH" $(PY) tests/check_cuda_build.py \
 		--architectures '$(TORCH_CUDA_ARCH_LIST)' $(if $(filter-out 0,$(REPORT)),--every)
 	$(call say,Executing its machine code and counting its instructions and sectors)
-	@export PYTHONPATH=$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH FUSEDNORM_CUDA_LIBRARY=$(CUDA_BUILD)/fusednorm/_ops.so; \
+	@export PYTHONPATH="$(CURDIR)/$(CUDA_BUILD):$$PYTHONPATH" FUSEDNORM_CUDA_LIBRARY=$(CUDA_BUILD)/fusednorm/_ops.so; \
 	$(PY) benchmarks/cuda_counts.py --library $$FUSEDNORM_CUDA_LIBRARY $(if $(filter-out 0,$(REPORT)),--report) \
 		> $(CUDA_BUILD)/counts.txt 2>&1 & counting=$$!; \
 	$(PY) -P -m pytest -q tests/test_cuda_machine.py; tested=$$?; \

@@ -31,7 +31,7 @@ def load() -> None:
     """
     try:
         import torch
-    except ImportError as error:
+    except Exception as error:  # OSError where a library of torch's is missing, for one
         raise ImportError(f"fusednorm needs torch, which does not import here ({error})") from error
     if not ops_path.exists():
         raise ImportError(f"fusednorm's operators are not built ({ops_path} is missing); build them with `{BUILD}`")

@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,3 +159,33 @@ def test_wrapping_loses_nothing(width):
         lines = output.wrapped(front, text, width).splitlines()
         assert max(map(len, lines)) <= width
         assert "".join("".join(lines).split()) == "".join((front + text).split())
+
+
+@pytest.mark.parametrize(
+    "broken", ["OSError('libcublas.so.12: cannot open')", "RuntimeError('no')", "ImportError('no')"]
+)
+def test_info_of_a_torch_that_is_broken(tmp_path, broken):
+    (tmp_path / "torch.py").write_text(f"raise {broken}\n")
+    done = run("info", env=environment(tmp_path))
+    assert done.returncode == 1 and "which does not import here" in done.stdout and not done.stderr
+
+
+def test_who_reads_no_further_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m fusednorm info | true", shell=True, env=environment(), capture_output=True, text=True
+    )
+    assert not done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+def test_a_result_that_cannot_be_written():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fusednorm", "info"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            text=True,
+        )
+    assert done.returncode == 1 and done.stderr.startswith("fusednorm info: the result cannot be written: ")
+    assert done.stderr.count("\n") == 1

@@ -118,6 +118,8 @@ def ratio(low, median, high):
         ((1.01, 1.04, 1.1), None, "fuse", "fuse it: 1.04 times faster than eager"),
         ((5, 6, 7), (0.6, 0.8, 0.9), "leave", "leave it: torch.compile is 1.25 times faster"),
         ((0.4, 0.5, 0.6), (0.9, 1.0, 1.1), "leave", "leave it: eager is 2.0 times faster"),
+        ((1.001, 1.004, 1.1), None, "even", "no difference beyond noise"),
+        ((0.9, 0.98, 0.99), None, "even", "no difference beyond noise"),
         ((0.9, 1.1, 1.3), None, "even", "no difference beyond noise"),
         ((3, 4, 5), (0.99, 1.2, 1.3), "even", "no difference beyond noise"),
     ],

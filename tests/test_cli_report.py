@@ -26,6 +26,13 @@ plain = nn.Linear(3, 3)
 seven = 7
 def gives_seven():
     return 7
+def leaves():
+    raise SystemExit(3)
+class Has:
+    @property
+    def broken(self):
+        raise RuntimeError("no such part")
+has = Has()
 def fails():
     raise ValueError("no such luck\\nand more of it")
 """
@@ -83,7 +90,8 @@ def test_report_of_what_has_no_norm(called, nets, model, examples):
 
 
 def test_report_finds_modules_of_the_folder(tmp_path):
-    (tmp_path / "of_here.py").write_text(NETS)
+    """And keeps off stdout what programs that these start say."""
+    (tmp_path / "of_here.py").write_text(NETS + 'import os\nos.system("echo said by another program")\n')
     script = tmp_path / "elsewhere" / "fusednorm"
     script.parent.mkdir()
     script.write_text(SCRIPT)
@@ -95,6 +103,8 @@ def test_report_finds_modules_of_the_folder(tmp_path):
     ("arguments", "status", "said"),
     [
         ("NETS:fails", 2, "NETS:fails: ValueError: no such luck ("),
+        ("NETS:leaves", 2, "NETS:leaves: SystemExit: 3 ("),
+        ("NETS:has.broken", 2, "NETS:has.broken: RuntimeError: no such part ("),
         ("NETS:seven", 2, "NETS:seven: expected a factory or a module, but got int"),
         ("NETS:gives_seven", 2, "NETS:gives_seven: expected it to give a torch.nn.Module, but got int"),
         ("NETS:nothing", 2, "NETS:nothing: NETS has no nothing"),

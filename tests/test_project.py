@@ -40,6 +40,7 @@ def test_versions_agree():
     version, date = releases()[0]
     citation = parsed("CITATION.cff")
     assert version == str(citation["version"])
+    assert f"version = {{{version}}}" in text("docs/index.md") and f"year    = {{{date[:4]}}}" in text("docs/index.md")
     own, _, development = fusednorm.__version__.partition(".dev")  # of the release that it is on the way to
     assert tuple(map(int, own.split("."))) > tuple(map(int, version.split("."))) if development else own == version
     assert date == str(citation["date-released"])

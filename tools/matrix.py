@@ -112,7 +112,9 @@ def main():
     arguments = parser.parse_args()
     dist = arguments.dist.resolve()
     os.chdir(ROOT)
-    versions = arguments.versions.split(",") if arguments.versions else on_index(ask_index(), oldest())
+    versions = (
+        [v for v in arguments.versions.split(",") if v] if arguments.versions else on_index(ask_index(), oldest())
+    )
     rows = [Row(version) for version in versions]
     if arguments.dry_run:
         for row in rows:

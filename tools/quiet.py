@@ -95,6 +95,9 @@ def run(command, screen):
 
 def main():
     command = sys.argv[1:]
+    if not command or not shutil.which(command[0]):
+        print(f"{command[0]}: there is no such program" if command else __doc__.splitlines()[0], file=sys.stderr)
+        return 127
     if os.environ.get("V") not in (None, "", "0"):
         os.execvp(command[0], command)
     try:

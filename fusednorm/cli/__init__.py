@@ -4,10 +4,13 @@ A command gives an `Outcome`, plain data and lines that say the same; here it is
 `doctor` work where the library does not load, and all of it works without the packages that only make it prettier.
 """
 
+import argparse
 import contextlib
 import importlib
 import json
+import os
 import sys
+from collections.abc import Iterator
 
 from .. import _library
 from .arguments import parser
@@ -28,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         # On stdout there is nothing but the result, whatever a user's own module prints while it is imported.
-        with contextlib.redirect_stdout(sys.stderr):
+        with to_stderr():
             if asked.command not in _NEED_NO_LIBRARY:
                 _library.load()
             # Not before, as these need the library, and torch.
@@ -39,8 +42,33 @@ def main(arguments: list[str] | None = None) -> int:
         return complain(asked.command, error, 1)
     except KeyboardInterrupt:
         return complain(asked.command, "interrupted", 130)
-    if asked.json:
-        print(json.dumps({"command": asked.command, **outcome.facts}))
-    else:
-        show(outcome.lines)
+    return written(outcome, asked)
+
+
+def written(outcome: Outcome, asked: argparse.Namespace) -> int:
+    """Prints it; the exit status, which is another one where nobody reads on or nothing can be written."""
+    try:
+        if asked.json:
+            print(json.dumps({"command": asked.command, **outcome.facts}))
+        else:
+            show(outcome.lines)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain when it flushes at its end
+    except (OSError, UnicodeError) as error:
+        return complain(asked.command, f"the result cannot be written: {error}", 1)
     return outcome.status
+
+
+@contextlib.contextmanager
+def to_stderr() -> Iterator[None]:
+    """What is written to stdout meanwhile goes to stderr, by other programs and by libraries as well."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)

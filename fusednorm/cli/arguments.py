@@ -111,10 +111,10 @@ examples:
 exit status: 0, or 1 if results are not eager's, or 2 for wrong arguments
 
 --json gives layer, shape, dtype, layout, order, mode, device, cpu, level,
-threads, torch, load_average, busy, rounds, contestants (of each name:
-median_ms, p20_ms, p80_ms, rounds, kept_bytes_per_element), ratio (of each
-other name: median, p20, p80 of its time over ours), missing (name: why it
-could not run), decision (fuse, leave, even) and verdict.
+threads, torch, load_average, busy, glibc_tunables, rounds, contestants (of
+each name: median_ms, p20_ms, p80_ms, rounds, kept_bytes_per_element), ratio
+(of each other name: median, p20, p80 of its time over ours), missing (name:
+why it could not run), decision (fuse, leave, even) and verdict.
 """
 
 REPORT = """\

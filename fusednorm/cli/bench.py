@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from .output import Failed, Line, Outcome, Refused, first_line
 from .saved import saved_bytes, vectors
 
 QUIET = 0.5  # load average above which another program is taking a share of the cores
+MATTERS = 1.03  # a ratio: less is no difference, as another process has others
 _ARGUMENTS = ("act", "p", "order", "noise", "granularity")
 NAMES = {"fused": "fused", "eager": "eager", "compile": "torch.compile"}
 
@@ -38,6 +40,7 @@ def run(asked: argparse.Namespace) -> Outcome:
             raise  # only on a GPU has the other one a class of its own
         raise Refused(f"--shape: {first_line(error)}") from error
     facts |= {"load_average": round(load, 2), "busy": load > QUIET}
+    facts["glibc_tunables"] = os.environ.get("GLIBC_TUNABLES")
     if asked.plot:
         plot.draw(facts, NAMES, "\n".join(_header(facts)), asked.plot)
     return Outcome(0, facts, _lines(facts))
@@ -147,9 +150,12 @@ def _layer(asked: argparse.Namespace, device: torch.device, noise: bool = True) 
 
 def _parameter(text: str) -> str | float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         return text
+    if not math.isfinite(value):
+        raise Refused(f"--act: expected parameters that are finite, but got {text!r}")
+    return value
 
 
 def _drop(asked: argparse.Namespace, dims: int) -> nn.Module:
@@ -252,10 +258,10 @@ def judge(ratios: dict[str, dict[str, float]], kept: dict[str, float]) -> tuple[
     memory = (
         f"; fused keeps {kept['fused']:.1f} bytes an element for backward, eager {kept['eager']:.1f}" if kept else ""
     )
-    if best["p20"] > 1:
+    if best["p20"] > 1 and best["median"] >= MATTERS:
         times = " and ".join(f"{_times(ratios[n]['median'])} faster than {NAMES[n]}" for n in NAMES if n in ratios)
         return "fuse", f"fuse it: {times}{memory}"
-    if best["p80"] < 1:
+    if best["p80"] < 1 and best["median"] <= 1 / MATTERS:
         return "leave", f"leave it: {NAMES[fastest]} is {_times(1 / best['median'])} faster{memory}"
     return "even", f"no difference beyond noise{memory}"
 
@@ -295,9 +301,12 @@ def _lines(facts: dict[str, Any]) -> list[Line]:
     lines.append(("", f"medians of {facts['rounds']} rounds"))
     lines += [("", f"{NAMES[name]} could not run: {reason}") for name, reason in facts["missing"].items()]
     lines.append(("", ""))
+    if facts["device"] == "cpu" and not facts["glibc_tunables"]:
+        mapped = "glibc's allocator is as it is: it maps large tensors anew in each step, at the cost of who makes more"
+        lines.append(("", f"{mapped} of them. `--help` has the settings without."))
     if facts["busy"]:
-        busy = "The load average says that other programs took their share of the cores meanwhile: these figures"
-        lines.append(("", f"{busy} may be wrong by as much as a factor of two."))
+        busy = "The load average says that the cores had other work before: these figures may be wrong by as much as"
+        lines.append(("", f"{busy} a factor of two."))
     return [*lines, ("", facts["verdict"])]
 
 

@@ -71,7 +71,7 @@ def _level() -> Check:
     asked, best = facts["asked"], usable[-1]
     if facts["in_use"] == best:
         return Check("CPU level", OK, best, info.level_line(facts))
-    if asked:
+    if asked == facts["in_use"]:
         slower = f"unset ATEN_CPU_CAPABILITY for {best}, which is faster"
         return Check("CPU level", OK, asked, info.level_line(facts), slower)
     return Check("CPU level", FAILED, best, info.level_line(facts), f"build it again: `{_library.BUILD}`")

@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -76,7 +77,7 @@ def cuda_missing(facts: dict[str, Any], torch: Any) -> str | None:
 
 def compiling() -> dict[str, Any]:
     """What torch.compile needs: it compiles C++ that includes Python.h, whatever fusednorm was built with."""
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    compiler = shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0])
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     return {"usable": bool(compiler and headers), "compiler": compiler, "headers": headers}
 
@@ -100,7 +101,7 @@ def run(_: argparse.Namespace) -> Outcome:
         missing.append(str(error))
     try:
         import torch
-    except ImportError:
+    except Exception:  # said above
         torch = None  # type: ignore[assignment]
     facts: dict[str, Any] = {
         "usable": usable,

@@ -12,10 +12,14 @@ def check(path: Path | None) -> None:
     """Raises Refused, before anything is measured, unless a picture can be written there."""
     if path is None:
         return
-    if path.suffix not in KINDS:
+    if path.suffix.lower() not in KINDS:
         raise Refused(f"--plot: expected a name that ends with {', '.join(KINDS)}, but got '{path}'")
     if not path.resolve().parent.is_dir():
         raise Refused(f"--plot: the folder {path.parent} does not exist")
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise Refused(f"--plot: {error}") from error
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -43,7 +47,4 @@ def draw(facts: dict[str, Any], names: dict[str, str], title: str, path: Path) -
     axes.set_xlabel(f"milliseconds: median, 20th to 80th percentile of {facts['rounds']} rounds")
     axes.set_title(title, fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise Refused(f"--plot: {error}") from error
+    figure.savefig(path)

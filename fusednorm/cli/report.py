@@ -29,7 +29,7 @@ def run(asked: argparse.Namespace) -> Outcome:
     example = tuple(_tensor(shape, dtype) for shape in asked.example or ())
     try:
         fused = fuse(model, example or None, small=asked.small)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Failed(f"{asked.factory}: the model does not run or cannot be fused: {_where(error)}") from error
     report: Any = fused.fusednorm_report
     kept, why = _kept(model, fused, example)
@@ -75,25 +75,28 @@ def _model(factory: str) -> nn.Module:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise Refused(f"{factory}: {_where(error)}") from error  # what it imports itself
         raise Refused(f"{factory}: there is no module {error.name} here, nor installed") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script leaves where its arguments are not ours
         raise Refused(f"{factory}: {_where(error)}") from error
     for name in path.split("."):
-        if not hasattr(found, name):
-            raise Refused(f"{factory}: {getattr(found, '__name__', 'it')} has no {name}")
-        found = getattr(found, name)
+        try:
+            found = getattr(found, name)
+        except AttributeError as error:
+            raise Refused(f"{factory}: {getattr(found, '__name__', 'it')} has no {name}") from error
+        except Exception as error:
+            raise Refused(f"{factory}: {_where(error)}") from error
     if not isinstance(found, nn.Module):
         if not callable(found):
             raise Refused(f"{factory}: expected a factory or a module, but got {type(found).__name__}")
         try:
             found = found()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise Refused(f"{factory}: {_where(error)}") from error
     if not isinstance(found, nn.Module):
         raise Refused(f"{factory}: expected it to give a torch.nn.Module, but got {type(found).__name__}")
     return found
 
 
-def _where(error: Exception) -> str:
+def _where(error: BaseException) -> str:
     """The error in a line, with the last place on the way there that is neither torch's nor ours: it is the user's."""
     libraries = [str(Path(file).parent) for file in (torch.__file__, _library.__file__)] + ["<frozen"]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(tuple(libraries))]
@@ -114,5 +117,5 @@ def _kept(model: nn.Module, fused: nn.Module, example: tuple[torch.Tensor, ...])
         # Copies, as a forward moves running statistics, and both are to begin alike.
         both = {"stock": model, "fused": fused}
         return {name: saved_bytes(copy.deepcopy(m).train(), *example) for name, m in both.items()}, ""
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return None, f"what is kept for backward is not known, as training fails with this example: {first_line(error)}"
