@@ -44,6 +44,14 @@ def facts_of(result):
     return status, json.loads(out)
 
 
+def written(ours):
+    """What a process writes into a pseudo-terminal, as it comes, until nobody holds the other end."""
+    with contextlib.suppress(OSError):  # Linux's way to say so
+        while chunk := os.read(ours, 4096):
+            yield chunk
+    os.close(ours)
+
+
 class Session:
     """What a terminal showed of a process: the exit `status`, the `lines` left at the end, all that was `written`, and
     the `widest` line that there was at any time."""
@@ -64,12 +72,10 @@ class Session:
         )
         os.close(theirs)
         self.written, self.widest = b"", 0
-        with contextlib.suppress(OSError):  # Linux's way to say that nobody holds the other end
-            while chunk := os.read(ours, 4096):
-                self.written += chunk
-                stream.feed(chunk)
-                self.widest = max(self.widest, *(len(line.rstrip()) for line in screen.display))
-        os.close(ours)
+        for chunk in written(ours):
+            self.written += chunk
+            stream.feed(chunk)
+            self.widest = max(self.widest, *(len(line.rstrip()) for line in screen.display))
         self.status = process.wait(timeout=60)
         self.lines = [line.rstrip() for line in screen.display]
         while self.lines and not self.lines[-1]:

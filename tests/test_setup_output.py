@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from terminal import written
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = ROOT / "tools" / "quiet.py"
@@ -71,13 +72,7 @@ def test_a_terminal_has_one_line_that_is_rewritten(build, tmp_path):
     command = [sys.executable, QUIET, *build()]
     child = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"V": "", "COLUMNS": "60"}, stdout=theirs)
     os.close(theirs)
-    said = b""
-    try:
-        while part := os.read(ours, 4096):
-            said += part
-    except OSError:  # so Linux tells that the other side is closed
-        pass
-    os.close(ours)
+    said = b"".join(written(ours))
     assert child.wait() == 0
     rows = said.decode().replace("\r\n", "\n").split("\n")
     assert rows[0].endswith("fusednorm: decided")
